@@ -1,0 +1,75 @@
+//! The settings that the datapath reads: one entry, written by userspace.
+
+use crate::wire::plain;
+
+/// Changes whenever a map's layout does. A daemon refuses to adopt maps of another version.
+pub const LAYOUT: u32 = 1;
+
+/// Settings and the identity of an instance.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(C)]
+pub struct Config {
+    /// [`LAYOUT`] of the maps.
+    pub layout: u32,
+    /// Bits of [`flags`].
+    pub flags: u32,
+    /// The cookie of the network namespace that the instance belongs to: inode numbers of namespaces are used again.
+    pub netns_cookie: u64,
+    /// Kernel clock ticks in a second (`CONFIG_HZ`).
+    pub hz: u32,
+    /// Seconds until a UDP connection expires.
+    pub udp_timeout: u32,
+    /// Seconds until a TCP connection expires, by [`crate::tcp::State`].
+    pub tcp_timeouts: [u32; 16],
+    /// Seconds until an SCTP connection expires, by [`crate::sctp::State`].
+    pub sctp_timeouts: [u32; 16],
+    /// IPVS's `conn_reuse_mode`.
+    pub connection_reuse: u32,
+    /// ICMP errors that each CPU may send in a second; 0 for no limit.
+    pub answers_per_second: u32,
+}
+
+/// Bits of [`Config::flags`].
+pub mod flags {
+    /// IPVS's `sloppy_tcp`: any TCP packet but a RST starts a connection.
+    pub const SLOPPY_TCP: u32 = 1;
+    /// IPVS's `sloppy_sctp`: any SCTP packet but an ABORT starts an association.
+    pub const SLOPPY_SCTP: u32 = 2;
+    /// IPVS's `expire_nodest_conn`: a connection of a removed server is scheduled anew.
+    pub const EXPIRE_NODEST: u32 = 4;
+    /// IPVS's `secure_tcp`: the defence table of TCP states.
+    pub const SECURE_TCP: u32 = 8;
+}
+
+impl Config {
+    /// IPVS's defaults.
+    pub const DEFAULT: Self = Self {
+        layout: LAYOUT,
+        flags: 0,
+        netns_cookie: 0,
+        hz: 0,
+        udp_timeout: 300,
+        tcp_timeouts: crate::tcp::TIMEOUTS,
+        sctp_timeouts: crate::sctp::TIMEOUTS,
+        connection_reuse: 1,
+        answers_per_second: 1000,
+    };
+}
+
+plain! { Config = 160 }
+
+/// What a run of the sweep found: the one entry of its result map.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[repr(C)]
+pub struct SweepReport {
+    /// `jiffies` when it began.
+    pub jiffies: u64,
+    /// The monotonic clock when it began, in nanoseconds.
+    pub monotonic_ns: u64,
+    /// Connections looked at.
+    pub examined: u64,
+    /// Connections that were over, and are deleted.
+    pub expired: u64,
+}
+
+plain! { SweepReport = 32 }

@@ -1,0 +1,78 @@
+//! A connection: one tracked flow from a client to a real server.
+//!
+//! The datapath makes entries, the sweep deletes them, userspace lists them. IPv4 and IPv6 have tables of their own, so
+//! that the common key stays at 16 bytes.
+
+use crate::wire::plain;
+
+/// Who talks to whom: the key of the connection table. Addresses and ports in network order.
+#[doc(alias = "ip_vs_conn_param")]
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+#[repr(C)]
+pub struct ConnectionKey<A> {
+    /// The client's address.
+    pub client: A,
+    /// The virtual address.
+    pub vip: A,
+    /// The client's port.
+    pub client_port: u16,
+    /// The virtual port.
+    pub vip_port: u16,
+    /// The IP protocol: TCP, UDP or SCTP.
+    pub protocol: u8,
+    /// Always zero; room for the second key that NAT needs.
+    pub direction: u8,
+    /// Always zero: map keys are compared as bytes.
+    pub zero: [u8; 2],
+}
+
+/// What the datapath knows of a connection.
+///
+/// Written by the datapath alone, one 16-byte entry at a time. Two CPUs that meet the same flow may both write; every
+/// value they can leave behind is a legal one, and the counters that depend on them are recounted by the sweep.
+#[doc(alias = "ip_vs_conn")]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[repr(C)]
+pub struct Connection {
+    /// Index of the real server.
+    pub server: u32,
+    /// When the last packet was seen, in jiffies (the low 32 bits); written at most once a second.
+    pub last_seen: u32,
+    /// State of the protocol: a [`crate::tcp::State`] or [`crate::sctp::State`], 0 for UDP.
+    pub state: u8,
+    /// Bits of [`flags`].
+    pub flags: u8,
+    /// Always zero.
+    pub zero: [u8; 6],
+}
+
+/// Bits of [`Connection::flags`].
+pub mod flags {
+    /// Counted as an active connection of its real server.
+    pub const ACTIVE: u8 = 1;
+    /// Not a packet of the other direction was seen: the state machine goes by the client's packets alone.
+    #[doc(alias = "IP_VS_CONN_F_NOOUTPUT")]
+    pub const NO_OUTPUT: u8 = 2;
+}
+
+/// Which packet a fragment belongs to: the key of the table that leads later fragments after the first.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+#[repr(C)]
+pub struct FragmentKey<A> {
+    /// Source address.
+    pub source: A,
+    /// Destination address.
+    pub destination: A,
+    /// Identification, as in the header.
+    pub id: u32,
+    /// The IP protocol.
+    pub protocol: u32,
+}
+
+plain! {
+    FragmentKey<crate::family::Ipv4> = 16,
+    FragmentKey<crate::family::Ipv6> = 40,
+    ConnectionKey<crate::family::Ipv4> = 16,
+    ConnectionKey<crate::family::Ipv6> = 40,
+    Connection = 16,
+}

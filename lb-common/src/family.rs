@@ -1,0 +1,47 @@
+//! IPv4 and IPv6, as types: every part of the datapath is written once and compiled for both.
+
+/// An address as it stands in a header.
+pub trait Address: Copy + Eq + 'static {
+    /// IPVS's folding of an address into one number, in host order: the address itself for IPv4, the exclusive or of
+    /// the four words for IPv6. All of IPVS's hashes begin with it.
+    #[doc(alias = "ip_vs_sh_hashkey")]
+    fn fold(&self) -> u32;
+
+    /// The words of the address in network order; an IPv4 address fills the first.
+    fn words(&self) -> [u32; 4];
+}
+
+/// An IPv4 address: the four bytes of the header, in memory order.
+pub type Ipv4 = u32;
+
+/// An IPv6 address: the sixteen bytes of the header as four words, in memory order.
+pub type Ipv6 = [u32; 4];
+
+impl Address for Ipv4 {
+    #[inline(always)]
+    fn fold(&self) -> u32 {
+        u32::from_be(*self)
+    }
+
+    #[inline(always)]
+    fn words(&self) -> [u32; 4] {
+        [*self, 0, 0, 0]
+    }
+}
+
+impl Address for Ipv6 {
+    #[inline(always)]
+    fn fold(&self) -> u32 {
+        u32::from_be(self[0] ^ self[1] ^ self[2] ^ self[3])
+    }
+
+    #[inline(always)]
+    fn words(&self) -> [u32; 4] {
+        *self
+    }
+}
+
+/// `AF_INET`, as the kernel's helpers want it.
+pub const AF_INET: u8 = 2;
+/// `AF_INET6`, as the kernel's helpers want it.
+pub const AF_INET6: u8 = 10;

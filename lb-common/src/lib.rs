@@ -1,0 +1,38 @@
+//! What the datapath in the kernel and the daemon in userspace must agree on.
+//!
+//! Everything here is a layout, a constant or a pure function: no I/O, no clock, no allocation. The eBPF programs
+//! (`lb-ebpf`) and the daemon (`lb-user`) both import this crate, so a header is parsed, a checksum updated and a TCP
+//! state advanced by one piece of code, which is unit-tested and fuzzed on the host.
+//!
+//! | subject | module |
+//! | --- | --- |
+//! | address families | [`family`] |
+//! | what stands in the maps | [`connection`], [`service`], [`server`], [`schedule`], [`statistics`], [`config`] |
+//! | why a packet left | [`reason`] |
+//! | headers and their parsing | [`packet`] |
+//! | Internet checksums | [`checksum`] |
+//! | IPVS's hashes | [`hash`] |
+//! | protocol state machines | [`tcp`], [`sctp`] |
+//! | the "may be ours" filter | [`filter`] |
+//!
+//! Byte order: a field that mirrors a header is in network order and its documentation says so; all others are in host order.
+#![no_std]
+#![deny(unsafe_code)]
+
+pub mod checksum;
+pub mod config;
+pub mod connection;
+pub mod family;
+pub mod filter;
+pub mod hash;
+pub mod packet;
+pub mod reason;
+pub mod schedule;
+pub mod sctp;
+pub mod server;
+pub mod service;
+pub mod statistics;
+pub mod tcp;
+mod wire;
+
+pub use wire::Plain;

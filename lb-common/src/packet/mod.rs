@@ -1,0 +1,129 @@
+//! Headers, and how a frame is taken apart.
+//!
+//! Parsing is written over the trait [`Bytes`], which the datapath implements for frames in the kernel (each read is a
+//! bounds check that the verifier understands) and this crate for byte slices on the host, so that what runs in the
+//! kernel is what the fuzzer sees. Nothing is copied but the fields that are asked for.
+//!
+//! The steps are those of the datapath, so that a foreign packet leaves as early as it can:
+//! [`ethernet::parse`], then [`Network::parse`], then (after the filter) [`Network::transport`] and [`transport::parse`].
+
+pub mod ethernet;
+pub mod icmp;
+mod ipv4;
+mod ipv6;
+pub mod transport;
+
+use crate::{Plain, family::Address, reason::Reason};
+pub use ipv4::{DONT_FRAGMENT, Ipv4Header, V4};
+pub use ipv6::{FragmentHeader, Ipv6Header, V6};
+
+/// IP protocol numbers.
+pub mod protocol {
+    #![expect(missing_docs, reason = "the names are IANA's")]
+    pub const ICMP: u8 = 1;
+    pub const IPIP: u8 = 4;
+    pub const TCP: u8 = 6;
+    pub const UDP: u8 = 17;
+    pub const IPV6: u8 = 41;
+    pub const GRE: u8 = 47;
+    pub const ICMPV6: u8 = 58;
+    pub const SCTP: u8 = 132;
+}
+
+/// Something that headers can be read from.
+pub trait Bytes {
+    /// Reads a value at an offset, or nothing if it would reach beyond the end.
+    fn read<T: Plain>(&self, offset: usize) -> Option<T>;
+
+    /// Bytes from the beginning to the end.
+    fn len(&self) -> usize;
+
+    /// Whether there is no byte at all.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+impl Bytes for [u8] {
+    #[expect(unsafe_code, reason = "the host's counterpart of the datapath's pointer read")]
+    fn read<T: Plain>(&self, offset: usize) -> Option<T> {
+        let bytes = self.get(offset..)?.get(..size_of::<T>())?;
+        // SAFETY: `bytes` holds size_of::<T>() bytes, and a Plain type takes every bit pattern.
+        Some(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
+    }
+
+    fn len(&self) -> usize {
+        self.len()
+    }
+}
+
+/// An IP header as far as both families have it in common.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct IpHeader<A> {
+    /// Source address.
+    pub source: A,
+    /// Destination address.
+    pub destination: A,
+    /// Where the header begins.
+    pub offset: usize,
+    /// Length of the whole packet from the first byte of this header.
+    pub length: usize,
+    /// Type of service or traffic class, with the ECN bits.
+    pub traffic_class: u8,
+    /// Time to live or hop limit.
+    pub ttl: u8,
+    /// The packet must not be fragmented (always true for IPv6).
+    pub dont_fragment: bool,
+}
+
+/// Where the transport header is, and whether there is one.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Payload {
+    /// Where the header begins.
+    pub offset: usize,
+    /// Its protocol.
+    pub protocol: u8,
+    /// Identification of the fragmented packet that this is part of.
+    pub fragment_id: u32,
+    /// Whether this is a part of a packet, and which.
+    pub fragment: Fragment,
+}
+
+/// Which part of a packet this is.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Fragment {
+    /// All of it.
+    Whole,
+    /// The first part: the transport header is here.
+    First,
+    /// A later part: it has no transport header.
+    Later,
+}
+
+/// An IP version, as the parser and the datapath see it.
+pub trait Network: 'static {
+    /// The type of an address.
+    type Address: Address;
+    /// The Ethernet type, in host order.
+    const ETHERTYPE: u16;
+    /// Bytes of the header without options and extensions.
+    const HEADER: usize;
+    /// The protocol of this version's ICMP.
+    const ICMP: u8;
+    /// The protocol number of this version inside a tunnel.
+    const TUNNELLED: u8;
+    /// The most bytes that an ICMP error of this version may have, IP header included.
+    const ICMP_ERROR_MAX: usize;
+
+    /// Reads and checks the IP header at `offset`.
+    fn parse<B: Bytes + ?Sized>(bytes: &B, offset: usize) -> Result<IpHeader<Self::Address>, Reason>;
+
+    /// Finds the transport header behind options or extension headers.
+    fn transport<B: Bytes + ?Sized>(bytes: &B, header: &IpHeader<Self::Address>) -> Result<Payload, Reason>;
+
+    /// Reads addresses and payload of the header that an ICMP error quotes: it may be cut off.
+    fn quoted<B: Bytes + ?Sized>(bytes: &B, offset: usize) -> Option<(Self::Address, Self::Address, Payload)>;
+
+    /// Whether this ICMP type reports an error about a packet that it quotes.
+    fn is_error(icmp_type: u8) -> bool;
+}

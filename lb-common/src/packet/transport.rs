@@ -1,0 +1,111 @@
+//! TCP, UDP and SCTP, as far as balancing needs them: ports, and what moves the connection's state.
+
+use super::{Bytes, Payload, protocol};
+use crate::{reason::Reason, sctp, wire::plain};
+
+/// The ports, which TCP, UDP and SCTP have in the same place; in network order.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(C)]
+pub struct Ports {
+    /// Source port.
+    pub source: u16,
+    /// Destination port.
+    pub destination: u16,
+}
+
+/// A TCP header without options; every field in network order.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(C)]
+pub struct TcpHeader {
+    /// The ports.
+    pub ports: Ports,
+    /// Sequence number.
+    pub sequence: u32,
+    /// Acknowledgement number.
+    pub acknowledgement: u32,
+    /// Length of the header in words (high four bits).
+    pub length: u8,
+    /// Bits of [`crate::tcp::flags`].
+    pub flags: u8,
+    /// Receive window.
+    pub window: u16,
+    /// Checksum.
+    pub checksum: u16,
+    /// Urgent pointer.
+    pub urgent: u16,
+}
+
+/// A UDP header; every field in network order.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[repr(C)]
+pub struct UdpHeader {
+    /// Source port.
+    pub source: u16,
+    /// Destination port.
+    pub destination: u16,
+    /// Length of header and data.
+    pub length: u16,
+    /// Checksum, or 0 for none.
+    pub checksum: u16,
+}
+
+/// An SCTP header and the beginning of its first chunk; every field in network order.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(C)]
+pub struct SctpHeader {
+    /// The ports.
+    pub ports: Ports,
+    /// Verification tag.
+    pub tag: u32,
+    /// Checksum (CRC32c).
+    pub checksum: u32,
+    /// Type of the first chunk.
+    pub chunk: u8,
+    /// Flags of the first chunk.
+    pub chunk_flags: u8,
+    /// Length of the first chunk.
+    pub chunk_length: u16,
+}
+
+/// The ports of a packet, and its event for the protocol's state machine.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Segment {
+    /// Source and destination port.
+    pub ports: Ports,
+    /// TCP: the flags; SCTP: the type of the first chunk; UDP: 0.
+    pub event: u8,
+}
+
+/// Reads the transport header. Any protocol but the three is not ours.
+#[inline(always)]
+pub fn parse<B: Bytes + ?Sized>(bytes: &B, payload: &Payload) -> Result<Segment, Reason> {
+    match payload.protocol {
+        protocol::TCP => {
+            let header: TcpHeader = bytes.read(payload.offset).ok_or(Reason::Malformed)?;
+            Ok(Segment { ports: header.ports, event: header.flags })
+        }
+        protocol::UDP => {
+            let header: UdpHeader = bytes.read(payload.offset).ok_or(Reason::Malformed)?;
+            Ok(Segment { ports: Ports { source: header.source, destination: header.destination }, event: 0 })
+        }
+        protocol::SCTP => {
+            let header: SctpHeader = bytes.read(payload.offset).ok_or(Reason::Malformed)?;
+            Ok(Segment { ports: header.ports, event: sctp_event(bytes, payload.offset, &header) })
+        }
+        _ => Err(Reason::NotTransport),
+    }
+}
+
+/// The chunk that counts: the first, but an abort behind a cookie wins.
+#[inline(always)]
+fn sctp_event<B: Bytes + ?Sized>(bytes: &B, offset: usize, header: &SctpHeader) -> u8 {
+    if matches!(header.chunk, sctp::chunk::COOKIE_ECHO | sctp::chunk::COOKIE_ACK) {
+        let length = (u16::from_be(header.chunk_length) as usize + 3) & 0xfffc;
+        if bytes.read::<u8>(offset + 12 + length) == Some(sctp::chunk::ABORT) {
+            return sctp::chunk::ABORT;
+        }
+    }
+    header.chunk
+}
+
+plain! { Ports = 4, TcpHeader = 20, UdpHeader = 8, SctpHeader = 16 }

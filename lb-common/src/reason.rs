@@ -1,0 +1,93 @@
+//! Why a packet left the datapath without being forwarded: one counter for each reason.
+
+/// Defines the reasons, their names for people and machines, and their number, in one list.
+macro_rules! reasons {
+    ($($(#[doc = $doc:literal])+ $variant:ident = $name:literal, $fate:ident, $text:literal;)+) => {
+        /// Why a packet was passed on to the kernel's own stack, dropped, or answered. In alphabetical order.
+        #[derive(Clone, Copy, Debug, Eq, PartialEq)]
+        #[repr(u32)]
+        pub enum Reason { $($(#[doc = $doc])+ $variant),+ }
+
+        impl Reason {
+            /// Every reason, in the order of their numbers, which is the order in the counter array.
+            pub const ALL: &[Self] = &[$(Self::$variant),+];
+
+            /// A short name for metrics and JSON.
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$variant => $name),+ }
+            }
+
+            /// What became of the packet.
+            pub const fn fate(self) -> Fate {
+                match self { $(Self::$variant => Fate::$fate),+ }
+            }
+
+            /// The reason in words, for people.
+            pub const fn text(self) -> &'static str {
+                match self { $(Self::$variant => $text),+ }
+            }
+        }
+    };
+}
+
+/// What became of a packet that was not forwarded.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Fate {
+    /// It was turned into an ICMP error and sent back.
+    Answered,
+    /// It was dropped.
+    Dropped,
+    /// The kernel's own stack has it, unchanged.
+    Passed,
+}
+
+reasons! {
+    /// An ICMP error was due, but this CPU has sent its share for this second.
+    AnswerLimit = "answer-limit", Dropped, "an ICMP error was due, but too many were sent this second";
+    /// The packet could not be changed as needed: a helper of the kernel refused.
+    Failed = "failed", Dropped, "the kernel could not make room for headers";
+    /// A later fragment whose first fragment was not seen.
+    FragmentUnknown = "fragment-unknown", Dropped, "a later fragment of a packet whose first fragment was not seen";
+    /// The chosen real server is the director itself.
+    LocalServer = "local-server", Passed, "the real server is the director itself";
+    /// A header is cut off or contradicts itself.
+    Malformed = "malformed", Passed, "a header is cut off or contradicts itself";
+    /// A TCP or SCTP packet that begins nothing and belongs to nothing.
+    NoConnection = "no-connection", Passed, "to a service, but neither of a connection nor the start of one";
+    /// There is no route to the real server.
+    NoRoute = "no-route", Dropped, "there is no route to the real server";
+    /// No real server takes new connections.
+    NoServer = "no-server", Answered, "no real server of the service takes new connections";
+    /// The virtual address has no service on this protocol and port.
+    NoService = "no-service", Passed, "the virtual address has no service on this protocol and port";
+    /// Neither IPv4 nor IPv6, or to nobody in particular (broadcast, multicast).
+    NotIp = "not-ip", Passed, "neither IPv4 nor IPv6";
+    /// The destination is not a virtual address.
+    NotOurs = "not-ours", Passed, "the destination is not a virtual address";
+    /// To a virtual address, but neither TCP, UDP, SCTP nor an ICMP error.
+    NotTransport = "not-transport", Passed, "to a virtual address, but neither TCP, UDP, SCTP nor an ICMP error";
+    /// The connection's real server was removed.
+    ServerRemoved = "server-removed", Dropped, "the connection's real server was removed from its service";
+    /// The connection table is full.
+    TableFull = "table-full", Dropped, "the connection table is full";
+    /// Larger than the way to the real server allows.
+    TooBig = "too-big", Answered, "larger than the way to the real server allows";
+    /// The time to live ended here.
+    TtlExpired = "ttl-expired", Answered, "the time to live ended here";
+    /// XDP left it to tc, because only the kernel's neighbour code can send it now.
+    Unresolved = "unresolved", Passed, "left to tc: the real server's MAC address is not known yet";
+    /// XDP left it to tc or to the VLAN's own device.
+    Vlan = "vlan", Passed, "left to tc: the VLAN tag has to be changed";
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_positions() {
+        for (position, reason) in Reason::ALL.iter().enumerate() {
+            assert_eq!(*reason as usize, position);
+        }
+    }
+}

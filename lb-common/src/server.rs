@@ -1,0 +1,140 @@
+//! A real server, as the datapath sees it: everything that forwarding needs, in one cache line.
+
+use crate::wire::plain;
+
+/// A real server's entry in the server array. Written by userspace, which keeps it true from netlink.
+///
+/// MAC addresses, network addresses and ports are in network (memory) order.
+#[doc(alias = "ip_vs_dest")]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[repr(C)]
+pub struct Server {
+    /// A [`Method`].
+    pub method: u8,
+    /// A [`Status`].
+    pub status: u8,
+    /// A [`Tunnel`]; means something only with [`Method::Tunnel`].
+    pub tunnel: u8,
+    /// Bits of [`flags`].
+    pub flags: u8,
+    /// The device that the route names; with VLANs the VLAN device. tc sends here.
+    pub ifindex: u32,
+    /// The device that frames leave by: the VLAN's parent, else the same as `ifindex`. XDP sends here.
+    pub port_ifindex: u32,
+    /// The VLAN that frames carry on `port_ifindex`: an identifier, 0 for none, or [`KEEP_VLAN`].
+    pub vlan: u16,
+    /// The largest packet, in bytes from the (inner) IP header, that fits the way to the server.
+    pub mtu: u16,
+    /// MAC address of the next hop.
+    pub next_hop: [u16; 3],
+    /// MAC address of the device that frames leave by.
+    pub source: [u16; 3],
+    /// Source address of a tunnel's outer header; IPv4 in the first word.
+    pub outer_source: [u32; 4],
+    /// The real server's address, which is where tunnels end; IPv4 in the first word.
+    pub address: [u32; 4],
+    /// UDP port of a GUE tunnel.
+    pub tunnel_port: u16,
+    /// The real server's port.
+    pub port: u16,
+}
+
+/// [`Server::vlan`]: leave the tags of the packet as they are.
+pub const KEEP_VLAN: u16 = 0xffff;
+
+/// How packets reach a real server.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(u8)]
+pub enum Method {
+    /// Rewrite the destination MAC address (direct routing, `-g`).
+    #[doc(alias = "IP_VS_CONN_F_DROUTE")]
+    Route = 0,
+    /// Put the packet into another (IP tunnel, `-i`).
+    #[doc(alias = "IP_VS_CONN_F_TUNNEL")]
+    Tunnel = 1,
+}
+
+/// Whether packets can be sent to a real server.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(u8)]
+pub enum Status {
+    /// No server has this index.
+    Free = 0,
+    /// There is no route to the server.
+    NoRoute = 1,
+    /// Route and next hop are known.
+    Ready = 2,
+    /// The route is known, the next hop's MAC address not yet: the kernel's neighbour code has to send the packet.
+    Unresolved = 3,
+    /// The server is the director itself.
+    Local = 4,
+    /// Removed from its service while connections still name it.
+    #[doc(alias = "IP_VS_DEST_F_AVAILABLE")]
+    Removed = 5,
+}
+
+/// How a tunnelled packet is wrapped.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(u8)]
+pub enum Tunnel {
+    /// IP in IP.
+    #[doc(alias = "IP_VS_CONN_F_TUNNEL_TYPE_IPIP")]
+    Ipip = 0,
+    /// Generic UDP encapsulation, version 0.
+    #[doc(alias = "IP_VS_CONN_F_TUNNEL_TYPE_GUE")]
+    Gue = 1,
+    /// Generic routing encapsulation, version 0.
+    #[doc(alias = "IP_VS_CONN_F_TUNNEL_TYPE_GRE")]
+    Gre = 2,
+}
+
+/// Bits of [`Server::flags`].
+pub mod flags {
+    /// The real server's address is IPv6.
+    pub const IPV6: u8 = 1;
+    /// GUE and GRE: fill in the outer checksum.
+    #[doc(alias = "IP_VS_TUNNEL_ENCAP_FLAG_CSUM")]
+    pub const CHECKSUM: u8 = 2;
+}
+
+/// Where an unresolved server's packets go: what the kernel's neighbour code has to resolve. Read only on that way.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[repr(C)]
+pub struct NextHop {
+    /// `AF_INET` or `AF_INET6`.
+    pub family: u32,
+    /// The address in network order; IPv4 in the first word.
+    pub address: [u32; 4],
+    /// Always zero.
+    pub zero: u32,
+}
+
+/// The live connection counters of one real server, as they stand in an array that userspace maps into its memory.
+///
+/// Both counters share one 64-bit word, so that one atomic addition keeps them together.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Counters {
+    /// Connections in an active state.
+    pub active: u32,
+    /// All connections.
+    pub total: u32,
+}
+
+impl Counters {
+    /// Added to the word when an active connection appears.
+    pub const ACTIVE: u64 = 1 << 32;
+    /// Added to the word when any connection appears.
+    pub const TOTAL: u64 = 1;
+
+    /// Takes the word apart.
+    pub const fn from_word(word: u64) -> Self {
+        Self { active: (word >> 32) as u32, total: word as u32 }
+    }
+
+    /// What `ipvsadm` calls `InActConn`.
+    pub const fn inactive(self) -> u32 {
+        self.total.saturating_sub(self.active)
+    }
+}
+
+plain! { Server = 64, NextHop = 24 }

@@ -1,0 +1,63 @@
+//! A virtual service, as the datapath sees it: (protocol, address, port) to a schedule.
+
+use crate::wire::plain;
+
+/// What a packet must be addressed to. Address and port in network order.
+#[doc(alias = "ip_vs_service")]
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+#[repr(C)]
+pub struct ServiceKey<A> {
+    /// The virtual address (VIP).
+    pub vip: A,
+    /// The virtual port.
+    pub port: u16,
+    /// The IP protocol.
+    pub protocol: u8,
+    /// Always zero: map keys are compared as bytes.
+    pub zero: u8,
+}
+
+/// A virtual service. Written by userspace, read by the datapath on a connection's first packet.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[repr(C)]
+pub struct Service {
+    /// Index into the schedule and cursor arrays.
+    pub id: u32,
+    /// How the schedule is indexed: a [`Mode`].
+    pub mode: u8,
+    /// Bits of [`flags`].
+    pub flags: u8,
+    /// Always zero.
+    pub zero: u16,
+}
+
+/// How a service's schedule is indexed.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(u8)]
+pub enum Mode {
+    /// By a cursor that every new connection advances (rr, wrr and the dynamic schedulers).
+    Cursor = 0,
+    /// By IPVS's hash of the destination address (dh).
+    DestinationHash = 1,
+    /// By the Maglev hash of the client's address (mh).
+    Maglev = 2,
+    /// By IPVS's hash of the client's address (sh).
+    SourceHash = 3,
+}
+
+/// Bits of [`Service::flags`].
+pub mod flags {
+    /// Hash schedulers: when the hashed real server takes no connections, look for another.
+    #[doc(alias = "IP_VS_SVC_F_SCHED_MH_FALLBACK")]
+    pub const FALLBACK: u8 = 1;
+    /// Hash schedulers: the client's port takes part in the hash.
+    #[doc(alias = "IP_VS_SVC_F_SCHED_SH_PORT")]
+    #[doc(alias = "IP_VS_SVC_F_SCHED_MH_PORT")]
+    pub const PORT: u8 = 2;
+}
+
+plain! {
+    ServiceKey<crate::family::Ipv4> = 8,
+    ServiceKey<crate::family::Ipv6> = 20,
+    Service = 8,
+}

@@ -1,0 +1,91 @@
+//! The datapath as the director sees it: maps to fill, counters to read.
+//!
+//! [`Datapath`] is all that the director knows. The real one (maps, programs, netlink) implements it; so does a small
+//! in-memory one for the director's unit tests.
+
+use std::net::IpAddr;
+
+use lb_common::{config::Config, server::Counters, service::Service, statistics::Statistics};
+
+use crate::{
+    director::model::{Method, Protocol},
+    scheduler::Run,
+};
+
+/// What the datapath keeps for the director. Indices of services and servers are the director's to choose, below the
+/// capacities.
+pub trait Datapath {
+    /// Virtual services that fit.
+    fn service_capacity(&self) -> u32;
+
+    /// Real servers that fit.
+    fn server_capacity(&self) -> u32;
+
+    /// Makes a service known to the packet path, or changes it. Its schedule should have been published before.
+    fn set_service(&mut self, protocol: Protocol, address: IpAddr, port: u16, service: Service) -> Result<(), Error>;
+
+    /// Takes a service away from the packet path.
+    fn remove_service(&mut self, protocol: Protocol, address: IpAddr, port: u16) -> Result<(), Error>;
+
+    /// Publishes the schedule of the service with this index; a later one takes its place at once.
+    fn publish(&mut self, service: u32, run: &Run) -> Result<(), Error>;
+
+    /// Where the cursor of the service with this index stands: how many picks were taken, modulo 2^32.
+    fn cursor(&self, service: u32) -> u32;
+
+    /// Makes a real server known, or changes it. The datapath finds the way to it and keeps it true.
+    fn set_server(&mut self, index: u32, target: &Target) -> Result<(), Error>;
+
+    /// Marks a real server as removed: connections that name it are dropped, its counters stay.
+    fn retire_server(&mut self, index: u32) -> Result<(), Error>;
+
+    /// Forgets a real server; its index may be used again, with all counters at zero.
+    fn free_server(&mut self, index: u32) -> Result<(), Error>;
+
+    /// How a real server can be reached now.
+    fn reachability(&self, index: u32) -> lb_common::server::Status;
+
+    /// The live connection counters of a real server.
+    fn counters(&self, index: u32) -> Counters;
+
+    /// The traffic of a real server since it was made known, over all CPUs.
+    fn statistics(&self, index: u32) -> Result<Statistics, Error>;
+
+    /// Writes the settings.
+    fn configure(&mut self, config: &Config) -> Result<(), Error>;
+}
+
+/// Where a real server is and how packets get there.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Target {
+    /// Its address.
+    pub address: IpAddr,
+    /// Its port.
+    pub port: u16,
+    /// How.
+    pub method: Method,
+}
+
+/// What can go wrong between the daemon and the kernel.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A map has no room left.
+    #[error("{what} is full: {limit} entries; {advice}")]
+    Full {
+        /// Which table.
+        what: &'static str,
+        /// Its size.
+        limit: u32,
+        /// What to do about it.
+        advice: &'static str,
+    },
+    /// The kernel refused.
+    #[error("{what}: {cause}")]
+    Kernel {
+        /// What was tried.
+        what: String,
+        /// What the kernel or the library said.
+        cause: String,
+    },
+}

@@ -1,0 +1,488 @@
+//! What a director is told and what it answers: the vocabulary of the API, of the state file and of both command lines.
+//!
+//! All of it is plain data with serde names; nothing here decides anything.
+
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
+
+use serde::{Deserialize, Serialize};
+
+/// The transport protocol of a service.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// Transmission control protocol.
+    Tcp,
+    /// User datagram protocol.
+    Udp,
+    /// Stream control transmission protocol.
+    Sctp,
+}
+
+impl Protocol {
+    /// Its IP protocol number.
+    pub const fn number(self) -> u8 {
+        match self {
+            Self::Tcp => 6,
+            Self::Udp => 17,
+            Self::Sctp => 132,
+        }
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+            Self::Sctp => "SCTP",
+        })
+    }
+}
+
+/// An address family.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Family {
+    /// IPv4.
+    Ipv4,
+    /// IPv6.
+    Ipv6,
+}
+
+impl Family {
+    /// The family of an address.
+    pub const fn of(address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(_) => Self::Ipv4,
+            IpAddr::V6(_) => Self::Ipv6,
+        }
+    }
+
+    /// The address of all zeros.
+    pub const fn unspecified(self) -> IpAddr {
+        match self {
+            Self::Ipv4 => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            Self::Ipv6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+        }
+    }
+}
+
+/// What makes a virtual service the one that it is.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ServiceId {
+    /// Protocol, virtual address and port.
+    Address {
+        /// The protocol.
+        protocol: Protocol,
+        /// The virtual address (VIP).
+        address: IpAddr,
+        /// The virtual port; 0 for all ports (persistent services only).
+        port: u16,
+    },
+    /// A firewall mark.
+    Mark {
+        /// The mark, never 0.
+        mark: u32,
+        /// The family of the marked packets.
+        family: Family,
+    },
+}
+
+impl ServiceId {
+    /// The family of the service's packets.
+    pub const fn family(&self) -> Family {
+        match self {
+            Self::Address { address, .. } => Family::of(*address),
+            Self::Mark { family, .. } => *family,
+        }
+    }
+}
+
+impl fmt::Display for ServiceId {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address { protocol, address: IpAddr::V4(address), port } => write!(formatter, "{protocol} {address}:{port}"),
+            Self::Address { protocol, address: IpAddr::V6(address), port } => write!(formatter, "{protocol} [{address}]:{port}"),
+            Self::Mark { mark, family: Family::Ipv4 } => write!(formatter, "FWM {mark}"),
+            Self::Mark { mark, family: Family::Ipv6 } => write!(formatter, "FWM {mark} IPv6"),
+        }
+    }
+}
+
+/// Bits of [`ServiceConfig::flags`], as `ipvsadm -b` knows them.
+pub mod service_flags {
+    /// `flag-1`: `sh-fallback`, `mh-fallback`.
+    pub const FLAG_1: u8 = 1;
+    /// `flag-2`: `sh-port`, `mh-port`.
+    pub const FLAG_2: u8 = 2;
+    /// `flag-3`: no scheduler uses it.
+    pub const FLAG_3: u8 = 4;
+}
+
+/// How a virtual service behaves.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct ServiceConfig {
+    /// Name of the scheduler; `none` if there is none.
+    pub scheduler: String,
+    /// Scheduler flags: bits of [`service_flags`].
+    #[serde(default)]
+    pub flags: u8,
+    /// Persistence, if asked for.
+    #[serde(default)]
+    pub persistence: Option<Persistence>,
+    /// One-packet scheduling.
+    #[serde(default)]
+    pub one_packet: bool,
+    /// Name of the persistence engine.
+    #[serde(default)]
+    pub engine: Option<String>,
+}
+
+/// Persistence of a service.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Persistence {
+    /// Seconds that a template lives.
+    pub timeout: u32,
+    /// The netmask for IPv4 (as a number in host order, `0xffff_ffff` for one client), the prefix length for IPv6.
+    pub mask: u32,
+}
+
+/// What makes a real server the one that it is, within its service.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
+pub struct ServerId {
+    /// Its address (RIP).
+    pub address: IpAddr,
+    /// Its port.
+    pub port: u16,
+}
+
+impl fmt::Display for ServerId {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.address {
+            IpAddr::V4(address) => write!(formatter, "{address}:{}", self.port),
+            IpAddr::V6(address) => write!(formatter, "[{address}]:{}", self.port),
+        }
+    }
+}
+
+/// How packets reach a real server.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Method {
+    /// Direct routing (`-g`).
+    Route,
+    /// A tunnel (`-i`).
+    Tunnel(Tunnel),
+    /// Network address translation (`-m`).
+    Masquerade,
+}
+
+/// The kind of a tunnel.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Tunnel {
+    /// IP in IP.
+    Ipip,
+    /// Generic UDP encapsulation.
+    Gue {
+        /// UDP port at the real server, never 0.
+        port: u16,
+        /// Outer checksum.
+        checksum: TunnelChecksum,
+    },
+    /// Generic routing encapsulation.
+    Gre {
+        /// Outer checksum.
+        checksum: TunnelChecksum,
+    },
+}
+
+/// The outer checksum of a tunnel.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TunnelChecksum {
+    /// None (`--tun-nocsum`).
+    #[default]
+    None,
+    /// A full one (`--tun-csum`).
+    Full,
+    /// Remote checksum offload (`--tun-remcsum`).
+    Remote,
+}
+
+/// How a real server is used.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct ServerConfig {
+    /// Forwarding method.
+    pub method: Method,
+    /// Weight; 0: no new connections. At most 2^31 - 1.
+    pub weight: u32,
+    /// Upper threshold of connections; 0 for none. At most 2^31 - 1.
+    #[serde(default)]
+    pub upper_threshold: u32,
+    /// Lower threshold of connections; 0 for none.
+    #[serde(default)]
+    pub lower_threshold: u32,
+}
+
+/// Settable connection timeouts, in seconds. In a request, 0 keeps the old value.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Timeouts {
+    /// Established TCP connections.
+    pub tcp: u32,
+    /// TCP connections after a FIN.
+    pub tcp_fin: u32,
+    /// UDP.
+    pub udp: u32,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self { tcp: 900, tcp_fin: 120, udp: 300 }
+    }
+}
+
+/// One change that a director is asked for. The API takes lists of them (`POST /v1/commands`), done in order, each on
+/// its own: one that is refused changes nothing and does not stop the others.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Command {
+    /// Adds a virtual service (`-A`).
+    AddService {
+        /// Which.
+        service: ServiceId,
+        /// How.
+        config: ServiceConfig,
+    },
+    /// Replaces everything about a virtual service but its servers (`-E`).
+    EditService {
+        /// Which.
+        service: ServiceId,
+        /// How.
+        config: ServiceConfig,
+    },
+    /// Removes a virtual service and its servers (`-D`).
+    RemoveService {
+        /// Which.
+        service: ServiceId,
+    },
+    /// Adds a real server (`-a`).
+    AddServer {
+        /// To which service.
+        service: ServiceId,
+        /// Which.
+        server: ServerId,
+        /// How.
+        config: ServerConfig,
+    },
+    /// Replaces everything about a real server (`-e`).
+    EditServer {
+        /// Of which service.
+        service: ServiceId,
+        /// Which.
+        server: ServerId,
+        /// How.
+        config: ServerConfig,
+    },
+    /// Removes a real server (`-d`).
+    RemoveServer {
+        /// Of which service.
+        service: ServiceId,
+        /// Which.
+        server: ServerId,
+    },
+    /// Removes all services (`-C`).
+    Clear,
+    /// Sets the shown counters of a service, or of all, to zero (`-Z`).
+    Zero {
+        /// Which; nothing for all.
+        service: Option<ServiceId>,
+    },
+    /// Sets timeouts (`--set`).
+    SetTimeouts(Timeouts),
+}
+
+/// Why a director refused a command.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RefusalKind {
+    /// A real server's address is not unicast, or cannot be combined with the service. IPVS: EINVAL.
+    Invalid,
+    /// There is no such real server. IPVS: ENOENT.
+    NoSuchServer,
+    /// There is no such service. IPVS: ESRCH.
+    NoSuchService,
+    /// A number is out of its range. IPVS: ERANGE.
+    OutOfRange,
+    /// There is no room left in a table of the kernel. IPVS: ENOMEM.
+    NoRoom,
+    /// No scheduler or persistence engine of this name exists. IPVS: ENOENT.
+    SchedulerNotFound,
+    /// The real server exists. IPVS: EEXIST.
+    ServerExists,
+    /// The service exists. IPVS: EEXIST.
+    ServiceExists,
+    /// IPVS can do it, this version of bpfvs cannot. The message says what.
+    Unsupported,
+}
+
+/// A refused command.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize, thiserror::Error)]
+#[error("{message}")]
+pub struct Refusal {
+    /// Why, for programs.
+    pub kind: RefusalKind,
+    /// What, why, and what to do, for people.
+    pub message: String,
+}
+
+/// Answer to one command of a list: `{"ok": null}` or `{"refused": {...}}`.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// Done.
+    Ok,
+    /// Not done.
+    Refused(Refusal),
+}
+
+/// Traffic counters. Bytes count from the IP header.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Totals {
+    /// Connections scheduled.
+    pub connections: u64,
+    /// Packets from clients.
+    pub packets_in: u64,
+    /// Packets to clients that passed the director.
+    pub packets_out: u64,
+    /// Bytes from clients.
+    pub bytes_in: u64,
+    /// Bytes to clients that passed the director.
+    pub bytes_out: u64,
+}
+
+/// Counters and their rates per second (IPVS's estimator: a moving average over ticks of two seconds).
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Traffic {
+    /// Since the start or the last zeroing.
+    pub totals: Totals,
+    /// Per second.
+    pub rates: Totals,
+}
+
+/// A real server, as listed.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct ServerView {
+    /// Which.
+    #[serde(flatten)]
+    pub id: ServerId,
+    /// How.
+    #[serde(flatten)]
+    pub config: ServerConfig,
+    /// Active connections.
+    pub active: u32,
+    /// Other connections.
+    pub inactive: u32,
+    /// Persistence templates.
+    pub persistent: u32,
+    /// Traffic.
+    pub traffic: Traffic,
+    /// Whether packets can be sent there, in words: `ready`, `unresolved`, `no route`, `local`.
+    pub reachability: String,
+    /// Its index in the datapath's server array.
+    pub index: u32,
+}
+
+/// A virtual service, as listed; its real servers in IPVS's order, the newest first.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct ServiceView {
+    /// Which.
+    pub id: ServiceId,
+    /// How.
+    #[serde(flatten)]
+    pub config: ServiceConfig,
+    /// Traffic.
+    pub traffic: Traffic,
+    /// The real servers.
+    pub servers: Vec<ServerView>,
+}
+
+/// A connection, as listed.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct ConnectionView {
+    /// `TCP`, `UDP`, `SCTP`; `IP` for the template of a mark.
+    pub protocol: String,
+    /// Seconds until it expires.
+    pub expires: u32,
+    /// State, as IPVS names it.
+    pub state: String,
+    /// The client's address.
+    pub client: IpAddr,
+    /// The client's port.
+    pub client_port: u16,
+    /// The virtual address.
+    pub vip: IpAddr,
+    /// The virtual port.
+    pub vip_port: u16,
+    /// The real server's address.
+    pub server: IpAddr,
+    /// The real server's port.
+    pub server_port: u16,
+    /// Whether it counts as active.
+    pub active: bool,
+}
+
+/// One reason counter.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct ReasonView {
+    /// Its short name.
+    pub name: String,
+    /// What became of the packets: `passed`, `dropped`, `answered`.
+    pub fate: String,
+    /// What it means.
+    pub text: String,
+    /// Packets.
+    pub packets: u64,
+}
+
+/// An interface that the datapath is attached to.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct InterfaceView {
+    /// Its name.
+    pub name: String,
+    /// Its index.
+    pub index: u32,
+    /// `xdp`, `xdp-generic`, or nothing.
+    pub xdp: Option<String>,
+    /// Whether tc is attached.
+    pub tc: bool,
+}
+
+/// How the daemon is.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Status {
+    /// Version of bpfvs.
+    pub version: String,
+    /// The daemon's process.
+    pub pid: u32,
+    /// Name of the instance: `main`, or `netns-<inode>`.
+    pub instance: String,
+    /// Where maps, programs and links are pinned.
+    pub pins: String,
+    /// Seconds since the daemon started.
+    pub uptime: u64,
+    /// Attached interfaces.
+    pub interfaces: Vec<InterfaceView>,
+    /// Number of virtual services.
+    pub services: usize,
+    /// Number of real servers.
+    pub servers: usize,
+    /// Connections in the tables.
+    pub connections: u64,
+    /// Capacity of each connection table.
+    pub max_connections: u32,
+}
