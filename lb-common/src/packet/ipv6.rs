@@ -52,6 +52,9 @@ const DESTINATION_OPTIONS: u8 = 60;
 /// Extension headers that are looked behind; a packet with more is not ours to judge.
 const EXTENSIONS: usize = 6;
 
+/// How far into a frame the walk goes: a bound that the verifier needs, far beyond what routers let through.
+const REACH: usize = 2047;
+
 /// IP version 6.
 #[derive(Clone, Copy, Debug)]
 pub struct V6;
@@ -62,6 +65,10 @@ fn walk<B: Bytes + ?Sized>(bytes: &B, mut protocol: u8, mut offset: usize) -> Op
     let mut fragment = Fragment::Whole;
     let mut fragment_id = 0;
     for _ in 0..EXTENSIONS {
+        offset = bytes.opaque(offset);
+        if offset > REACH {
+            return None;
+        }
         match protocol {
             FRAGMENT => {
                 let header: FragmentHeader = bytes.read(offset)?;

@@ -100,8 +100,10 @@ pub fn parse<B: Bytes + ?Sized>(bytes: &B, payload: &Payload) -> Result<Segment,
 #[inline(always)]
 fn sctp_event<B: Bytes + ?Sized>(bytes: &B, offset: usize, header: &SctpHeader) -> u8 {
     if matches!(header.chunk, sctp::chunk::COOKIE_ECHO | sctp::chunk::COOKIE_ACK) {
-        let length = (u16::from_be(header.chunk_length) as usize + 3) & 0xfffc;
-        if bytes.read::<u8>(offset + 12 + length) == Some(sctp::chunk::ABORT) {
+        // The mask also bounds the offset for the verifier, far beyond any cookie.
+        let length = (u16::from_be(header.chunk_length) as usize + 3) & 0x3ffc;
+        // Type and flags: the verifier follows no single-byte read behind a variable offset.
+        if let Some([sctp::chunk::ABORT, _]) = bytes.read::<[u8; 2]>(offset + 12 + length) {
             return sctp::chunk::ABORT;
         }
     }
