@@ -116,7 +116,7 @@ pub trait Family: Network {
     fn locate<P: Packet>(packet: &P, header: &IpHeader<Self::Address>) -> Result<Payload, Reason>;
     /// Protocol and offset of the transport header if nothing stands in between and the packet is whole.
     fn plain_payload<P: Packet>(packet: &P, offset: usize) -> Option<(u8, usize)>;
-    /// Takes one off the time to live of the packet whose header begins at `offset`.
+    /// Takes one off the time to live of the packet whose header begins at `offset`, if there is more than one left.
     fn age<P: Packet>(packet: &mut P, offset: usize) -> Result<(), Reason>;
 }
 
@@ -152,7 +152,11 @@ impl Family for V4 {
         let header = packet.pointer::<lb_common::packet::Ipv4Header>(offset).ok_or(Reason::Malformed)?;
         // SAFETY: `pointer` checked the bounds.
         unsafe {
-            (*header).ttl = (*header).ttl.wrapping_sub(1);
+            let ttl = (*header).ttl;
+            if ttl <= 1 {
+                return Err(Reason::TtlExpired);
+            }
+            (*header).ttl = ttl - 1;
             // RFC 1624 for a word whose high byte lost one: the checksum gains it, with the carry around the end.
             let sum = u32::from((*header).checksum) + u32::from(0x0100_u16.to_be());
             (*header).checksum = (sum + (sum >= 0xffff) as u32) as u16;
@@ -203,7 +207,13 @@ impl Family for V6 {
     fn age<P: Packet>(packet: &mut P, offset: usize) -> Result<(), Reason> {
         let header = packet.pointer::<lb_common::packet::Ipv6Header>(offset).ok_or(Reason::Malformed)?;
         // SAFETY: `pointer` checked the bounds.
-        unsafe { (*header).hop_limit = (*header).hop_limit.wrapping_sub(1) };
+        unsafe {
+            let hop_limit = (*header).hop_limit;
+            if hop_limit <= 1 {
+                return Err(Reason::TtlExpired);
+            }
+            (*header).hop_limit = hop_limit - 1;
+        }
         Ok(())
     }
 }

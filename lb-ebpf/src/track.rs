@@ -40,12 +40,13 @@ pub struct Tracked {
     connection: Option<*mut Connection>,
     protocol: u8,
     event: u8,
+    quiet: bool,
 }
 
 impl Tracked {
     #[inline(always)]
     const fn stateless(server: u32) -> Self {
-        Self { server, connection: None, protocol: 0, event: 0 }
+        Self { server, connection: None, protocol: 0, event: 0, quiet: true }
     }
 }
 
@@ -60,28 +61,27 @@ fn jiffies() -> u32 {
 #[inline(always)]
 pub fn track<P: Packet, F: Family>(packet: &P, header: &IpHeader<F::Address>, payload: &Payload) -> Result<Tracked, Reason> {
     if payload.fragment == Fragment::Later {
-        let server = later_fragment::<P, F>(packet.context(), header.offset as u32, payload.fragment_id, payload.protocol as u32);
+        let protocol = u32::from(payload.protocol);
+        let server = later_fragment::<P, F>(packet.context(), header.offset as u32, payload.fragment_id, protocol);
         return u32::try_from(server).map(Tracked::stateless).map_err(|_| Reason::FragmentUnknown);
     }
     if payload.protocol == F::ICMP {
         return icmp_error::<P, F>(packet.context(), payload.offset as u32).map(Tracked::stateless);
     }
     let segment = transport::parse(packet, payload)?;
+    let quiet = segment.is_quiet(payload.protocol);
     let key = ConnectionKey {
         client: header.source,
         vip: header.destination,
-        client_port: segment.ports.source,
-        vip_port: segment.ports.destination,
-        protocol: payload.protocol,
-        direction: 0,
-        zero: [0; 2],
+        ports: segment.ports,
+        protocol: u32::from(payload.protocol),
     };
     let mut connection = F::connections().get_ptr_mut(&key);
     if let Some(known) = connection {
         let now = jiffies();
         // SAFETY: an element of the map; it may become another connection's under our hands, but it stays memory.
         let idle = now.wrapping_sub(unsafe { (*known).last_seen });
-        if idle >= HZ.load() || starts(payload.protocol, segment.event) {
+        if idle >= HZ.load() || !quiet {
             if revisit::<F>(&key, known, idle, segment.event) {
                 // SAFETY: as above.
                 unsafe { (*known).last_seen = now };
@@ -96,20 +96,42 @@ pub fn track<P: Packet, F: Family>(packet: &P, header: &IpHeader<F::Address>, pa
         None => begin::<F>(&key, segment.event)?,
     };
     if payload.fragment == Fragment::First {
-        first_fragment::<P, F>(packet.context(), header.offset as u32, payload.fragment_id, payload.protocol as u32, server);
+        first_fragment::<P, F>(packet.context(), header.offset as u32, payload.fragment_id, u32::from(payload.protocol), server);
     }
-    Ok(Tracked { server, connection, protocol: payload.protocol, event: segment.event })
+    Ok(Tracked { server, connection, protocol: payload.protocol, event: segment.event, quiet })
 }
 
-/// Moves the connection's state on.
+/// Moves the connection's state on. An established connection that hears nothing new stays as it is.
 #[inline(always)]
 pub fn advance(tracked: &Tracked) {
+    const ESTABLISHED: u8 = tcp::State::Established as u8;
     let Some(connection) = tracked.connection else { return };
     // SAFETY: an element of the map, as in `track`.
-    let state = unsafe { (*connection).state };
-    let next = next_state(tracked.protocol, state, tracked.event);
-    if next != state {
-        transition(connection, tracked.protocol, next, tracked.server);
+    let settled = tracked.quiet && (tracked.protocol == protocol::UDP || unsafe { (*connection).state } == ESTABLISHED);
+    if !settled {
+        move_on(connection, tracked.protocol, tracked.event, tracked.server);
+    }
+}
+
+/// Writes a new state, if there is one, and moves the connection between the active and the inactive ones.
+#[inline(never)]
+fn move_on(connection: *mut Connection, protocol: u8, event: u8, server: u32) {
+    // SAFETY: an element of the map, as in `track`; of the counter array, if there.
+    unsafe {
+        let next = next_state(protocol, (*connection).state, event);
+        if next == (*connection).state {
+            return;
+        }
+        let active = is_active(protocol, next);
+        let was_active = (*connection).flags & flags::ACTIVE != 0;
+        (*connection).state = next;
+        (*connection).last_seen = jiffies();
+        if active != was_active {
+            (*connection).flags ^= flags::ACTIVE;
+            if let Some(counter) = COUNTERS.get_ptr_mut(server) {
+                atomic::add(counter, if active { Counters::ACTIVE } else { Counters::ACTIVE.wrapping_neg() });
+            }
+        }
     }
 }
 
@@ -142,24 +164,6 @@ fn starts(protocol: u8, event: u8) -> bool {
     }
 }
 
-/// Writes a new state, and moves the connection between the active and the inactive ones.
-#[inline(never)]
-fn transition(connection: *mut Connection, protocol: u8, next: u8, server: u32) {
-    let active = is_active(protocol, next);
-    // SAFETY: an element of the map, as in `track`; of the counter array, if there.
-    unsafe {
-        let was_active = (*connection).flags & flags::ACTIVE != 0;
-        (*connection).state = next;
-        (*connection).last_seen = jiffies();
-        if active != was_active {
-            (*connection).flags ^= flags::ACTIVE;
-            if let Some(counter) = COUNTERS.get_ptr_mut(server) {
-                atomic::add(counter, if active { Counters::ACTIVE } else { Counters::ACTIVE.wrapping_neg() });
-            }
-        }
-    }
-}
-
 /// Looks again at a connection that was idle for a second or more, or that meets the start of a new one. `false`: it is
 /// over and gone.
 #[inline(never)]
@@ -167,8 +171,9 @@ fn revisit<F: Family>(key: &ConnectionKey<F::Address>, connection: *mut Connecti
     let Some(config) = CONFIG.get(0) else { return true };
     // SAFETY: an element of the map, as in `track`.
     let known = unsafe { *connection };
-    let over = idle >= lifetime(config, key.protocol, known.state)
-        || (starts(key.protocol, event) && is_reusable(config.connection_reuse, key.protocol, &known));
+    let protocol = key.protocol as u8;
+    let over = idle >= lifetime(config, protocol, known.state)
+        || (starts(protocol, event) && is_reusable(config.connection_reuse, protocol, &known));
     if over && F::connections().remove(key).is_ok() {
         forget(&known);
     }
@@ -217,15 +222,16 @@ pub fn forget(connection: &Connection) {
 /// Begins a connection: finds the service, picks a real server, makes the entry. Returns the server's index.
 #[inline(never)]
 fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8) -> Result<u32, Reason> {
-    let service_key = ServiceKey { vip: key.vip, port: key.vip_port, protocol: key.protocol, zero: 0 };
+    let protocol = key.protocol as u8;
+    let service_key = ServiceKey { vip: key.vip, port: key.ports.destination(), protocol, zero: 0 };
     let service = F::services().get_ptr(&service_key).ok_or(Reason::NoService)?;
     let sloppy = CONFIG.get(0).map_or(0, |config| config.flags);
-    if !may_begin(key.protocol, event, sloppy) || key.client_port == FTP_DATA.to_be() {
+    if !may_begin(protocol, event, sloppy) || key.ports.source() == FTP_DATA.to_be() {
         return Err(Reason::NoConnection);
     }
-    let server = pick::pick(service, &key.client, key.client_port, &key.vip).ok_or(Reason::NoServer)?;
-    let state = next_state(key.protocol, 0, event);
-    let active = is_active(key.protocol, state);
+    let server = pick::pick(service, &key.client, key.ports.source(), &key.vip).ok_or(Reason::NoServer)?;
+    let state = next_state(protocol, 0, event);
+    let active = is_active(protocol, state);
     let connection = Connection {
         server,
         last_seen: jiffies(),
@@ -303,15 +309,7 @@ fn icmp_error<P: Packet, F: Family>(context: *mut c_void, offset: u32) -> Result
         return Err(Reason::NoConnection);
     }
     let ports: Ports = packet.read(payload.offset).ok_or(Reason::Malformed)?;
-    let key = ConnectionKey {
-        client: destination,
-        vip: source,
-        client_port: ports.destination,
-        vip_port: ports.source,
-        protocol: payload.protocol,
-        direction: 0,
-        zero: [0; 2],
-    };
+    let key = ConnectionKey { client: destination, vip: source, ports: ports.reversed(), protocol: u32::from(payload.protocol) };
     // SAFETY: an element of the map.
     F::connections().get_ptr(&key).map(|known| unsafe { (*known).server }).ok_or(Reason::NoConnection)
 }

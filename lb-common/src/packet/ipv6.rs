@@ -1,6 +1,6 @@
 //! IPv6, with extension headers and fragments.
 
-use super::{Bytes, Fragment, IpHeader, Network, Payload, ethernet, protocol};
+use super::{Bytes, Carriage, Fragment, IpHeader, Network, Payload, ethernet, protocol};
 use crate::{family::Ipv6, reason::Reason, wire::plain};
 
 /// An IPv6 header; every field in network order.
@@ -126,10 +126,14 @@ impl Network for V6 {
             destination: header.destination,
             offset,
             length,
-            traffic_class: (word >> 20) as u8,
-            ttl: header.hop_limit,
-            dont_fragment: true,
         })
+    }
+
+    #[inline(always)]
+    fn carriage<B: Bytes + ?Sized>(bytes: &B, offset: usize) -> Option<Carriage> {
+        let header: Ipv6Header = bytes.read(offset)?;
+        let traffic_class = (u32::from_be(header.version_class_flow) >> 20) as u8;
+        Some(Carriage { traffic_class, ttl: header.hop_limit, dont_fragment: true })
     }
 
     #[inline(always)]

@@ -75,6 +75,11 @@ pub struct IpHeader<A> {
     pub offset: usize,
     /// Length of the whole packet from the first byte of this header.
     pub length: usize,
+}
+
+/// What an IP header says of the packet's way. Read only where it is needed.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Carriage {
     /// Type of service or traffic class, with the ECN bits.
     pub traffic_class: u8,
     /// Time to live or hop limit.
@@ -124,6 +129,9 @@ pub trait Network: 'static {
 
     /// Reads and checks the IP header at `offset`.
     fn parse<B: Bytes + ?Sized>(bytes: &B, offset: usize) -> Result<IpHeader<Self::Address>, Reason>;
+
+    /// Reads how the packet whose header begins at `offset` wants to be carried.
+    fn carriage<B: Bytes + ?Sized>(bytes: &B, offset: usize) -> Option<Carriage>;
 
     /// Finds the transport header behind options or extension headers.
     fn transport<B: Bytes + ?Sized>(bytes: &B, header: &IpHeader<Self::Address>) -> Result<Payload, Reason>;

@@ -54,14 +54,13 @@ pub fn forward<P: Packet, F: Family>(
     header: &IpHeader<F::Address>,
     server: &Reachable,
 ) -> Result<i32, Reason> {
-    if server.status == Status::Local as u8 {
-        return Err(Reason::LocalServer);
-    }
-    if server.status == Status::NoRoute as u8 {
-        return Err(Reason::NoRoute);
-    }
-    if header.ttl <= 1 {
-        return Err(Reason::TtlExpired);
+    if server.status != Status::Ready as u8 {
+        if server.status == Status::Local as u8 {
+            return Err(Reason::LocalServer);
+        }
+        if server.status == Status::NoRoute as u8 {
+            return Err(Reason::NoRoute);
+        }
     }
     F::age(packet, header.offset)?;
     // SAFETY: an element of the array.

@@ -8,7 +8,7 @@ use lb_common::{
     hash,
     packet::{
         DONT_FRAGMENT, IpHeader, Ipv4Header, Ipv6Header, Network, V4, V6, ethernet::Link, protocol,
-        transport::UdpHeader,
+        transport::{Ports, UdpHeader},
     },
     reason::Reason,
     server::{Server, Tunnel, flags},
@@ -52,7 +52,7 @@ pub fn wrap<P: Packet, F: Family>(
     if tunnel != Tunnel::Ipip as u8 {
         return wrap_with_header::<P, F>(packet.context(), link.payload as u32, link.vlan as u32, server);
     }
-    let outer = Outer::of::<F>(header);
+    let outer = Outer::of::<P, F>(packet, header)?;
     let at = envelope(packet, link, server, server_flags, 0, &outer)?;
     write_ip(packet, at, server, server_flags, &outer)
 }
@@ -68,9 +68,7 @@ fn wrap_with_header<P: Packet, F: Family>(context: *mut c_void, link: u32, vlan:
     // SAFETY: an element of the server array.
     let (tunnel, server_flags) = unsafe { ((*server).tunnel, (*server).flags) };
     let inner = if server_flags & flags::CHECKSUM != 0 && !packet.is_segmented() { inner_sum::<P, F>(&packet, &header) } else { None };
-    let mut outer = Outer::of::<F>(&header);
-    // The time to live has been taken down by now.
-    outer.ttl = header.ttl;
+    let mut outer = Outer::of::<P, F>(&packet, &header)?;
     if tunnel == Tunnel::Gue as u8 {
         let source = source_port(&packet, &header);
         outer.protocol = protocol::UDP;
@@ -89,16 +87,17 @@ fn wrap_with_header<P: Packet, F: Family>(context: *mut c_void, link: u32, vlan:
 }
 
 impl Outer {
-    /// What the inner header says of the outer one.
+    /// What the inner header, whose time to live is down by one already, says of the outer one.
     #[inline(always)]
-    fn of<F: Family>(inner: &IpHeader<F::Address>) -> Self {
-        Self {
+    fn of<P: Packet, F: Family>(packet: &P, inner: &IpHeader<F::Address>) -> Result<Self, Reason> {
+        let carriage = F::carriage(packet, inner.offset).ok_or(Reason::Malformed)?;
+        Ok(Self {
             protocol: F::TUNNELLED,
-            traffic_class: outer_class(inner.traffic_class),
-            ttl: inner.ttl.wrapping_sub(1),
-            dont_fragment: inner.dont_fragment && F::HEADER == V4::HEADER,
+            traffic_class: outer_class(carriage.traffic_class),
+            ttl: carriage.ttl,
+            dont_fragment: carriage.dont_fragment && F::HEADER == V4::HEADER,
             length: inner.length,
-        }
+        })
     }
 }
 
@@ -192,7 +191,7 @@ fn write_gue<P: Packet, F: Family>(
     // SAFETY: an element of the server array.
     let destination = unsafe { (*server).tunnel_port };
     let gue = u32::from_ne_bytes([0, F::TUNNELLED, 0, 0]);
-    let mut udp = UdpHeader { source, destination, length: length.to_be(), checksum: 0 };
+    let mut udp = UdpHeader { ports: Ports::new(source, destination), length: length.to_be(), checksum: 0 };
     if let Some(inner) = inner {
         let mut sum = u64::from(inner)
             + u64::from(gue)

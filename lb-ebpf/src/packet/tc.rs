@@ -148,8 +148,7 @@ impl Packet for TcBuffer {
             self.write(12, room.ethertype.to_be())?;
         }
         // SAFETY: as above.
-        let (next_hop, source) = unsafe { ((*server).next_hop, (*server).source) };
-        self.write(0, [next_hop, source])?;
+        self.write(0, unsafe { (*server).link })?;
         Ok(link.payload)
     }
 

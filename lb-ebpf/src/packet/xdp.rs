@@ -108,7 +108,7 @@ impl Packet for XdpFrame {
     #[inline(always)]
     fn address(&mut self, link: &Link, server: *const Server, room: Room) -> Result<usize, Reason> {
         // SAFETY: `server` is an element of the server array, which lives as long as the program.
-        let (vlan, next_hop, source) = unsafe { ((*server).vlan, (*server).next_hop, (*server).source) };
+        let vlan = unsafe { (*server).vlan };
         let keeps_tags = vlan == KEEP_VLAN || (vlan == link.vlan && link.payload <= ethernet::HEADER + ethernet::TAG);
         let payload = if room.bytes == 0 && keeps_tags {
             link.payload
@@ -126,7 +126,8 @@ impl Packet for XdpFrame {
             }
             payload as usize & 0x1f
         };
-        self.write(0, [next_hop, source])?;
+        // SAFETY: as above.
+        self.write(0, unsafe { (*server).link })?;
         Ok(payload)
     }
 
