@@ -24,6 +24,7 @@ pub mod config;
 pub mod connection;
 pub mod family;
 pub mod filter;
+pub mod floor;
 pub mod hash;
 pub mod packet;
 pub mod reason;

@@ -259,16 +259,19 @@ fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8) -> Result<u32, R
 fn may_begin(protocol: u8, event: u8, sloppy: u32) -> bool {
     match protocol {
         protocol::TCP => event & tcp::flags::RST == 0 && (event & tcp::flags::SYN != 0 || sloppy & settings::SLOPPY_TCP != 0),
-        protocol::SCTP => {
-            event == sctp::chunk::INIT || (sloppy & settings::SLOPPY_SCTP != 0 && event != sctp::chunk::ABORT)
-        }
+        protocol::SCTP => event == sctp::chunk::INIT || (sloppy & settings::SLOPPY_SCTP != 0 && event != sctp::chunk::ABORT),
         _ => true,
     }
 }
 
 /// The key of a fragmented packet, read once more from its headers.
 #[inline(always)]
-fn fragment_key<P: Packet, F: Family>(context: *mut c_void, offset: u32, id: u32, protocol: u32) -> Option<FragmentKey<F::Address>> {
+fn fragment_key<P: Packet, F: Family>(
+    context: *mut c_void,
+    offset: u32,
+    id: u32,
+    protocol: u32,
+) -> Option<FragmentKey<F::Address>> {
     // SAFETY: the context is the kernel's own.
     let packet = unsafe { P::view(context) };
     // The parser's offset, in a form that the verifier can bound.
