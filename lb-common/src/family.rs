@@ -20,13 +20,11 @@ pub type Ipv4 = u32;
 pub type Ipv6 = [u32; 4];
 
 /// An IPv4 address, as the datapath has it.
-#[must_use]
 pub const fn ipv4(address: Ipv4Addr) -> Ipv4 {
     Ipv4::from_ne_bytes(address.octets())
 }
 
 /// An IPv6 address, as the datapath has it.
-#[must_use]
 pub const fn ipv6(address: Ipv6Addr) -> Ipv6 {
     let bits = address.to_bits();
     [((bits >> 96) as u32).to_be(), ((bits >> 64) as u32).to_be(), ((bits >> 32) as u32).to_be(), (bits as u32).to_be()]

@@ -61,7 +61,6 @@ pub enum Verdict {
 
 impl Model {
     /// What becomes of a frame.
-    #[must_use]
     pub fn verdict(&self, frame: &[u8]) -> Verdict {
         let outcome = ethernet::parse(frame).and_then(|link| match link.ethertype {
             ethernet::IPV4 => self.route::<V4>(frame, &link),
@@ -150,3 +149,6 @@ fn icmp<N: Network>(frame: &[u8], payload: &Payload) -> Reason {
         _ => Reason::Malformed,
     }
 }
+
+#[cfg(test)]
+mod tests;
