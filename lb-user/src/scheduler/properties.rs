@@ -146,7 +146,9 @@ proptest! {
                     None
                 }
                 Event::OverloadAll(overloaded) => {
-                    servers.iter_mut().for_each(|server| server.overloaded = overloaded);
+                    for server in &mut servers {
+                        server.overloaded = overloaded;
+                    }
                     None
                 }
                 _ if servers.is_empty() => None,
