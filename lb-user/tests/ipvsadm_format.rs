@@ -189,8 +189,7 @@ impl<'a> Words<'a> {
         };
         // The original takes these from 32-bit attributes.
         let number = |key| self.number(key) as u32;
-        let config =
-            ServerConfig { method, weight: number("weight"), upper_threshold: number("u"), lower_threshold: number("l") };
+        let config = ServerConfig { method, weight: number("weight"), upper_threshold: number("u"), lower_threshold: number("l") };
         ServerView {
             id: ServerId { address: self.address(), port: self.number("port") as u16 },
             config,
@@ -280,8 +279,7 @@ fn every_table_prints_as_the_original_does() {
         let name = case.file_stem().and_then(|name| name.to_str()).expect("a name");
         let read = |extension| std::fs::read_to_string(case.with_extension(extension)).expect("a file of the case");
         let exception = EXCEPTIONS.iter().find(|exception| exception.case == name);
-        let is_compared =
-            |line: &&str| exception.is_none_or(|exception| !exception.lines.iter().any(|part| line.contains(part)));
+        let is_compared = |line: &&str| exception.is_none_or(|exception| !exception.lines.iter().any(|part| line.contains(part)));
         let golden = read("out");
         let wanted: Vec<&str> = golden.lines().filter(is_compared).collect();
         if let Some(exception) = exception {

@@ -37,7 +37,7 @@ pub(super) fn run(program: &str, words: &[String], table: &mut dyn Table, stream
         complain(error, "Are you sure that IP Virtual Server is built in the kernel or as module?");
         return STATUS_USAGE;
     }
-    let mut session = Session { program, table, output, error, names: Names::default() };
+    let mut session = Session { program, table, output, error, names: Names::of_system() };
     match parse::parse(words, false, &session.names) {
         Ok(Action::Restore) => restore::run(&mut session, input),
         Ok(action) => session.execute(action),
@@ -71,7 +71,8 @@ impl Session<'_> {
             },
             Action::Restore => unreachable!("a line of ipvsadm -R is never another -R, and `run` has seen to the first"),
             Action::SyncDaemon => {
-                complain(self.error, 
+                complain(
+                    self.error,
                     "Synchronisation daemons are not supported: bpfvs will hand connections over between directors by itself, \
                      but not in this version. Leave --start-daemon and --stop-daemon out",
                 );

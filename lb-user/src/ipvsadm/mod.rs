@@ -24,6 +24,8 @@ mod reader;
 mod restore;
 mod save;
 mod sort;
+#[cfg(test)]
+mod tests;
 mod values;
 
 use std::{

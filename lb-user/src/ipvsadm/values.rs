@@ -201,7 +201,7 @@ mod tests {
 
     #[test]
     fn brackets_around_ipv4_swallow_the_port() {
-        let names = Names::default();
+        let names = Names::of_test("");
         let address = IpAddr::from([192, 0, 2, 7]);
         assert_eq!(endpoint("[192.0.2.7]:80", Some("tcp"), &names), Some((address, None)));
         assert_eq!(endpoint("192.0.2.7:80", Some("tcp"), &names), Some((address, Some(80))));

@@ -53,8 +53,7 @@ fn main() -> ExitCode {
 
 fn program_under_test(program: &str, arguments: &[OsString]) -> ExitCode {
     let mut table = FileTable::new(env::var_os(TABLE).expect("the test names the table").into());
-    let streams =
-        Streams { input: &mut std::io::stdin().lock(), output: &mut std::io::stdout(), error: &mut std::io::stderr() };
+    let streams = Streams { input: &mut std::io::stdin().lock(), output: &mut std::io::stdout(), error: &mut std::io::stderr() };
     ExitCode::from(ipvsadm::run(program, arguments, &mut table, streams) as u8)
 }
 

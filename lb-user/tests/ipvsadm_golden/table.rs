@@ -12,8 +12,7 @@ use bpfvs::{
 use serde::{Deserialize, Serialize};
 
 /// The schedulers of kernel 6.12.
-const SCHEDULERS: [&str; 14] =
-    ["rr", "wrr", "lc", "wlc", "lblc", "lblcr", "dh", "sh", "sed", "nq", "fo", "ovf", "mh", "twos"];
+const SCHEDULERS: [&str; 14] = ["rr", "wrr", "lc", "wlc", "lblc", "lblcr", "dh", "sh", "sed", "nq", "fo", "ovf", "mh", "twos"];
 
 /// What the file holds.
 #[derive(Default, Deserialize, Serialize)]
@@ -99,11 +98,8 @@ impl FileTable {
             }
             Command::SetTimeouts(wanted) => {
                 let timeouts = &mut self.content.timeouts;
-                let pairs = [
-                    (&mut timeouts.tcp, wanted.tcp),
-                    (&mut timeouts.tcp_fin, wanted.tcp_fin),
-                    (&mut timeouts.udp, wanted.udp),
-                ];
+                let pairs =
+                    [(&mut timeouts.tcp, wanted.tcp), (&mut timeouts.tcp_fin, wanted.tcp_fin), (&mut timeouts.udp, wanted.udp)];
                 for (timeout, wanted) in pairs.into_iter().filter(|(_, wanted)| *wanted != 0) {
                     *timeout = wanted;
                 }
