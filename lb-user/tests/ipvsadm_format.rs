@@ -84,7 +84,7 @@ impl Table for Fixed {
         Ok(())
     }
 
-    fn commands(&mut self, commands: Vec<Command>) -> Result<Vec<Outcome>, Unreachable> {
+    fn commands(&mut self, commands: &[Command]) -> Result<Vec<Outcome>, Unreachable> {
         panic!("a case of printing changes nothing: {commands:?}")
     }
 
@@ -203,7 +203,7 @@ impl<'a> Words<'a> {
     }
 }
 
-/// A line of /proc/net/ip_vs_conn.
+/// A line of `/proc/net/ip_vs_conn`.
 fn connection(line: &str) -> ConnectionView {
     let words: Vec<&str> = line.split_whitespace().collect();
     let hexadecimal = |word: &str| u32::from_str_radix(word, 16).expect("a hexadecimal number");
@@ -251,16 +251,16 @@ fn table(text: &str, left_out: Option<&str>) -> Fixed {
 
 /// Runs the lines of a case and writes the transcript.
 fn transcript(commands: &str, table: &mut Fixed) -> String {
-    let mut transcript = String::new();
+    let mut transcript = Vec::new();
     for line in commands.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
         let words: Vec<OsString> = line.split_whitespace().map(OsString::from).collect();
         let (mut output, mut error) = (Vec::new(), Vec::new());
         let streams = Streams { input: &mut std::io::empty(), output: &mut output, error: &mut error };
         let status = ipvsadm::run("ipvsadm", &words[1..], table, streams);
-        let errors: String = String::from_utf8_lossy(&error).lines().map(|line| format!("stderr: {line}\n")).collect();
-        transcript += &format!("$ {line}\n{}{errors}[exit {status}]\n", String::from_utf8_lossy(&output));
+        let errors = String::from_utf8_lossy(&error).lines().map(|line| format!("stderr: {line}\n")).collect::<Vec<_>>().concat();
+        transcript.push(format!("$ {line}\n{}{errors}[exit {status}]\n", String::from_utf8_lossy(&output)));
     }
-    transcript
+    transcript.concat()
 }
 
 #[test]
@@ -274,7 +274,7 @@ fn every_table_prints_as_the_original_does() {
     cases.sort();
     assert_eq!(cases.len(), 15);
 
-    let mut failures = String::new();
+    let mut failures = Vec::new();
     for case in &cases {
         let name = case.file_stem().and_then(|name| name.to_str()).expect("a name");
         let read = |extension| std::fs::read_to_string(case.with_extension(extension)).expect("a file of the case");
@@ -290,11 +290,11 @@ fn every_table_prints_as_the_original_does() {
         let actual: Vec<&str> = actual.lines().filter(is_compared).collect();
         let differences = wanted.iter().zip(&actual).filter(|(wanted, actual)| wanted != actual);
         for (wanted, actual) in differences.take(5) {
-            failures += &format!("{name}:\n  wanted {wanted:?}\n  got    {actual:?}\n");
+            failures.push(format!("{name}:\n  wanted {wanted:?}\n  got    {actual:?}\n"));
         }
         if wanted.len() != actual.len() {
-            failures += &format!("{name}: wanted {} lines, got {}\n", wanted.len(), actual.len());
+            failures.push(format!("{name}: wanted {} lines, got {}\n", wanted.len(), actual.len()));
         }
     }
-    assert!(failures.is_empty(), "{failures}");
+    assert!(failures.is_empty(), "{}", failures.concat());
 }

@@ -57,7 +57,7 @@ impl Names {
     /// The name of the host with this address.
     pub(super) fn host_name(&self, address: IpAddr) -> Option<String> {
         let look_up = || {
-            let socket = SocketAddr::new(address, 0).into();
+            let socket = SocketAddr::new(address, 0);
             dns_lookup::getnameinfo(&socket, NAME_REQUIRED).ok().map(|(host, _)| host)
         };
         self.hosts.borrow_mut().entry(address).or_insert_with(look_up).clone()

@@ -25,7 +25,7 @@ impl Table for Noted<'_> {
         self.absent.clone().map_or(Ok(()), Err)
     }
 
-    fn commands(&mut self, commands: Vec<Command>) -> Result<Vec<Outcome>, Unreachable> {
+    fn commands(&mut self, commands: &[Command]) -> Result<Vec<Outcome>, Unreachable> {
         if let Some(notes) = self.notes {
             notes.borrow_mut().push(format!("{} commands", commands.len()));
         }
@@ -77,7 +77,7 @@ impl Write for Closed {
 }
 
 /// Runs a program; gives back its status and both outputs.
-fn answer(program: &str, words: &[&str], table: &mut Noted<'_>, input: &mut dyn Read) -> (i32, String, String) {
+fn answer(program: &str, words: &[&str], table: &mut Noted<'_>, input: &mut dyn Read) -> (u8, String, String) {
     let arguments: Vec<OsString> = words.iter().map(OsString::from).collect();
     let (mut output, mut error) = (Vec::new(), Vec::new());
     let status = run(program, &arguments, table, Streams { input, output: &mut output, error: &mut error });

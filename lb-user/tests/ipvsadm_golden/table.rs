@@ -137,9 +137,10 @@ impl Table for FileTable {
         Ok(())
     }
 
-    fn commands(&mut self, commands: Vec<Command>) -> Result<Vec<Outcome>, Unreachable> {
+    fn commands(&mut self, commands: &[Command]) -> Result<Vec<Outcome>, Unreachable> {
         let refused = |kind| Outcome::Refused(Refusal { kind, message: format!("{kind:?}") });
-        let outcomes = commands.into_iter().map(|command| self.command(command).map_or_else(refused, |()| Outcome::Ok)).collect();
+        let outcomes =
+            commands.iter().map(|command| self.command(command.clone()).map_or_else(refused, |()| Outcome::Ok)).collect();
         self.store();
         Ok(outcomes)
     }
