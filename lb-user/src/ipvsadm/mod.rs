@@ -6,8 +6,8 @@
 //! ipvsadm -Ln --stats
 //! ```
 //!
-//! A run goes one way: [`reader`] takes words apart, [`parse`] decides what they ask for, [`execute`] asks the director
-//! for it, [`listing`] and [`save`] write the answer down. What the options are stands in one table, [`options`]. The
+//! A run goes one way: `reader` takes words apart, `parse` decides what they ask for, `execute` asks the director
+//! for it, `listing` and `save` write the answer down. What the options are stands in one table, `options`. The
 //! director is known only as a [`Table`], so that all of this can be tested without one.
 //!
 //! Nothing here decides what the director can do: marks, persistence and all schedulers are understood, and the
