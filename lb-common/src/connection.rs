@@ -47,6 +47,8 @@ pub mod flags {
     /// Not a packet of the other direction was seen: the state machine goes by the client's packets alone.
     #[doc(alias = "IP_VS_CONN_F_NOOUTPUT")]
     pub const NO_OUTPUT: u8 = 2;
+    /// A packet that neither begins nor ends anything changes nothing: the state machine need not be asked.
+    pub const SETTLED: u8 = 4;
 }
 
 /// Which packet a fragment belongs to: the key of the table that leads later fragments after the first.

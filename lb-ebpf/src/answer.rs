@@ -12,8 +12,8 @@ use lb_common::{
     checksum,
     family::Ipv4,
     packet::{
-        Fragment, IpHeader, Ipv4Header, Network, Payload, V4, V6,
-        ethernet::{self, EthernetHeader, Link},
+        Ipv4Header, Network, V4, V6,
+        ethernet::{self, EthernetHeader},
         icmp::{Error, IcmpHeader},
         protocol,
     },
@@ -31,38 +31,22 @@ const TTL: u8 = 64;
 /// Type of service of ICMP errors over IPv4, as Linux sends them: internetwork control.
 const TOS: u8 = 0xc0;
 
-/// Turns the packet into an ICMP error that tells its sender why it was not forwarded, and counts the reason.
-#[inline(always)]
-pub fn answer<P: Packet, F: Answer>(
-    packet: &P,
-    link: &Link,
-    header: &IpHeader<F::Address>,
-    payload: &Payload,
-    why: Reason,
-    mtu: u16,
-) -> Result<i32, Reason> {
-    // Never an error about an error, nor about a later fragment (RFC 1122, 3.2.2).
-    if payload.protocol == F::ICMP || payload.fragment == Fragment::Later {
-        return Err(why);
-    }
-    Ok(reply::<P, F>(packet.context(), link.payload as u32, header.length as u32, why as u32, mtu))
-}
-
+/// Turns the packet, of which `length` bytes are the IP packet, into an ICMP error for its sender, and counts why.
 #[inline(never)]
-fn reply<P: Packet, F: Answer>(context: *mut c_void, link: u32, length: u32, why: u32, mtu: u16) -> i32 {
-    let outcome = match why {
+pub fn answer<P: Packet, F: Answer>(context: *mut c_void, link: u32, length: u32, why: u32, mtu: u16) -> i32 {
+    // SAFETY: the context is the kernel's own.
+    let mut packet = unsafe { P::new(context) };
+    // The parser's offset, in a form that the verifier can bound.
+    let (link, length) = (link as usize & 0x1f, length as usize & 0xffff);
+    let known = match why {
         NO_ROUTE => Ok((Error::HostUnreachable, Reason::NoRoute)),
         NO_SERVER => Ok((Error::PortUnreachable, Reason::NoServer)),
         TOO_BIG => Ok((Error::TooBig(mtu), Reason::TooBig)),
         TTL_EXPIRED => Ok((Error::TimeExceeded, Reason::TtlExpired)),
         _ => Err(Reason::Failed),
     };
-    // SAFETY: the context is the kernel's own.
-    let mut packet = unsafe { P::new(context) };
-    // The parser's offset, in a form that the verifier can bound.
-    let link = link as usize & 0x1f;
-    let sent = outcome.and_then(|(error, why)| {
-        write::<P, F>(&mut packet, link, length as usize, error)?;
+    let sent = known.and_then(|(error, why)| {
+        write::<P, F>(&mut packet, link, length, error)?;
         account::reason(why);
         Ok(packet.bounce())
     });
@@ -182,7 +166,7 @@ impl Answer for V4 {
         let mut icmp = error.v4();
         icmp.checksum = checksum::finish(quoted + sum_icmp(&icmp));
         let behind = at + Self::HEADER + size_of::<IcmpHeader>();
-        let [source, destination]: [Ipv4; 2] = packet.read(behind + ADDRESSES_V4).ok_or(Reason::Failed)?;
+        let [source, destination]: [Ipv4; 2] = packet.read(behind + Self::ADDRESSES).ok_or(Reason::Failed)?;
         let length = ((Self::HEADER + size_of::<IcmpHeader>() + keep) as u16).to_be();
         // SAFETY: a helper without arguments.
         let id = unsafe { bpf_get_prandom_u32() } as u16;
@@ -219,11 +203,11 @@ impl Answer for V6 {
         let length = ((size_of::<IcmpHeader>() + keep) as u16).to_be();
         let mut sum = quoted + sum_icmp(&icmp) + u64::from(length) + u64::from(u16::from(protocol::ICMPV6).to_be());
         for word in 0..4 {
-            let from = packet.read::<u32>(behind + ADDRESSES_V6 + 4 * word).ok_or(Reason::Failed)?;
-            let to = packet.read::<u32>(behind + ADDRESSES_V6 + 16 + 4 * word).ok_or(Reason::Failed)?;
+            let from = packet.read::<u32>(behind + Self::ADDRESSES + 4 * word).ok_or(Reason::Failed)?;
+            let to = packet.read::<u32>(behind + Self::ADDRESSES + 16 + 4 * word).ok_or(Reason::Failed)?;
             sum += u64::from(from) + u64::from(to);
-            packet.write(at + ADDRESSES_V6 + 4 * word, to)?;
-            packet.write(at + ADDRESSES_V6 + 16 + 4 * word, from)?;
+            packet.write(at + Self::ADDRESSES + 4 * word, to)?;
+            packet.write(at + Self::ADDRESSES + 16 + 4 * word, from)?;
         }
         icmp.checksum = checksum::finish(sum);
         packet.write(at, (6_u32 << 28).to_be())?;
@@ -232,7 +216,3 @@ impl Answer for V6 {
         packet.write(at + Self::HEADER, icmp)
     }
 }
-
-/// Where the addresses stand in an IPv4 and an IPv6 header.
-const ADDRESSES_V4: usize = 12;
-const ADDRESSES_V6: usize = 8;

@@ -4,15 +4,20 @@
 //! parse -> classify -> track -> pick -> forward -> account
 //! ```
 //!
-//! [`pipeline`] below is that way, written once and compiled for two hooks (XDP, tc) and two families (IPv4, IPv6). Each
-//! step is a module of its name. A step that cannot go on returns a [`Reason`], which is counted; what becomes of the
-//! packet then follows from the reason alone.
+//! That way is written once and compiled for two hooks (XDP, tc) and two families (IPv4, IPv6). Each step is a module of
+//! its name. A step that cannot go on returns a [`Reason`], which is counted; what becomes of the packet then follows
+//! from the reason alone.
 //!
-//! The common packet belongs to a known connection. For it the way is: one bit of the filter, one hash look-up (the
-//! connection), one array read (the real server), the rewrite, one per-CPU counter. All else is marked cold and stands
-//! in functions of its own, so that it costs the common packet neither registers nor cache.
+//! The common packet is [`plain`] and belongs to a known connection. For it the way is: one bit of the filter, one hash
+//! look-up (the connection), one array read (the real server), the rewrite, one per-CPU counter. All else ([`odd`] packets,
+//! new connections, answers) stands in functions of its own, so that it costs the common packet neither registers nor cache.
 #![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]
 #![allow(missing_docs, reason = "the macros of aya-ebpf add functions of their own to each program")]
+#![allow(
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss,
+    reason = "verdicts and lengths change sign at the border to the helpers"
+)]
 
 mod account;
 mod answer;
@@ -20,24 +25,27 @@ mod atomic;
 mod classify;
 mod forward;
 mod maps;
+mod outcome;
 mod pick;
 mod sweep;
 mod track;
 
-use answer::{Answer, answer};
 use aya_ebpf::{
     EbpfContext,
+    cty::c_void,
     macros::{classifier, xdp},
     programs::{TcContext, XdpContext},
 };
 use lb_common::{
     packet::{
-        V4, V6,
+        IpHeader, Payload, V4, V6,
         ethernet::{self, Link},
     },
-    reason::{Fate, Reason},
+    reason::Reason,
 };
 use lb_ebpf::packet::{Packet, TcBuffer, XdpFrame};
+use maps::Family;
+use outcome::Outcome;
 
 /// The fast way in, at the driver.
 #[xdp]
@@ -55,32 +63,85 @@ pub fn tc_director(context: TcContext) -> i32 {
 
 #[inline(always)]
 fn direct<P: Packet>(packet: &mut P) -> i32 {
-    let outcome = ethernet::parse(packet).and_then(|link| match link.ethertype {
-        ethernet::IPV4 => pipeline::<P, V4>(packet, &link),
-        ethernet::IPV6 => pipeline::<P, V6>(packet, &link),
-        _ => Err(Reason::NotIp),
-    });
-    outcome.unwrap_or_else(|reason| account::leave::<P>(reason))
+    let outcome = match ethernet::parse_plain(packet) {
+        Ok(ethernet::IPV4) => plain::<P, V4>(packet),
+        Ok(ethernet::IPV6) => plain::<P, V6>(packet),
+        Ok(ethernet::VLAN | ethernet::SERVICE_VLAN) => tagged(packet),
+        Ok(_) => Err(Reason::NotIp),
+        Err(why) => Err(why),
+    };
+    outcome.unwrap_or_else(Outcome::left::<P>).settle(packet)
 }
 
-/// The way of a packet. The result is a verdict of the hook.
+/// The way of a plain packet: no VLAN tag, no IP options or extension headers, no fragment, TCP or UDP. Everything is
+/// where it always is, which makes this way short.
 #[inline(always)]
-fn pipeline<P: Packet, F: Answer>(packet: &mut P, link: &Link) -> Result<i32, Reason> {
+fn plain<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
+    let link = Link::plain(F::ETHERTYPE);
     let header = F::parse(packet, link.payload)?;
     classify::may_be_ours(&header.destination)?;
-    let payload = F::locate(packet, &header)?;
-    let mut mtu = 0;
-    let outcome = track::track::<P, F>(packet, &header, &payload).and_then(|tracked| {
-        let server = forward::reachable::<P>(tracked.server)?;
-        mtu = server.mtu();
-        track::advance(&tracked);
-        account::packet(tracked.server, header.length);
-        forward::forward::<P, F>(packet, link, &header, &server)
-    });
-    match outcome {
-        Err(why) if why.fate() == Fate::Answered => answer::<P, F>(packet, link, &header, &payload, why, mtu),
-        outcome => outcome,
+    let Some(payload) = F::plain(packet, &header) else { return Ok(Outcome::odd::<F>()) };
+    let server = track::connection::<P, F>(packet, &header, &payload);
+    Ok(deliver::<P, F>(packet, &link, &header, &payload, server))
+}
+
+/// A frame with VLAN tags is odd, if there is an IP packet behind them.
+#[inline(always)]
+fn tagged<P: Packet>(packet: &P) -> Result<Outcome, Reason> {
+    match ethernet::parse(packet)?.ethertype {
+        ethernet::IPV4 => Ok(Outcome::odd::<V4>()),
+        ethernet::IPV6 => Ok(Outcome::odd::<V6>()),
+        _ => Err(Reason::NotIp),
     }
+}
+
+/// The way of an odd packet: one of any shape.
+#[inline(never)]
+fn odd<P: Packet, F: Family>(context: *mut c_void) -> Outcome {
+    // SAFETY: the context is the kernel's own.
+    let packet = &mut unsafe { P::view(context) };
+    any::<P, F>(packet).unwrap_or_else(Outcome::left::<P>)
+}
+
+#[inline(always)]
+fn any<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
+    let link = ethernet::parse(packet)?;
+    let header = F::parse(packet, link.payload)?;
+    classify::may_be_ours(&header.destination)?;
+    let payload = F::transport(packet, &header)?;
+    let server = track::anything::<P, F>(packet, &header, &payload);
+    Ok(deliver::<P, F>(packet, &link, &header, &payload, server))
+}
+
+/// The second half of either way: the packet's real server is known, or why there is none.
+#[inline(always)]
+fn deliver<P: Packet, F: Family>(
+    packet: &mut P,
+    link: &Link,
+    header: &IpHeader<F::Address>,
+    payload: &Payload,
+    server: Result<u32, Reason>,
+) -> Outcome {
+    let mut mtu = 0;
+    match to_server::<P, F>(packet, link, header, server, &mut mtu) {
+        Ok(outcome) => outcome,
+        Err(why) => Outcome::refused::<P, F>(why, mtu, link, header.length, payload),
+    }
+}
+
+#[inline(always)]
+fn to_server<P: Packet, F: Family>(
+    packet: &mut P,
+    link: &Link,
+    header: &IpHeader<F::Address>,
+    server: Result<u32, Reason>,
+    mtu: &mut u16,
+) -> Result<Outcome, Reason> {
+    let index = server?;
+    let server = forward::reachable::<P>(index)?;
+    *mtu = server.mtu();
+    account::packet(index, header.length);
+    forward::forward::<P, F>(packet, link, header, &server)
 }
 
 #[cfg(target_arch = "bpf")]

@@ -5,7 +5,6 @@
 use aya_ebpf::{
     Global,
     bindings::BPF_F_NO_PREALLOC,
-    cty::c_void,
     macros::map,
     maps::{Array, HashMap, LruHashMap, PerCpuArray},
 };
@@ -14,7 +13,7 @@ use lb_common::{
     connection::{Connection, ConnectionKey, FragmentKey},
     family::{Ipv4, Ipv6},
     filter,
-    packet::{Fragment, IpHeader, Ipv4Header, Ipv6Header, Network, Payload, V4, V6, protocol},
+    packet::{Ipv4Header, Ipv6Header, Network, V4, V6},
     reason::Reason,
     schedule::Pair,
     server::{NextHop, Server},
@@ -112,26 +111,11 @@ pub trait Family: Network {
     fn services() -> &'static HashMap<ServiceKey<Self::Address>, Service>;
     fn connections() -> &'static HashMap<ConnectionKey<Self::Address>, Connection>;
     fn fragments() -> &'static LruHashMap<FragmentKey<Self::Address>, u32>;
-    /// Finds the transport header; what is rare is looked for in a function of its own.
-    fn locate<P: Packet>(packet: &P, header: &IpHeader<Self::Address>) -> Result<Payload, Reason>;
-    /// Protocol and offset of the transport header if nothing stands in between and the packet is whole.
-    fn plain_payload<P: Packet>(packet: &P, offset: usize) -> Option<(u8, usize)>;
     /// Takes one off the time to live of the packet whose header begins at `offset`, if there is more than one left.
     fn age<P: Packet>(packet: &mut P, offset: usize) -> Result<(), Reason>;
 }
 
 impl Family for V4 {
-    #[inline(always)]
-    fn locate<P: Packet>(packet: &P, header: &IpHeader<Ipv4>) -> Result<Payload, Reason> {
-        Self::transport(packet, header)
-    }
-
-    #[inline(always)]
-    fn plain_payload<P: Packet>(packet: &P, offset: usize) -> Option<(u8, usize)> {
-        let (_, _, payload) = Self::quoted(packet, offset)?;
-        (payload.fragment == Fragment::Whole).then_some((payload.protocol, payload.offset))
-    }
-
     #[inline(always)]
     fn services() -> &'static HashMap<ServiceKey<Ipv4>, Service> {
         &SERVICES_V4
@@ -167,28 +151,6 @@ impl Family for V4 {
 
 impl Family for V6 {
     #[inline(always)]
-    fn locate<P: Packet>(packet: &P, header: &IpHeader<Ipv6>) -> Result<Payload, Reason> {
-        if let Some((protocol, offset)) = Self::plain_payload(packet, header.offset) {
-            return Ok(Payload { offset, protocol, fragment_id: 0, fragment: Fragment::Whole });
-        }
-        // One word of 64 bits is what a function can return without memory.
-        let found = walk_extensions::<P>(packet.context(), header.offset as u32);
-        let fragment = match (found >> 24) as u8 {
-            0 => Fragment::Whole,
-            1 => Fragment::First,
-            2 => Fragment::Later,
-            _ => return Err(Reason::Malformed),
-        };
-        Ok(Payload { offset: found as usize & 0xfff, protocol: (found >> 16) as u8, fragment_id: (found >> 32) as u32, fragment })
-    }
-
-    #[inline(always)]
-    fn plain_payload<P: Packet>(packet: &P, offset: usize) -> Option<(u8, usize)> {
-        let header: Ipv6Header = packet.read(offset)?;
-        matches!(header.next_header, protocol::TCP | protocol::UDP).then_some((header.next_header, offset + Self::HEADER))
-    }
-
-    #[inline(always)]
     fn services() -> &'static HashMap<ServiceKey<Ipv6>, Service> {
         &SERVICES_V6
     }
@@ -215,24 +177,5 @@ impl Family for V6 {
             (*header).hop_limit = hop_limit - 1;
         }
         Ok(())
-    }
-}
-
-/// Looks behind IPv6's extension headers: offset (16 bits), protocol (8), kind of fragment (8; 3 for none), identification.
-#[inline(never)]
-fn walk_extensions<P: Packet>(context: *mut c_void, offset: u32) -> u64 {
-    // SAFETY: the context is the kernel's own.
-    let packet = unsafe { P::view(context) };
-    // The parser's offset, in a form that the verifier can bound.
-    match V6::quoted(&packet, offset as usize & 0x1f) {
-        Some((_, _, payload)) => {
-            let fragment = match payload.fragment {
-                Fragment::Whole => 0,
-                Fragment::First => 1,
-                Fragment::Later => 2,
-            };
-            payload.offset as u64 | u64::from(payload.protocol) << 16 | fragment << 24 | u64::from(payload.fragment_id) << 32
-        }
-        None => 3 << 24,
     }
 }

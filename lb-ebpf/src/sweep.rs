@@ -11,9 +11,8 @@ use aya_ebpf::{
 };
 use lb_common::{
     config::SweepReport,
-    connection::{Connection, ConnectionKey, flags},
+    connection::{Connection, ConnectionKey},
     packet::{V4, V6},
-    server::Counters,
 };
 
 use crate::{
@@ -62,9 +61,8 @@ unsafe extern "C" fn visit<F: Family>(
             }
             return 0;
         }
-        let share = if known.flags & flags::ACTIVE == 0 { Counters::TOTAL } else { Counters::TOTAL + Counters::ACTIVE };
         if let Some(counter) = SWEPT.get_ptr_mut(known.server) {
-            atomic::add(counter, share);
+            atomic::add(counter, track::share(&known));
         }
     }
     0

@@ -1,8 +1,8 @@
 //! Which connection does the packet belong to, and what does it do to it?
 //!
 //! The common packet finds its connection by one look-up. The rest is cold: a packet that begins a connection
-//! ([`begin`]), a connection that was left alone for a second or meets a new SYN ([`revisit`]), parts of fragmented packets,
-//! ICMP errors. IPVS's rules: `ipvs-semantics.md`, sections 2.2 to 2.10.
+//! ([`begin`]), a connection that was left alone for a second or that a packet changes ([`attend`]), parts of fragmented
+//! packets, ICMP errors. IPVS's rules: `ipvs-semantics.md`, sections 2.2 to 2.10.
 
 use aya_ebpf::{cty::c_void, helpers::generated::bpf_jiffies64};
 use lb_common::{
@@ -16,7 +16,7 @@ use lb_common::{
     },
     reason::Reason,
     sctp,
-    server::Counters,
+    server::{Counters, Status},
     service::ServiceKey,
     tcp::{self, Direction},
 };
@@ -24,31 +24,13 @@ use lb_ebpf::packet::Packet;
 
 use crate::{
     account, atomic,
-    maps::{CONFIG, COUNTERS, Family, HZ},
+    maps::{CONFIG, COUNTERS, Family, HZ, SERVERS},
     pick,
 };
 
 /// Source port of active FTP's data connections, which IPVS never schedules.
 const FTP_DATA: u16 = 20;
 const EEXIST: i32 = -17;
-
-/// What is known of a packet's connection.
-pub struct Tracked {
-    /// Index of the real server.
-    pub server: u32,
-    /// The connection whose state the packet moves on, if it does.
-    connection: Option<*mut Connection>,
-    protocol: u8,
-    event: u8,
-    quiet: bool,
-}
-
-impl Tracked {
-    #[inline(always)]
-    const fn stateless(server: u32) -> Self {
-        Self { server, connection: None, protocol: 0, event: 0, quiet: true }
-    }
-}
 
 /// Kernel clock ticks, the low 32 bits: comparisons are by wrapping difference.
 #[inline(always)]
@@ -57,82 +39,22 @@ fn jiffies() -> u32 {
     unsafe { bpf_jiffies64() as u32 }
 }
 
-/// Finds or makes the packet's connection.
+/// Finds or makes the packet's connection, and moves its state on. Returns the index of its real server.
 #[inline(always)]
-pub fn track<P: Packet, F: Family>(packet: &P, header: &IpHeader<F::Address>, payload: &Payload) -> Result<Tracked, Reason> {
-    if payload.fragment == Fragment::Later {
-        let protocol = u32::from(payload.protocol);
-        let server = later_fragment::<P, F>(packet.context(), header.offset as u32, payload.fragment_id, protocol);
-        return u32::try_from(server).map(Tracked::stateless).map_err(|_| Reason::FragmentUnknown);
-    }
-    if payload.protocol == F::ICMP {
-        return icmp_error::<P, F>(packet.context(), payload.offset as u32).map(Tracked::stateless);
-    }
+pub fn connection<P: Packet, F: Family>(packet: &P, header: &IpHeader<F::Address>, payload: &Payload) -> Result<u32, Reason> {
     let segment = transport::parse(packet, payload, header.offset + header.length)?;
-    let quiet = segment.is_quiet(payload.protocol);
-    let key = ConnectionKey {
-        client: header.source,
-        vip: header.destination,
-        ports: segment.ports,
-        protocol: u32::from(payload.protocol),
-    };
-    let mut connection = F::connections().get_ptr_mut(&key);
-    if let Some(known) = connection {
-        let now = jiffies();
+    let protocol = u32::from(payload.protocol);
+    let key = ConnectionKey { client: header.source, vip: header.destination, ports: segment.ports, protocol };
+    if let Some(known) = F::connections().get_ptr_mut(&key) {
         // SAFETY: an element of the map; it may become another connection's under our hands, but it stays memory.
-        let idle = now.wrapping_sub(unsafe { (*known).last_seen });
-        if idle >= HZ.load() || !quiet {
-            if revisit::<F>(&key, known, idle, segment.event) {
-                // SAFETY: as above.
-                unsafe { (*known).last_seen = now };
-            } else {
-                connection = None;
-            }
+        let (server, last_seen, settled) = unsafe { ((*known).server, (*known).last_seen, (*known).flags & flags::SETTLED != 0) };
+        let idle = jiffies().wrapping_sub(last_seen);
+        let undisturbed = idle < HZ.load() && settled && segment.is_quiet(payload.protocol);
+        if undisturbed || attend::<F>(&key, known, idle, segment.event) {
+            return Ok(server);
         }
     }
-    let server = match connection {
-        // SAFETY: as above.
-        Some(known) => unsafe { (*known).server },
-        None => begin::<F>(&key, segment.event)?,
-    };
-    if payload.fragment == Fragment::First {
-        first_fragment::<P, F>(packet.context(), header.offset as u32, payload.fragment_id, u32::from(payload.protocol), server);
-    }
-    Ok(Tracked { server, connection, protocol: payload.protocol, event: segment.event, quiet })
-}
-
-/// Moves the connection's state on. An established connection that hears nothing new stays as it is.
-#[inline(always)]
-pub fn advance(tracked: &Tracked) {
-    const ESTABLISHED: u8 = tcp::State::Established as u8;
-    let Some(connection) = tracked.connection else { return };
-    // SAFETY: an element of the map, as in `track`.
-    let settled = tracked.quiet && (tracked.protocol == protocol::UDP || unsafe { (*connection).state } == ESTABLISHED);
-    if !settled {
-        move_on(connection, tracked.protocol, tracked.event, tracked.server);
-    }
-}
-
-/// Writes a new state, if there is one, and moves the connection between the active and the inactive ones.
-#[inline(never)]
-fn move_on(connection: *mut Connection, protocol: u8, event: u8, server: u32) {
-    // SAFETY: an element of the map, as in `track`; of the counter array, if there.
-    unsafe {
-        let next = next_state(protocol, (*connection).state, event);
-        if next == (*connection).state {
-            return;
-        }
-        let active = is_active(protocol, next);
-        let was_active = (*connection).flags & flags::ACTIVE != 0;
-        (*connection).state = next;
-        (*connection).last_seen = jiffies();
-        if active != was_active {
-            (*connection).flags ^= flags::ACTIVE;
-            if let Some(counter) = COUNTERS.get_ptr_mut(server) {
-                atomic::add(counter, if active { Counters::ACTIVE } else { Counters::ACTIVE.wrapping_neg() });
-            }
-        }
-    }
+    begin::<F>(&key, segment.event)
 }
 
 /// The state after an event. Real servers answer their clients directly: only the client's half is ever seen.
@@ -142,15 +64,6 @@ fn next_state(protocol: u8, state: u8, event: u8) -> u8 {
         protocol::TCP => tcp::next(false, Direction::InputOnly, state, event),
         protocol::SCTP => sctp::next(Direction::InputOnly, state, event),
         _ => state,
-    }
-}
-
-#[inline(always)]
-fn is_active(protocol: u8, state: u8) -> bool {
-    match protocol {
-        protocol::TCP => tcp::is_active(state),
-        protocol::SCTP => sctp::is_active(state),
-        _ => false,
     }
 }
 
@@ -164,20 +77,61 @@ fn starts(protocol: u8, event: u8) -> bool {
     }
 }
 
-/// Looks again at a connection that was idle for a second or more, or that meets the start of a new one. `false`: it is
-/// over and gone.
+/// Looks closely at a connection: it was idle for a second or more, is not settled yet, or its packet begins or ends
+/// something. `false`: it was over and is gone.
 #[inline(never)]
-fn revisit<F: Family>(key: &ConnectionKey<F::Address>, connection: *mut Connection, idle: u32, event: u8) -> bool {
+fn attend<F: Family>(key: &ConnectionKey<F::Address>, connection: *mut Connection, idle: u32, event: u8) -> bool {
     let Some(config) = CONFIG.get(0) else { return true };
-    // SAFETY: an element of the map, as in `track`.
+    // SAFETY: an element of the map, as in `connection`.
     let known = unsafe { *connection };
     let protocol = key.protocol as u8;
-    let over = idle >= lifetime(config, protocol, known.state)
-        || (starts(protocol, event) && is_reusable(config.connection_reuse, protocol, &known));
-    if over && F::connections().remove(key).is_ok() {
-        forget(&known);
+    if idle >= lifetime(config, protocol, known.state)
+        || (starts(protocol, event) && is_reusable(config.connection_reuse, protocol, &known))
+    {
+        if F::connections().remove(key).is_ok() {
+            forget(&known);
+        }
+        return false;
     }
-    !over
+    // A removed server's connections are left to die: neither their state nor their time moves on.
+    let removed = SERVERS.get(known.server).is_none_or(|server| server.status == Status::Removed as u8);
+    if !removed {
+        let next = next_state(protocol, known.state, event);
+        // SAFETY: as above.
+        unsafe {
+            (*connection).last_seen = jiffies();
+            if next != known.state {
+                (*connection).state = next;
+                (*connection).flags = flags_of(protocol, next);
+            }
+        }
+        recount(known.server, known.flags, flags_of(protocol, next));
+    }
+    true
+}
+
+/// The flags of a connection in a state.
+#[inline(always)]
+fn flags_of(protocol: u8, state: u8) -> u8 {
+    const ESTABLISHED: u8 = tcp::State::Established as u8;
+    let (active, settled) = match protocol {
+        protocol::TCP => (tcp::is_active(state), state == ESTABLISHED),
+        protocol::SCTP => (sctp::is_active(state), false),
+        _ => (false, true),
+    };
+    flags::NO_OUTPUT | if active { flags::ACTIVE } else { 0 } | if settled { flags::SETTLED } else { 0 }
+}
+
+/// Moves a connection between the active and the inactive ones of its real server.
+#[inline(always)]
+fn recount(server: u32, before: u8, after: u8) {
+    if (before ^ after) & flags::ACTIVE != 0
+        && let Some(counter) = COUNTERS.get_ptr_mut(server)
+    {
+        let change = if after & flags::ACTIVE != 0 { Counters::ACTIVE } else { Counters::ACTIVE.wrapping_neg() };
+        // SAFETY: an element of the counter array.
+        unsafe { atomic::add(counter, change) };
+    }
 }
 
 /// IPVS's `conn_reuse_mode`: whether the start of a new connection may take the place of this one.
@@ -206,16 +160,18 @@ pub fn lifetime(config: &Config, protocol: u8, state: u8) -> u32 {
     seconds.wrapping_mul(HZ.load())
 }
 
+/// What a connection adds to its real server's counters.
+#[inline(always)]
+pub const fn share(connection: &Connection) -> u64 {
+    if connection.flags & flags::ACTIVE != 0 { Counters::TOTAL + Counters::ACTIVE } else { Counters::TOTAL }
+}
+
 /// Takes a deleted connection out of its real server's counters.
 #[inline(always)]
 pub fn forget(connection: &Connection) {
-    let mut share = Counters::TOTAL;
-    if connection.flags & flags::ACTIVE != 0 {
-        share += Counters::ACTIVE;
-    }
     if let Some(counter) = COUNTERS.get_ptr_mut(connection.server) {
         // SAFETY: an element of the counter array.
-        unsafe { atomic::add(counter, share.wrapping_neg()) };
+        unsafe { atomic::add(counter, share(connection).wrapping_neg()) };
     }
 }
 
@@ -231,14 +187,8 @@ fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8) -> Result<u32, R
     }
     let server = pick::pick(service, &key.client, key.ports.source(), &key.vip).ok_or(Reason::NoServer)?;
     let state = next_state(protocol, 0, event);
-    let active = is_active(protocol, state);
-    let connection = Connection {
-        server,
-        last_seen: jiffies(),
-        state,
-        flags: flags::NO_OUTPUT | if active { flags::ACTIVE } else { 0 },
-        zero: [0; 6],
-    };
+    let flags = flags_of(protocol, state);
+    let connection = Connection { server, last_seen: jiffies(), state, flags, zero: [0; 6] };
     match F::connections().insert(key, &connection, 1 /* BPF_NOEXIST */) {
         Ok(()) => {}
         // Another CPU was faster: one connection, one server.
@@ -248,7 +198,7 @@ fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8) -> Result<u32, R
     }
     if let Some(counter) = COUNTERS.get_ptr_mut(server) {
         // SAFETY: an element of the counter array.
-        unsafe { atomic::add(counter, if active { Counters::TOTAL + Counters::ACTIVE } else { Counters::TOTAL }) };
+        unsafe { atomic::add(counter, share(&connection)) };
     }
     account::connection(server);
     Ok(server)
@@ -264,36 +214,49 @@ fn may_begin(protocol: u8, event: u8, sloppy: u32) -> bool {
     }
 }
 
-/// The key of a fragmented packet, read once more from its headers.
+/// The same for a packet of any kind: fragments and ICMP errors belong to connections, too.
 #[inline(always)]
-fn fragment_key<P: Packet, F: Family>(
-    context: *mut c_void,
-    offset: u32,
-    id: u32,
-    protocol: u32,
-) -> Option<FragmentKey<F::Address>> {
-    // SAFETY: the context is the kernel's own.
-    let packet = unsafe { P::view(context) };
-    // The parser's offset, in a form that the verifier can bound.
-    let header = F::parse(&packet, offset as usize & 0x1f).ok()?;
-    Some(FragmentKey { source: header.source, destination: header.destination, id, protocol })
+pub fn anything<P: Packet, F: Family>(packet: &P, header: &IpHeader<F::Address>, payload: &Payload) -> Result<u32, Reason> {
+    if payload.fragment == Fragment::Later {
+        return follow_first_fragment::<P, F>(packet.context(), header.offset as u32);
+    }
+    if payload.protocol == F::ICMP {
+        return icmp_error::<P, F>(packet.context(), payload.offset as u32);
+    }
+    let server = connection::<P, F>(packet, header, payload)?;
+    if payload.fragment == Fragment::First {
+        remember_first_fragment::<P, F>(packet.context(), header.offset as u32, server);
+    }
+    Ok(server)
 }
 
-/// Remembers where the parts that follow must go.
+/// Remembers where the parts that follow a first fragment must go.
 #[inline(never)]
-fn first_fragment<P: Packet, F: Family>(context: *mut c_void, offset: u32, id: u32, protocol: u32, server: u32) {
-    if let Some(key) = fragment_key::<P, F>(context, offset, id, protocol) {
+fn remember_first_fragment<P: Packet, F: Family>(context: *mut c_void, offset: u32, server: u32) {
+    if let Ok(key) = fragment_key::<P, F>(context, offset) {
         // If it fails, the later parts are dropped and counted, and the sender repeats.
         let _ = F::fragments().insert(&key, server, 0);
     }
 }
 
-/// Follows the first fragment: the server's index, or more than 32 bits if it is not known.
+/// The real server of a later fragment.
 #[inline(never)]
-fn later_fragment<P: Packet, F: Family>(context: *mut c_void, offset: u32, id: u32, protocol: u32) -> u64 {
-    let Some(key) = fragment_key::<P, F>(context, offset, id, protocol) else { return u64::MAX };
+fn follow_first_fragment<P: Packet, F: Family>(context: *mut c_void, offset: u32) -> Result<u32, Reason> {
+    let key = fragment_key::<P, F>(context, offset)?;
     // SAFETY: an element of the map.
-    F::fragments().get_ptr(&key).map_or(u64::MAX, |server| u64::from(unsafe { *server }))
+    F::fragments().get_ptr(&key).map(|server| unsafe { *server }).ok_or(Reason::FragmentUnknown)
+}
+
+/// The key of a fragmented packet, read once more from its headers: what is rare shall not take up the stack of what is not.
+#[inline(always)]
+fn fragment_key<P: Packet, F: Family>(context: *mut c_void, offset: u32) -> Result<FragmentKey<F::Address>, Reason> {
+    // SAFETY: the context is the kernel's own.
+    let packet = unsafe { P::view(context) };
+    // The parser's offset, in a form that the verifier can bound.
+    let header = F::parse(&packet, offset as usize & 0x1f)?;
+    let payload = F::transport(&packet, &header)?;
+    let protocol = u32::from(payload.protocol);
+    Ok(FragmentKey { source: header.source, destination: header.destination, id: payload.fragment_id, protocol })
 }
 
 /// How far into a frame an ICMP header may begin: a bound that the verifier needs.

@@ -50,19 +50,34 @@ pub struct Link {
     pub vlan: u16,
 }
 
+impl Link {
+    /// A frame without tags.
+    #[inline(always)]
+    pub const fn plain(ethertype: u16) -> Self {
+        Self { ethertype, payload: HEADER, vlan: 0 }
+    }
+}
+
 const fn is_tag(ethertype: u16) -> bool {
     ethertype == VLAN.to_be() || ethertype == SERVICE_VLAN.to_be()
+}
+
+/// The type of a frame, be it a tag's or the payload's. Frames to a group of hosts are not for a director.
+#[inline(always)]
+pub fn parse_plain<B: Bytes + ?Sized>(frame: &B) -> Result<u16, Reason> {
+    let header: EthernetHeader = frame.read(0).ok_or(Reason::Malformed)?;
+    if header.destination[0] & 0x01_u16.to_le() != 0 {
+        return Err(Reason::NotIp);
+    }
+    Ok(u16::from_be(header.ethertype))
 }
 
 /// Takes the Ethernet header and its tags off. Frames to a group of hosts are not for a director.
 #[inline(always)]
 pub fn parse<B: Bytes + ?Sized>(frame: &B) -> Result<Link, Reason> {
-    let header: EthernetHeader = frame.read(0).ok_or(Reason::Malformed)?;
-    if header.destination[0] & 0x01_u16.to_le() != 0 {
-        return Err(Reason::NotIp);
-    }
-    if !is_tag(header.ethertype) {
-        return Ok(Link { ethertype: u16::from_be(header.ethertype), payload: HEADER, vlan: 0 });
+    let ethertype = parse_plain(frame)?;
+    if !is_tag(ethertype.to_be()) {
+        return Ok(Link::plain(ethertype));
     }
     let outer: VlanTag = frame.read(HEADER).ok_or(Reason::Malformed)?;
     let vlan = u16::from_be(outer.control) & 0x0fff;

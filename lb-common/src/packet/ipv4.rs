@@ -36,6 +36,9 @@ const MORE_FRAGMENTS: u16 = 0x2000;
 /// Offset of this fragment.
 const FRAGMENT_OFFSET: u16 = 0x1fff;
 
+/// Version and length of a header without options.
+const PLAIN: u8 = 0x45;
+
 /// IP version 4.
 #[derive(Clone, Copy, Debug)]
 pub struct V4;
@@ -64,6 +67,7 @@ impl Network for V4 {
     type Address = u32;
     const ETHERTYPE: u16 = ethernet::IPV4;
     const HEADER: usize = 20;
+    const ADDRESSES: usize = 12;
     const ICMP: u8 = protocol::ICMP;
     const TUNNELLED: u8 = protocol::IPIP;
     const ICMP_ERROR_MAX: usize = 576;
@@ -84,6 +88,19 @@ impl Network for V4 {
         let header: Ipv4Header = bytes.read(offset)?;
         let dont_fragment = header.fragment & DONT_FRAGMENT.to_be() != 0;
         Some(Carriage { traffic_class: header.tos, ttl: header.ttl, dont_fragment })
+    }
+
+    #[inline(always)]
+    fn plain<B: Bytes + ?Sized>(bytes: &B, header: &IpHeader<u32>) -> Option<Payload> {
+        let ip: Ipv4Header = bytes.read(header.offset)?;
+        let whole = ip.fragment & (MORE_FRAGMENTS | FRAGMENT_OFFSET).to_be() == 0;
+        let known = ip.protocol == protocol::TCP || ip.protocol == protocol::UDP;
+        (ip.version_length == PLAIN && whole && known).then_some(Payload {
+            offset: header.offset + Self::HEADER,
+            protocol: ip.protocol,
+            fragment_id: 0,
+            fragment: Fragment::Whole,
+        })
     }
 
     #[inline(always)]

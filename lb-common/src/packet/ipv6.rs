@@ -109,6 +109,7 @@ impl Network for V6 {
     type Address = Ipv6;
     const ETHERTYPE: u16 = ethernet::IPV6;
     const HEADER: usize = 40;
+    const ADDRESSES: usize = 8;
     const ICMP: u8 = protocol::ICMPV6;
     const TUNNELLED: u8 = protocol::IPV6;
     const ICMP_ERROR_MAX: usize = 1280;
@@ -129,6 +130,18 @@ impl Network for V6 {
         let header: Ipv6Header = bytes.read(offset)?;
         let traffic_class = (u32::from_be(header.version_class_flow) >> 20) as u8;
         Some(Carriage { traffic_class, ttl: header.hop_limit, dont_fragment: true })
+    }
+
+    #[inline(always)]
+    fn plain<B: Bytes + ?Sized>(bytes: &B, header: &IpHeader<Ipv6>) -> Option<Payload> {
+        let ip: Ipv6Header = bytes.read(header.offset)?;
+        let known = ip.next_header == protocol::TCP || ip.next_header == protocol::UDP;
+        known.then_some(Payload {
+            offset: header.offset + Self::HEADER,
+            protocol: ip.next_header,
+            fragment_id: 0,
+            fragment: Fragment::Whole,
+        })
     }
 
     #[inline(always)]

@@ -120,6 +120,8 @@ pub trait Network: 'static {
     const ETHERTYPE: u16;
     /// Bytes of the header without options and extensions.
     const HEADER: usize;
+    /// Where the two addresses stand in the header.
+    const ADDRESSES: usize;
     /// The protocol of this version's ICMP.
     const ICMP: u8;
     /// The protocol number of this version inside a tunnel.
@@ -132,6 +134,10 @@ pub trait Network: 'static {
 
     /// Reads how the packet whose header begins at `offset` wants to be carried.
     fn carriage<B: Bytes + ?Sized>(bytes: &B, offset: usize) -> Option<Carriage>;
+
+    /// Where the transport header of a plain packet is: nothing between it and the IP header, not a fragment, TCP or UDP.
+    /// `None` for all others, which [`Network::transport`] looks at closely.
+    fn plain<B: Bytes + ?Sized>(bytes: &B, header: &IpHeader<Self::Address>) -> Option<Payload>;
 
     /// Finds the transport header behind options or extension headers.
     fn transport<B: Bytes + ?Sized>(bytes: &B, header: &IpHeader<Self::Address>) -> Result<Payload, Reason>;

@@ -8,6 +8,11 @@
 //! tail-call the program under test; their own cost is that of a run with `nothing` as the target.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 #![allow(missing_docs, reason = "the macros of aya-ebpf add functions of their own to each program")]
+#![allow(
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss,
+    reason = "verdicts and lengths change sign at the border to the helpers"
+)]
 
 use aya_ebpf::{
     EbpfContext,

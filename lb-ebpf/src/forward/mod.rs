@@ -2,19 +2,24 @@
 
 mod tunnel;
 
+use aya_ebpf::cty::c_void;
 use lb_common::{
     packet::{IpHeader, ethernet::Link},
     reason::Reason,
-    server::{Method, Server, Status},
+    server::{Method, Server, Status, Tunnel},
 };
 use lb_ebpf::packet::{Packet, Room};
 
-use crate::maps::{Family, NEXT_HOPS, SERVERS};
+use crate::{
+    account,
+    maps::{Family, NEXT_HOPS, SERVERS},
+    outcome::Outcome,
+};
 
 /// A real server that packets can be sent to.
 pub struct Reachable {
     index: u32,
-    entry: *const Server,
+    entry: &'static Server,
     status: u8,
 }
 
@@ -22,17 +27,25 @@ impl Reachable {
     /// The largest packet that the way to the server takes, in bytes.
     #[inline(always)]
     pub fn mtu(&self) -> u16 {
-        // SAFETY: an element of the array.
-        unsafe { (*self.entry).mtu }
+        self.entry.mtu
+    }
+
+    /// Sends a packet that is addressed already.
+    #[inline(always)]
+    fn send<P: Packet>(&self, packet: &P) -> Result<i32, Reason> {
+        if P::RESOLVES && self.status == Status::Unresolved as u8 {
+            let next_hop = NEXT_HOPS.get(self.index).ok_or(Reason::Unresolved)?;
+            return Ok(packet.send_unresolved(self.entry, next_hop));
+        }
+        Ok(packet.send(self.entry))
     }
 }
 
 /// Finds the real server's entry, before anything is changed or counted.
 #[inline(always)]
 pub fn reachable<P: Packet>(index: u32) -> Result<Reachable, Reason> {
-    let entry = SERVERS.get_ptr(index).ok_or(Reason::ServerRemoved)?;
-    // SAFETY: an element of the array.
-    let status = unsafe { (*entry).status };
+    let entry = SERVERS.get(index).ok_or(Reason::ServerRemoved)?;
+    let status = entry.status;
     if status != Status::Ready as u8 {
         if status == Status::Removed as u8 || status == Status::Free as u8 {
             return Err(Reason::ServerRemoved);
@@ -44,14 +57,14 @@ pub fn reachable<P: Packet>(index: u32) -> Result<Reachable, Reason> {
     Ok(Reachable { index, entry, status })
 }
 
-/// Sends the packet.
+/// Takes the packet to its real server.
 #[inline(always)]
 pub fn forward<P: Packet, F: Family>(
     packet: &mut P,
     link: &Link,
     header: &IpHeader<F::Address>,
     server: &Reachable,
-) -> Result<i32, Reason> {
+) -> Result<Outcome, Reason> {
     if server.status != Status::Ready as u8 {
         if server.status == Status::Local as u8 {
             return Err(Reason::LocalServer);
@@ -61,21 +74,32 @@ pub fn forward<P: Packet, F: Family>(
         }
     }
     F::age(packet, header.offset)?;
-    // SAFETY: an element of the array.
-    let (method, mtu) = unsafe { ((*server.entry).method, (*server.entry).mtu) };
+    let (method, mtu) = (server.entry.method, server.entry.mtu);
     if header.length > mtu as usize && !packet.fits_in_segments(SEGMENT_HEADERS + F::HEADER, mtu) {
         return Err(Reason::TooBig);
     }
     if method == Method::Route as u8 {
         packet.address(link, server.entry, Room::NONE)?;
+    } else if server.entry.tunnel == Tunnel::Ipip as u8 {
+        tunnel::ipip::<P, F>(packet, link, header, server.entry)?;
     } else {
-        tunnel::wrap::<P, F>(packet, link, header, server.entry)?;
+        return Ok(Outcome::wrap::<F>(server.index, link));
     }
-    if P::RESOLVES && server.status == Status::Unresolved as u8 {
-        let next_hop = NEXT_HOPS.get_ptr(server.index).ok_or(Reason::Unresolved)?;
-        return Ok(packet.send_unresolved(server.entry, next_hop));
-    }
-    Ok(packet.send(server.entry))
+    server.send(packet).map(Outcome::verdict)
+}
+
+/// Puts the packet into a tunnel with a header of its own, and sends it.
+#[inline(never)]
+pub fn wrap<P: Packet, F: Family>(context: *mut c_void, link: u32, vlan: u32, index: u32) -> i32 {
+    // SAFETY: the context is the kernel's own.
+    let mut packet = unsafe { P::view(context) };
+    // The parser's offset, in a form that the verifier can bound.
+    let link = Link { ethertype: F::ETHERTYPE, payload: link as usize & 0x1f, vlan: vlan as u16 };
+    let sent = reachable::<P>(index).and_then(|server| {
+        tunnel::with_header::<P, F>(&mut packet, &link, server.entry)?;
+        server.send(&packet)
+    });
+    sent.unwrap_or_else(account::leave::<P>)
 }
 
 /// Bytes of a TCP header with the options that segments usually carry (timestamps).

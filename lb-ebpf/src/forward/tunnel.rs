@@ -1,13 +1,13 @@
 //! Tunnels: the packet travels to its real server inside another one. IP in IP, GUE and GRE, in all four combinations of
 //! families. `ipvs-semantics.md`, section 5.3.
 
-use aya_ebpf::{cty::c_void, helpers::generated::bpf_get_prandom_u32};
+use aya_ebpf::helpers::generated::bpf_get_prandom_u32;
 use lb_common::{
     checksum,
-    family::{Address, Ipv6},
+    family::Ipv6,
     hash,
     packet::{
-        DONT_FRAGMENT, IpHeader, Ipv4Header, Ipv6Header, Network, V4, V6,
+        DONT_FRAGMENT, IpHeader, Ipv4Header, Ipv6Header, Network, Payload, V4, V6,
         ethernet::Link,
         protocol,
         transport::{Ports, UdpHeader},
@@ -41,51 +41,41 @@ struct Outer {
     length: usize,
 }
 
-/// Wraps the packet, and addresses the frame to the server's next hop.
+/// IP in IP. Addresses the frame to the server's next hop.
 #[inline(always)]
-pub fn wrap<P: Packet, F: Family>(
+pub fn ipip<P: Packet, F: Family>(
     packet: &mut P,
     link: &Link,
     header: &IpHeader<F::Address>,
-    server: *const Server,
+    server: &Server,
 ) -> Result<(), Reason> {
-    // SAFETY: an element of the server array.
-    let (tunnel, server_flags) = unsafe { ((*server).tunnel, (*server).flags) };
-    if tunnel != Tunnel::Ipip as u8 {
-        return wrap_with_header::<P, F>(packet.context(), link.payload as u32, link.vlan as u32, server);
-    }
     let outer = Outer::of::<P, F>(packet, header)?;
-    let at = envelope(packet, link, server, server_flags, 0, &outer)?;
-    write_ip(packet, at, server, server_flags, &outer)
+    let at = envelope(packet, link, server, server.flags, 0, &outer)?;
+    write_ip(packet, at, server, server.flags, &outer)
 }
 
 /// GUE and GRE, which have a header of their own behind the outer IP header.
-#[inline(never)]
-fn wrap_with_header<P: Packet, F: Family>(context: *mut c_void, link: u32, vlan: u32, server: *const Server) -> Result<(), Reason> {
-    // SAFETY: the context is the kernel's own.
-    let mut packet = unsafe { P::view(context) };
-    // The parser's offset, in a form that the verifier can bound.
-    let link = Link { ethertype: F::ETHERTYPE, payload: link as usize & 0x1f, vlan: vlan as u16 };
-    let header = F::parse(&packet, link.payload)?;
-    // SAFETY: an element of the server array.
-    let (tunnel, server_flags) = unsafe { ((*server).tunnel, (*server).flags) };
+#[inline(always)]
+pub fn with_header<P: Packet, F: Family>(packet: &mut P, link: &Link, server: &Server) -> Result<(), Reason> {
+    let header = F::parse(packet, link.payload)?;
+    let (tunnel, server_flags) = (server.tunnel, server.flags);
     let inner =
-        if server_flags & flags::CHECKSUM != 0 && !packet.is_segmented() { inner_sum::<P, F>(&packet, &header) } else { None };
-    let mut outer = Outer::of::<P, F>(&packet, &header)?;
+        if server_flags & flags::CHECKSUM != 0 && !packet.is_segmented() { inner_sum::<P, F>(packet, &header) } else { None };
+    let mut outer = Outer::of::<P, F>(packet, &header)?;
     if tunnel == Tunnel::Gue as u8 {
-        let source = source_port(&packet, &header);
+        let source = source_port::<P, F>(packet, header.offset);
         outer.protocol = protocol::UDP;
         outer.length += size_of::<UdpHeader>() + GUE;
-        let at = envelope(&mut packet, &link, server, server_flags, size_of::<UdpHeader>() + GUE, &outer)?;
-        write_ip(&mut packet, at, server, server_flags, &outer)?;
-        write_gue::<P, F>(&mut packet, at + ip_length(server_flags), server, server_flags, source, outer.length as u16, inner)
+        let at = envelope(packet, link, server, server_flags, size_of::<UdpHeader>() + GUE, &outer)?;
+        write_ip(packet, at, server, server_flags, &outer)?;
+        write_gue::<P, F>(packet, at + ip_length(server_flags), server, server_flags, source, outer.length as u16, inner)
     } else {
         let extra = if inner.is_some() { GRE + GRE_CHECKSUM } else { GRE };
         outer.protocol = protocol::GRE;
         outer.length += extra;
-        let at = envelope(&mut packet, &link, server, server_flags, extra, &outer)?;
-        write_ip(&mut packet, at, server, server_flags, &outer)?;
-        write_gre::<P, F>(&mut packet, at + ip_length(server_flags), inner)
+        let at = envelope(packet, link, server, server_flags, extra, &outer)?;
+        write_ip(packet, at, server, server_flags, &outer)?;
+        write_gre::<P, F>(packet, at + ip_length(server_flags), inner)
     }
 }
 
@@ -120,7 +110,7 @@ const fn ip_length(server_flags: u8) -> usize {
 fn envelope<P: Packet>(
     packet: &mut P,
     link: &Link,
-    server: *const Server,
+    server: &Server,
     server_flags: u8,
     extra: usize,
     outer: &Outer,
@@ -131,10 +121,9 @@ fn envelope<P: Packet>(
 
 /// Writes the outer IP header.
 #[inline(always)]
-fn write_ip<P: Packet>(packet: &mut P, at: usize, server: *const Server, server_flags: u8, outer: &Outer) -> Result<(), Reason> {
+fn write_ip<P: Packet>(packet: &mut P, at: usize, server: &Server, server_flags: u8, outer: &Outer) -> Result<(), Reason> {
     if server_flags & flags::IPV6 != 0 {
-        // SAFETY: an element of the server array.
-        let (source, destination) = unsafe { ((*server).outer_source, (*server).address) };
+        let (source, destination) = (server.outer_source, server.address);
         return packet.write(
             at,
             Ipv6Header {
@@ -147,8 +136,7 @@ fn write_ip<P: Packet>(packet: &mut P, at: usize, server: *const Server, server_
             },
         );
     }
-    // SAFETY: as above.
-    let (source, destination) = unsafe { ((*server).outer_source[0], (*server).address[0]) };
+    let (source, destination) = (server.outer_source[0], server.address[0]);
     let length = ((outer.length + V4::HEADER) as u16).to_be();
     let (id, fragment) = if outer.dont_fragment {
         (0, DONT_FRAGMENT.to_be())
@@ -185,14 +173,13 @@ fn write_ip<P: Packet>(packet: &mut P, at: usize, server: *const Server, server_
 fn write_gue<P: Packet, F: Family>(
     packet: &mut P,
     at: usize,
-    server: *const Server,
+    server: &Server,
     server_flags: u8,
     source: u16,
     length: u16,
     inner: Option<u16>,
 ) -> Result<(), Reason> {
-    // SAFETY: an element of the server array.
-    let destination = unsafe { (*server).tunnel_port };
+    let destination = server.tunnel_port;
     let gue = u32::from_ne_bytes([0, F::TUNNELLED, 0, 0]);
     let mut udp = UdpHeader { ports: Ports::new(source, destination), length: length.to_be(), checksum: 0 };
     if let Some(inner) = inner {
@@ -203,15 +190,10 @@ fn write_gue<P: Packet, F: Family>(
             // Once for the header, once for the pseudo header.
             + 2 * u64::from(udp.length)
             + u64::from(u16::from(protocol::UDP).to_be());
-        // SAFETY: as above.
-        let (from, to) = unsafe { (&raw const (*server).outer_source, &raw const (*server).address) };
-        // SAFETY: as above.
-        sum += unsafe {
-            if server_flags & flags::IPV6 != 0 {
-                sum_words(&*from) + sum_words(&*to)
-            } else {
-                u64::from((*from)[0]) + u64::from((*to)[0])
-            }
+        sum += if server_flags & flags::IPV6 != 0 {
+            sum_words(&server.outer_source) + sum_words(&server.address)
+        } else {
+            u64::from(server.outer_source[0]) + u64::from(server.address[0])
         };
         udp.checksum = match checksum::finish(sum) {
             0 => 0xffff,
@@ -239,12 +221,21 @@ fn write_gre<P: Packet, F: Family>(packet: &mut P, at: usize, inner: Option<u16>
 
 /// A stable port for each flow, from the usual ephemeral range, so that networks can spread flows by it.
 #[inline(always)]
-fn source_port<P: Packet, A: Address>(packet: &P, header: &IpHeader<A>) -> u16 {
-    let header_length = if size_of::<A>() == size_of::<Ipv6>() { V6::HEADER } else { V4::HEADER };
-    // With options or extension headers these are not the ports, but still the same for each packet of a flow, as a rule.
-    let ports: u32 = packet.read(header.offset + header_length).unwrap_or(0);
-    let flow = header.source.fold() ^ header.destination.fold().rotate_left(16) ^ ports;
-    (0x8000 | hash::hash_32(flow, 14) as u16).to_be()
+fn source_port<P: Packet, F: Family>(packet: &P, at: usize) -> u16 {
+    // With options or extension headers this word is not the ports, but as a rule still the same for each packet of a flow.
+    let ports: u32 = packet.read(at + F::HEADER).unwrap_or(0);
+    let flow = sum_addresses::<P, F>(packet, at).unwrap_or(0) ^ u64::from(ports.rotate_left(7));
+    (0x8000 | hash::hash_32((flow ^ (flow >> 32)) as u32, 14) as u16).to_be()
+}
+
+/// The sum of the words of both addresses.
+#[inline(always)]
+fn sum_addresses<P: Packet, F: Family>(packet: &P, at: usize) -> Option<u64> {
+    let mut sum = 0;
+    for word in 0..size_of::<[F::Address; 2]>() / 4 {
+        sum += u64::from(packet.read::<u32>(at + F::ADDRESSES + 4 * word)?);
+    }
+    Some(sum)
 }
 
 #[inline(always)]
@@ -257,13 +248,11 @@ fn sum_words(address: &Ipv6) -> u64 {
 /// That holds as well for a segment whose checksum is still to be filled in by a device. `None`: no way to know.
 #[inline(always)]
 fn inner_sum<P: Packet, F: Family>(packet: &P, header: &IpHeader<F::Address>) -> Option<u16> {
-    let (protocol, offset) = F::plain_payload(packet, header.offset)?;
-    match protocol {
-        protocol::TCP => {}
-        protocol::UDP if packet.read::<UdpHeader>(offset)?.checksum != 0 => {}
-        _ => return None,
+    let Payload { protocol, offset, .. } = F::plain(packet, header)?;
+    if protocol == protocol::UDP && packet.read::<UdpHeader>(offset)?.checksum == 0 {
+        return None;
     }
-    let addresses = sum_words(&header.source.words()) + sum_words(&header.destination.words());
+    let addresses = sum_addresses::<P, F>(packet, header.offset)?;
     let segment = (header.length + header.offset - offset) as u16;
     let pseudo = addresses + u64::from(segment.to_be()) + u64::from(u16::from(protocol).to_be());
     let ip = if F::HEADER == V4::HEADER {

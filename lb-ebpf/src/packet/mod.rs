@@ -11,7 +11,7 @@ use lb_common::{
     Plain,
     packet::{Bytes, ethernet::Link},
     reason::Reason,
-    server::Server,
+    server::{NextHop, Server},
 };
 pub use tc::TcBuffer;
 pub use xdp::XdpFrame;
@@ -55,13 +55,13 @@ pub trait Packet: Bytes {
 
     /// Makes `room` bytes for outer headers between the Ethernet and the IP header, and addresses the frame to the
     /// server's next hop, with the VLAN tag that its way wants. Returns where the (outer) IP header begins.
-    fn address(&mut self, link: &Link, server: *const Server, room: Room) -> Result<usize, Reason>;
+    fn address(&mut self, link: &Link, server: &Server, room: Room) -> Result<usize, Reason>;
 
     /// Sends the packet out of the server's device.
-    fn send(&self, server: *const Server) -> i32;
+    fn send(&self, server: &Server) -> i32;
 
     /// Sends the packet out of the server's device, to a next hop that the kernel has to resolve first.
-    fn send_unresolved(&self, server: *const Server, next_hop: *const lb_common::server::NextHop) -> i32;
+    fn send_unresolved(&self, server: &Server, next_hop: &NextHop) -> i32;
 
     /// Cuts the packet to `keep` bytes behind its Ethernet header of `link` bytes, and makes `grow` bytes of room in
     /// between; the Ethernet header has to be written again.

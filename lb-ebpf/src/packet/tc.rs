@@ -70,7 +70,7 @@ impl Bytes for TcBuffer {
 
 impl Packet for TcBuffer {
     const PASS: i32 = -1; // TC_ACT_UNSPEC: the next program on this hook goes on
-    const DROP: i32 = TC_ACT_SHOT as i32;
+    const DROP: i32 = TC_ACT_SHOT;
     const RESOLVES: bool = true;
 
     #[inline(always)]
@@ -118,10 +118,10 @@ impl Packet for TcBuffer {
     }
 
     #[inline(always)]
-    fn address(&mut self, link: &Link, server: *const Server, room: Room) -> Result<usize, Reason> {
-        // SAFETY: `server` is an element of the server array, which lives as long as the program; the context is the kernel's.
-        let (vlan, tagged) = unsafe { ((*server).vlan, (*self.context).vlan_present != 0) };
-        if tagged && vlan != KEEP_VLAN {
+    fn address(&mut self, link: &Link, server: &Server, room: Room) -> Result<usize, Reason> {
+        // SAFETY: the context is the kernel's.
+        let tagged = unsafe { (*self.context).vlan_present != 0 };
+        if tagged && server.vlan != KEEP_VLAN {
             // SAFETY: the context is the kernel's. The VLAN's own device puts the right tag on.
             if unsafe { bpf_skb_vlan_pop(self.context) } != 0 {
                 return Err(Reason::Failed);
@@ -147,25 +147,24 @@ impl Packet for TcBuffer {
             self.reload();
             self.write(12, room.ethertype.to_be())?;
         }
-        // SAFETY: as above.
-        self.write(0, unsafe { (*server).link })?;
+        self.write(0, server.link)?;
         Ok(link.payload)
     }
 
     #[inline(always)]
-    fn send(&self, server: *const Server) -> i32 {
-        // SAFETY: as in `address`.
-        unsafe { bpf_redirect((*server).ifindex, 0) as i32 }
+    fn send(&self, server: &Server) -> i32 {
+        // SAFETY: a helper that takes numbers.
+        unsafe { bpf_redirect(server.ifindex, 0) as i32 }
     }
 
     #[inline(always)]
-    fn send_unresolved(&self, server: *const Server, next_hop: *const NextHop) -> i32 {
-        // SAFETY: `next_hop` is an element of an array map, `server` as in `address`; the kernel reads `to` and forgets it.
+    fn send_unresolved(&self, server: &Server, next_hop: &NextHop) -> i32 {
+        // SAFETY: zeros are a value of the structure; the kernel reads it and forgets it.
         unsafe {
             let mut to: bpf_redir_neigh = core::mem::zeroed();
-            to.nh_family = (*next_hop).family;
-            to.__bindgen_anon_1.ipv6_nh = (*next_hop).address;
-            bpf_redirect_neigh((*server).ifindex, &raw mut to, size_of::<bpf_redir_neigh>() as i32, 0) as i32
+            to.nh_family = next_hop.family;
+            to.__bindgen_anon_1.ipv6_nh = next_hop.address;
+            bpf_redirect_neigh(server.ifindex, &raw mut to, size_of::<bpf_redir_neigh>() as i32, 0) as i32
         }
     }
 

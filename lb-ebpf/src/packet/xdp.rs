@@ -106,9 +106,8 @@ impl Packet for XdpFrame {
     }
 
     #[inline(always)]
-    fn address(&mut self, link: &Link, server: *const Server, room: Room) -> Result<usize, Reason> {
-        // SAFETY: `server` is an element of the server array, which lives as long as the program.
-        let vlan = unsafe { (*server).vlan };
+    fn address(&mut self, link: &Link, server: &Server, room: Room) -> Result<usize, Reason> {
+        let vlan = server.vlan;
         let keeps_tags = vlan == KEEP_VLAN || (vlan == link.vlan && link.payload <= ethernet::HEADER + ethernet::TAG);
         let payload = if room.bytes == 0 && keeps_tags {
             link.payload
@@ -126,22 +125,21 @@ impl Packet for XdpFrame {
             }
             payload as usize & 0x1f
         };
-        // SAFETY: as above.
-        self.write(0, unsafe { (*server).link })?;
+        self.write(0, server.link)?;
         Ok(payload)
     }
 
     #[inline(always)]
-    fn send(&self, server: *const Server) -> i32 {
-        // SAFETY: as in `address`; the context is the kernel's.
+    fn send(&self, server: &Server) -> i32 {
+        // SAFETY: the context is the kernel's; a helper that takes numbers.
         unsafe {
-            let port = (*server).port_ifindex;
+            let port = server.port_ifindex;
             if port == (*self.context).ingress_ifindex { xdp_action::XDP_TX as i32 } else { bpf_redirect(port, 0) as i32 }
         }
     }
 
     #[inline(always)]
-    fn send_unresolved(&self, _server: *const Server, _next_hop: *const NextHop) -> i32 {
+    fn send_unresolved(&self, _server: &Server, _next_hop: &NextHop) -> i32 {
         Self::PASS
     }
 

@@ -1,0 +1,95 @@
+//! How a packet's way ends: with a verdict of the hook, or with something rare that is still to be done.
+//!
+//! An outcome is one word, which is what a function can return without memory. The rare things are done by the outermost
+//! function, after all others have returned: BPF gives 512 bytes of stack to a whole chain of calls, and each of these
+//! functions needs a good part of it.
+//!
+//! ```text
+//! verdict   0..31 the verdict
+//! odd       nothing
+//! wrap      0..31 the real server's index, 32..36 length of the Ethernet header, 37..48 outer VLAN
+//! answer    0..15 MTU, 16..31 length of the IP packet, 32..36 length of the Ethernet header, 40..47 the reason
+//! bit 60: IPv6    bits 61..63: which of them
+//! ```
+
+use lb_common::{
+    packet::{Fragment, Network, Payload, V4, V6, ethernet::Link},
+    reason::{Fate, Reason},
+};
+use lb_ebpf::packet::Packet;
+
+use crate::{account, answer, forward, maps::Family, odd};
+
+/// What is left to do with a packet.
+#[derive(Clone, Copy)]
+pub struct Outcome(u64);
+
+impl Outcome {
+    const ODD: u64 = 1 << 61;
+    const WRAP: u64 = 1 << 62;
+    const ANSWER: u64 = 1 << 63;
+    const IS_V6: u64 = 1 << 60;
+
+    /// The packet is done with.
+    #[inline(always)]
+    pub const fn verdict(verdict: i32) -> Self {
+        Self(verdict as u32 as u64)
+    }
+
+    /// The packet is not for us, or ends here.
+    #[inline(always)]
+    pub fn left<P: Packet>(why: Reason) -> Self {
+        Self::verdict(account::leave::<P>(why))
+    }
+
+    /// Nothing is decided: the packet needs a closer look.
+    #[inline(always)]
+    pub const fn odd<F: Family>() -> Self {
+        Self(Self::ODD | Self::family::<F>())
+    }
+
+    /// The packet is to be put into a tunnel that has a header of its own.
+    #[inline(always)]
+    pub const fn wrap<F: Family>(server: u32, link: &Link) -> Self {
+        let link = (link.payload as u64 & 0x1f) << 32 | (link.vlan as u64 & 0xfff) << 37;
+        Self(Self::WRAP | Self::family::<F>() | server as u64 | link)
+    }
+
+    /// The packet was not forwarded: its sender is told, if there is something to tell.
+    #[inline(always)]
+    pub fn refused<P: Packet, F: Family>(why: Reason, mtu: u16, link: &Link, length: usize, payload: &Payload) -> Self {
+        // Never an error about an error, nor about a later fragment (RFC 1122, 3.2.2).
+        if why.fate() != Fate::Answered || payload.protocol == F::ICMP || payload.fragment == Fragment::Later {
+            return Self::left::<P>(why);
+        }
+        let word = u64::from(mtu) | (length as u64 & 0xffff) << 16 | (link.payload as u64 & 0x1f) << 32 | (why as u64) << 40;
+        Self(Self::ANSWER | Self::family::<F>() | word)
+    }
+
+    #[inline(always)]
+    const fn family<F: Family>() -> u64 {
+        if F::HEADER == <V6 as Network>::HEADER { Self::IS_V6 } else { 0 }
+    }
+
+    /// Does what is left. The result is a verdict of the hook.
+    #[inline(always)]
+    pub fn settle<P: Packet>(mut self, packet: &P) -> i32 {
+        if self.0 & Self::ODD != 0 {
+            self = if self.0 & Self::IS_V6 != 0 { odd::<P, V6>(packet.context()) } else { odd::<P, V4>(packet.context()) };
+        }
+        if self.0 & (Self::WRAP | Self::ANSWER) == 0 {
+            return self.0 as i32;
+        }
+        if self.0 & Self::IS_V6 != 0 { self.finish::<P, V6>(packet) } else { self.finish::<P, V4>(packet) }
+    }
+
+    #[inline(always)]
+    fn finish<P: Packet, F: answer::Answer>(self, packet: &P) -> i32 {
+        let link = (self.0 >> 32) as u32 & 0x1f;
+        if self.0 & Self::WRAP != 0 {
+            return forward::wrap::<P, F>(packet.context(), link, (self.0 >> 37) as u32 & 0xfff, self.0 as u32);
+        }
+        let (length, why) = ((self.0 >> 16) as u32 & 0xffff, (self.0 >> 40) as u32 & 0xff);
+        answer::answer::<P, F>(packet.context(), link, length, why, self.0 as u16)
+    }
+}
