@@ -212,26 +212,20 @@ fn a_setup_that_fails_changes_nothing() {
     refused("--vip 10.9.0.200 --method route --interface eth7", "there are: eth0");
     refused("--vip 10.9.0.200 --method tunnel --tunnel-type gue", "--tunnel-port");
     refused("--vip 10.9.0.200 --method tunnel --tunnel-type gue --tunnel-port 5555 --decap kernel", "--decap bpf");
-    // Native XDP does not fit a veth whose peer has a large MTU: all that was set before has to go again.
-    server.ip("link add big type veth peer name gib");
-    server.ip("link set big mtu 9000 up");
-    server.ip("link set gib mtu 65000 up");
-    server.setup("--vip 10.9.0.201 --method tunnel --decap bpf --hook xdp");
-    assert_eq!(server.problems(""), Vec::<&str>::new());
-    // An XDP program that is there already keeps ours away.
-    run(&format!("ip -n {} link set eth0 xdpgeneric off", server.0));
-    let pins = server.snapshot();
+    // A program that is there already keeps ours away.
+    server.setup("--vip 10.9.0.200 --method tunnel --decap bpf --hook xdp --interface eth0");
     let inode = run(&format!("stat -L -c %i /run/netns/{}", server.0)).trim().to_owned();
     let state = format!("/run/bpfvs/realserver-netns-{inode}.json");
+    let pins = format!("/sys/fs/bpf/bpfvs/netns-{inode}");
+    let aside = format!("/sys/fs/bpf/bpfvs-aside-{inode}");
     let kept = fs::read(&state).expect("the state");
-    fs::remove_file(&state).expect("forgotten");
-    server.sysctl("net.ipv4.conf.all.arp_ignore=0");
-    let error = server.realserver("setup --vip 10.9.0.202 --method tunnel --decap bpf --hook xdp --interface eth0");
-    // Pins that nobody remembers are replaced, so this attaches anew.
-    assert!(error.is_ok(), "{error:?}");
-    server.realserver("teardown").expect("teardown");
-    fs::write(&state, kept).expect("remembered");
-    drop(pins);
+    fs::rename(&pins, &aside).expect("pins that nobody knows");
+    fs::remove_file(&state).expect("a state that nobody knows");
+    refused("--vip 10.9.0.201 --method tunnel --decap bpf --hook xdp --interface eth0", "another program is there");
+    fs::create_dir_all("/sys/fs/bpf/bpfvs").expect("the directory, which went when it was empty");
+    fs::rename(&aside, &pins).expect("known again");
+    fs::write(&state, kept).expect("known again");
+    assert!(server.realserver("teardown").expect("teardown").is_ok());
 }
 
 #[test]

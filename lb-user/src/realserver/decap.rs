@@ -48,7 +48,11 @@ const BPFFS: &str = "/sys/fs/bpf";
 
 /// The hook that is used when this one is asked for: kernels before 6.6 have tc only with a qdisc.
 pub(super) fn available(hook: Hook) -> Hook {
-    if hook == Hook::Tc && KernelVersion::current().is_ok_and(|kernel| kernel < KernelVersion::new(6, 6, 0)) { Hook::Clsact } else { hook }
+    if hook == Hook::Tc && KernelVersion::current().is_ok_and(|kernel| kernel < KernelVersion::new(6, 6, 0)) {
+        Hook::Clsact
+    } else {
+        hook
+    }
 }
 
 /// Makes the qdisc that filters hang on; says whether it was not there before.

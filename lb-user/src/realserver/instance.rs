@@ -1,7 +1,7 @@
 //! The network namespace that a command works in, and the places that belong to it.
 //!
 //! Every namespace has a state file and a directory of pins of its own, named by the instance: `main` in the namespace of
-//! process 1, else `netns-<inode>`.
+//! process 1, else `netns-<inode>`, also where process 1 cannot be looked at.
 
 use std::{
     fs::{self, File},
@@ -44,9 +44,9 @@ impl Instance {
         let inode = |path: &str| fs::metadata(path).map(|metadata| metadata.ino());
         let own = inode("/proc/thread-self/ns/net")
             .context("cannot find out the network namespace: /proc/thread-self/ns/net cannot be read; mount /proc")?;
-        // Who may not look at process 1 is not in its namespace as root either.
-        let initial = inode("/proc/1/ns/net").unwrap_or(own);
-        Ok(Self { name: if own == initial { "main".into() } else { format!("netns-{own}") } })
+        // Not everybody may look at process 1. Then the number serves as the name: two namespaces must never share a state.
+        let initial = inode("/proc/1/ns/net").ok();
+        Ok(Self { name: if initial == Some(own) { "main".into() } else { format!("netns-{own}") } })
     }
 
     /// What was changed in this namespace.

@@ -191,7 +191,7 @@ impl Network {
 
     /// Removes the clsact qdisc of an interface.
     pub(super) async fn remove_clsact(&self, interface: &Interface) -> Result<()> {
-        let mut request = self.handle.qdisc().del(interface.index as i32);
+        let mut request = self.handle.qdisc().del(interface.index.cast_signed());
         let message = request.message_mut();
         message.header.parent = TcHandle::CLSACT;
         message.header.handle = TcHandle { major: u16::MAX, minor: 0 };
@@ -201,7 +201,7 @@ impl Network {
 
     /// Whether the interface's ingress has a BPF filter of this priority.
     pub(super) async fn has_filter(&self, interface: &Interface, priority: u16) -> Result<bool> {
-        let request = self.handle.traffic_filter(interface.index as i32).get().ingress();
+        let request = self.handle.traffic_filter(interface.index.cast_signed()).get().ingress();
         let filters: Vec<_> = request
             .execute()
             .try_collect()

@@ -18,6 +18,7 @@ pub struct Report {
 
 impl Report {
     /// Whether nothing is wrong.
+    #[must_use]
     pub fn is_ok(&self) -> bool {
         !self.findings.iter().any(|finding| finding.level == Level::Problem)
     }
