@@ -75,6 +75,7 @@ pub struct Accepts {
 impl Accepts {
     /// Whether a packet that came through this tunnel is accepted.
     #[inline(always)]
+    #[must_use]
     pub const fn allows(&self, opened: &Opened) -> bool {
         self.kinds & opened.kind as u32 != 0 && (opened.kind as u32 != Kind::Gue as u32 || self.port == opened.port)
     }
@@ -142,6 +143,7 @@ impl Outcome {
     ];
 
     /// A short name for JSON.
+    #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::Decapsulated => "decapsulated",
@@ -268,6 +270,7 @@ fn gue<B: Bytes + ?Sized>(frame: &B, offset: usize) -> Result<(u8, usize), Outco
 /// The ECN bits of a packet that leaves a tunnel (RFC 6040, section 4.2), or nothing if it has to be dropped: the tunnel
 /// was congested, and a sender that does not know ECN can be told only by loss.
 #[inline(always)]
+#[must_use]
 pub const fn congestion(outer: u8, inner: u8) -> Option<u8> {
     const NOT_CAPABLE: u8 = 0;
     const CAPABLE_1: u8 = 1;
