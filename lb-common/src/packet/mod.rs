@@ -12,6 +12,7 @@ pub mod icmp;
 mod ipv4;
 mod ipv6;
 pub mod transport;
+pub mod tunnel;
 
 use crate::{Plain, family::Address, reason::Reason};
 pub use ipv4::{DONT_FRAGMENT, Ipv4Header, V4};
