@@ -11,7 +11,7 @@
 //! | why a packet left | [`reason`] |
 //! | headers and their parsing | [`packet`] |
 //! | Internet checksums | [`checksum`] |
-//! | IPVS's hashes | [`hash`] |
+//! | IPVS's hashes, and picking by them | [`hash`], [`pick`] |
 //! | protocol state machines | [`tcp`], [`sctp`] |
 //! | the "may be ours" filter | [`filter`] |
 //!
@@ -26,6 +26,7 @@ pub mod family;
 pub mod filter;
 pub mod hash;
 pub mod packet;
+pub mod pick;
 pub mod reason;
 pub mod schedule;
 pub mod sctp;
