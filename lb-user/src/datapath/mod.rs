@@ -51,6 +51,12 @@ pub trait Datapath {
     /// The traffic of a real server since it was made known, over all CPUs.
     fn statistics(&self, index: u32) -> Result<Statistics, Error>;
 
+    /// Every service that the packet path knows, whoever made it known.
+    fn services(&self) -> Result<Vec<(Protocol, IpAddr, u16)>, Error>;
+
+    /// The index of every real server that is not free, whoever made it known.
+    fn servers(&self) -> Result<Vec<u32>, Error>;
+
     /// Writes the settings.
     fn configure(&mut self, config: &Config) -> Result<(), Error>;
 }
