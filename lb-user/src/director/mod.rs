@@ -117,33 +117,25 @@ impl<D: Datapath> Director<D> {
     /// The director that wrote this state, come back. What the datapath still has stays as it is; schedules are
     /// published anew and go on exactly where they were. `path` is for the error's sake.
     pub fn adopt(datapath: D, config: Config, state: State, path: &Path) -> anyhow::Result<Self> {
-        // Everything is checked before the datapath is touched: a state that contradicts itself changes nothing.
         let mut service_indices = Indices::new(datapath.service_capacity());
         let mut server_indices = Indices::new(datapath.server_capacity());
         let mut services = BTreeMap::new();
         let mut trash = Trash::default();
-        let contradiction = |what: String| state::Error::damaged(path, what);
+        // Reading has made sure that everything is there once only: a claim fails for an index beyond the capacity.
+        let too_large = |index: u32| state::Error::damaged(path, &format!("the index {index} is too large, or there twice"));
         for service in state.services {
+            let indices = service.servers.iter().map(|server| server.index);
+            if let Some(index) = indices.into_iter().find(|index| !server_indices.claim(*index)) {
+                return Err(too_large(index).into());
+            }
             if !service_indices.claim(service.index) {
-                return Err(contradiction(format!("two services have the index {}, or it is too large", service.index)).into());
+                return Err(too_large(service.index).into());
             }
-            let mut ids = BTreeSet::new();
-            for server in &service.servers {
-                if !server_indices.claim(server.index) {
-                    return Err(contradiction(format!("two servers have the index {}, or it is too large", server.index)).into());
-                }
-                if !ids.insert(server.id) {
-                    return Err(contradiction(format!("{} has the server {} twice", service.id, server.id)).into());
-                }
-            }
-            let id = service.id;
-            if services.insert(id, service).is_some() {
-                return Err(contradiction(format!("it has {id} twice")).into());
-            }
+            services.insert(service.id, service);
         }
         for removed in state.trash {
             if !server_indices.claim(removed.index) {
-                return Err(contradiction(format!("two servers have the index {}, or it is too large", removed.index)).into());
+                return Err(too_large(removed.index).into());
             }
             trash.insert(removed);
         }
@@ -164,18 +156,40 @@ impl<D: Datapath> Director<D> {
     }
 
     /// Brings the datapath in step with an adopted model.
+    ///
+    /// The datapath may be younger than the state (the machine was restarted, or everything was taken away): counters that
+    /// began anew are not compared with what the state remembers of the old ones.
     fn restore(&mut self) -> Result<(), datapath::Error> {
+        let known_services = self.datapath.services()?;
+        let known_servers: BTreeSet<u32> = self.datapath.servers()?.into_iter().collect();
         self.take_in_orphans()?;
         let timeouts = self.timeouts;
         self.set_timeouts(&timeouts)?;
+        for index in self.trash.retain(|removed| known_servers.contains(&removed.index)) {
+            self.server_indices.give_back(index);
+        }
         for removed in self.trash.iter() {
             self.datapath.retire_server(removed.index)?;
         }
+        for service in self.services.values_mut() {
+            for server in &mut service.servers {
+                self.datapath.set_server(server.index, &server.target())?;
+                if !known_servers.contains(&server.index) {
+                    server.joined = self.datapath.statistics(server.index)?.into();
+                    server.zero = server.joined;
+                }
+            }
+            let known = known_services
+                .iter()
+                .any(|&(protocol, address, port)| service.id == ServiceId::Address { protocol, address, port });
+            if !known {
+                service.base = self.datapath.cursor(service.index);
+                service.left_behind = Totals::default();
+                service.zero = Totals::default();
+            }
+        }
         let ids: Vec<ServiceId> = self.services.keys().copied().collect();
         for id in ids {
-            for server in &self.services[&id].servers {
-                self.datapath.set_server(server.index, &server.target())?;
-            }
             self.bring_up_to_date(&id);
             self.publish(&id)?;
         }

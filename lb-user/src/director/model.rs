@@ -463,6 +463,19 @@ pub struct ReasonView {
     pub packets: u64,
 }
 
+/// Where packets are met.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Hook {
+    /// XDP in the driver of a network card, tc on virtual devices.
+    #[default]
+    Auto,
+    /// tc alone.
+    Tc,
+    /// XDP, and tc for what XDP leaves to it.
+    Xdp,
+}
+
 /// An interface that the datapath is attached to.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct InterfaceView {

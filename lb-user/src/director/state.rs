@@ -5,6 +5,7 @@
 //! overwritten: reading it fails, and the daemon does not start.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
     io::{self, Write},
     path::{Path, PathBuf},
@@ -75,7 +76,7 @@ pub enum Error {
 
 impl Error {
     /// A file that contradicts itself.
-    pub fn damaged(path: &Path, cause: impl ToString) -> Self {
+    pub fn damaged(path: &Path, cause: &impl ToString) -> Self {
         Self::Damaged { path: path.to_owned(), cause: cause.to_string() }
     }
 }
@@ -88,12 +89,40 @@ impl State {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(cause) => return Err(Error::System { what: "read", path: path.to_owned(), cause }),
         };
-        let damaged = |cause| Error::damaged(path, cause);
+        let damaged = |cause| Error::damaged(path, &cause);
         let envelope: Envelope<serde_json::Value> = serde_json::from_slice(&text).map_err(damaged)?;
         if envelope.version != VERSION {
             return Err(Error::Version { path: path.to_owned(), found: u64::from(envelope.version) });
         }
-        serde_json::from_value(envelope.state).map(Some).map_err(damaged)
+        let state: Self = serde_json::from_value(envelope.state).map_err(damaged)?;
+        state.check().map_err(|cause| Error::damaged(path, &cause))?;
+        Ok(Some(state))
+    }
+
+    /// Whether everything is there once only; if not, what is there twice.
+    fn check(&self) -> Result<(), String> {
+        let mut services = BTreeSet::new();
+        let mut service_indices = BTreeSet::new();
+        let mut server_indices = BTreeSet::new();
+        for service in &self.services {
+            if !services.insert(service.id) {
+                return Err(format!("it has {} twice", service.id));
+            }
+            if !service_indices.insert(service.index) {
+                return Err(format!("two services have the index {}", service.index));
+            }
+            let mut servers = BTreeSet::new();
+            if let Some(server) = service.servers.iter().find(|server| !servers.insert(server.id)) {
+                return Err(format!("{} has the server {} twice", service.id, server.id));
+            }
+        }
+        let servers = self.services.iter().flat_map(|service| &service.servers).map(|server| server.index);
+        for index in servers.chain(self.trash.iter().map(|removed| removed.index)) {
+            if !server_indices.insert(index) {
+                return Err(format!("two servers have the index {index}"));
+            }
+        }
+        Ok(())
     }
 
     /// Replaces a state file.

@@ -428,6 +428,27 @@ fn a_damaged_state_is_refused_and_left_alone() {
     }
     let mut state = director.state();
     state.services[0].servers[0].index = state.services[0].servers[1].index;
-    let error = Director::adopt(Memory::default(), Config::DEFAULT, state, &path).expect_err("two servers have one index");
-    assert!(error.to_string().contains("two servers have the index"), "{error}");
+    state.write(&path).expect("it can be written");
+    let error = State::read(&path).expect_err("two servers have one index").to_string();
+    assert!(error.contains("two servers have the index"), "{error}");
+    state.services[0].servers[0].index = 1 << 20;
+    let error = Director::adopt(Memory::default(), Config::DEFAULT, state, &path).expect_err("there are not so many");
+    assert!(error.to_string().contains("the index 1048576 is too large"), "{error}");
+}
+
+#[test]
+fn a_state_outlives_the_datapath() {
+    let mut director = with_servers("rr", &[1, 2]);
+    let index = index_of(&director, 1);
+    count_packets(&mut director, index, 100);
+    accept(&mut director, &[Command::Zero { service: None }, remove_server(2)]);
+    picks(&mut director, 3);
+    let state = director.state();
+    let mut director = Director::adopt(Memory::default(), Config::DEFAULT, state, Path::new("state.json")).expect("it fits");
+    assert!(director.datapath().retired.is_empty(), "no connection of a removed server can be left");
+    count_packets(&mut director, index, 5);
+    let view = director.services().expect("memory refuses nothing").remove(0);
+    assert_eq!((view.traffic.totals.packets_in, view.servers[0].traffic.totals.packets_in), (5, 5));
+    accept(&mut director, &[add_server(2)]);
+    assert_eq!(picks(&mut director, 2), [2, 1]);
 }

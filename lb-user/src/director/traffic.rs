@@ -25,10 +25,10 @@ impl From<Statistics> for Totals {
 }
 
 impl Totals {
-    /// What came on top of `earlier`.
+    /// What came on top of `earlier`; nothing where there is less now, because the counters began anew.
     #[must_use]
     pub fn since(self, earlier: Self) -> Self {
-        self.zip(earlier, u64::wrapping_sub)
+        self.zip(earlier, u64::saturating_sub)
     }
 
     /// Both together.
@@ -75,7 +75,7 @@ impl Estimator {
             (bytes_in, delta.bytes_in, 4),
             (bytes_out, delta.bytes_out, 4),
         ] {
-            let step = ((delta << shift) as i64).wrapping_sub(*average as i64) >> 2;
+            let step = (delta << shift).wrapping_sub(*average).cast_signed() >> 2;
             *average = average.wrapping_add_signed(step);
         }
     }

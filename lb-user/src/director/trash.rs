@@ -71,15 +71,24 @@ impl Trash {
                 idle.push(removed.index);
             }
         }
-        idle.into_iter()
-            .filter_map(|index| {
-                let removed = self.by_index.remove(&index)?;
-                if let Some(owner) = removed.owner {
-                    self.indices.remove(&owner);
-                }
-                Some(removed)
-            })
-            .collect()
+        idle.into_iter().filter_map(|index| self.remove(index)).collect()
+    }
+
+    /// Forgets servers for which `keep` says no, and gives back their indices.
+    pub(super) fn retain(&mut self, keep: impl Fn(&Removed) -> bool) -> Vec<u32> {
+        let gone: Vec<u32> = self.by_index.values().filter(|removed| !keep(removed)).map(|removed| removed.index).collect();
+        for index in &gone {
+            self.remove(*index);
+        }
+        gone
+    }
+
+    fn remove(&mut self, index: u32) -> Option<Removed> {
+        let removed = self.by_index.remove(&index)?;
+        if let Some(owner) = removed.owner {
+            self.indices.remove(&owner);
+        }
+        Some(removed)
     }
 
     /// Every removed server.

@@ -71,7 +71,8 @@ impl Session<'_> {
             },
             Action::Restore => unreachable!("a line of ipvsadm -R is never another -R, and `run` has seen to the first"),
             Action::SyncDaemon => {
-                complain(self.error, 
+                complain(
+                    self.error,
                     "Synchronisation daemons are not supported: bpfvs will hand connections over between directors by itself, \
                      but not in this version. Leave --start-daemon and --stop-daemon out",
                 );
@@ -155,6 +156,6 @@ fn refusal_text<'a>(refusal: &'a Refusal, command: &Command) -> &'a str {
         RefusalKind::SchedulerNotFound => "Scheduler or persistence engine not found",
         RefusalKind::ServerExists => "Destination already exists",
         RefusalKind::ServiceExists => "Service already exists",
-        RefusalKind::Unsupported => &refusal.message,
+        RefusalKind::Failed | RefusalKind::Unsupported => &refusal.message,
     }
 }

@@ -36,9 +36,7 @@ fn ipv6(address: Ipv6Addr) -> String {
 /// The address and port of a service, in the protocol's names; not for marks.
 fn service_endpoint(service: &ServiceId, names: Option<&Names>) -> Option<(Protocol, String)> {
     match *service {
-        ServiceId::Address { protocol, address, port } => {
-            Some((protocol, endpoint(address, port, port_protocol(service), names)))
-        }
+        ServiceId::Address { protocol, address, port } => Some((protocol, endpoint(address, port, port_protocol(service), names))),
         ServiceId::Mark { .. } => None,
     }
 }

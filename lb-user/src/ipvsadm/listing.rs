@@ -144,7 +144,8 @@ fn counters(totals: &Totals, exact: bool) -> String {
 
 /// Lists connections; with the columns of persistence engines, if asked for.
 pub(super) fn connections(connections: &[ConnectionView], engines: bool, names: Option<&Names>) -> String {
-    let mut text = String::from("IPVS connection entries\npro expire state       source             virtual            destination");
+    let mut text =
+        String::from("IPVS connection entries\npro expire state       source             virtual            destination");
     text.push_str(if engines { "        pe name          pe_data\n" } else { "\n" });
     for connection in connections {
         let protocol = connection.protocol.to_ascii_lowercase();
