@@ -12,7 +12,7 @@
 //!
 //! ```
 //! use lb_common::{pick, schedule::INELIGIBLE, service::flags};
-//! # let table = [INELIGIBLE | 1; 4093].map(|pick| pick as u32);
+//! # let table = [INELIGIBLE | 1; 4093];
 //! let value = pick::client_value(&u32::from_ne_bytes([192, 0, 2, 1]), 4711_u16.to_be(), flags::FALLBACK);
 //! let first = pick::maglev_first(value);
 //! let mut slot = first;

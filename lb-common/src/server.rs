@@ -25,10 +25,9 @@ pub struct Server {
     pub vlan: u16,
     /// The largest packet, in bytes from the (inner) IP header, that fits the way to the server.
     pub mtu: u16,
-    /// MAC address of the next hop.
-    pub next_hop: [u16; 3],
-    /// MAC address of the device that frames leave by.
-    pub source: [u16; 3],
+    /// How frames to the server begin: the MAC addresses of the next hop and of the device that they leave by. See
+    /// [`link_addresses`].
+    pub link: [u32; 3],
     /// Source address of a tunnel's outer header; IPv4 in the first word.
     pub outer_source: [u32; 4],
     /// The real server's address, which is where tunnels end; IPv4 in the first word.
@@ -37,6 +36,14 @@ pub struct Server {
     pub tunnel_port: u16,
     /// The real server's port.
     pub port: u16,
+}
+
+/// The first twelve bytes of an Ethernet header, as words.
+pub const fn link_addresses(next_hop: [u8; 6], source: [u8; 6]) -> [u32; 3] {
+    let first = u32::from_ne_bytes([next_hop[0], next_hop[1], next_hop[2], next_hop[3]]);
+    let second = u32::from_ne_bytes([next_hop[4], next_hop[5], source[0], source[1]]);
+    let third = u32::from_ne_bytes([source[2], source[3], source[4], source[5]]);
+    [first, second, third]
 }
 
 /// [`Server::vlan`]: leave the tags of the packet as they are.

@@ -40,8 +40,8 @@ impl Table for Daemon {
         self.ask(Client::connect)
     }
 
-    fn commands(&mut self, commands: Vec<Command>) -> Result<Vec<Outcome>, Unreachable> {
-        self.ask(|client| client.commands(&commands))
+    fn commands(&mut self, commands: &[Command]) -> Result<Vec<Outcome>, Unreachable> {
+        self.ask(|client| client.commands(commands))
     }
 
     fn services(&mut self) -> Result<Vec<ServiceView>, Unreachable> {

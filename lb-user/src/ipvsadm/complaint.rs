@@ -52,7 +52,7 @@ impl Complaint {
     }
 
     /// The exit status.
-    pub(super) const fn status(&self) -> i32 {
+    pub(super) const fn status(&self) -> u8 {
         match self {
             Self::Hint | Self::Reader { .. } => STATUS_REFUSED,
             Self::Usage(_) => STATUS_USAGE,

@@ -30,14 +30,14 @@ pub(super) struct Session<'a> {
 }
 
 /// Runs ipvsadm with these words.
-pub(super) fn run(program: &str, words: &[String], table: &mut dyn Table, streams: Streams<'_>) -> i32 {
+pub(super) fn run(program: &str, words: &[String], table: &mut dyn Table, streams: Streams<'_>) -> u8 {
     let Streams { input, output, error } = streams;
     if let Err(reason) = table.connect() {
         complain(error, &format!("Can't initialize ipvs: {reason}"));
         complain(error, "Are you sure that IP Virtual Server is built in the kernel or as module?");
         return STATUS_USAGE;
     }
-    let mut session = Session { program, table, output, error, names: Names::default() };
+    let mut session = Session { program, table, output, error, names: Names::of_system() };
     match parse::parse(words, false, &session.names) {
         Ok(Action::Restore) => restore::run(&mut session, input),
         Ok(action) => session.execute(action),
@@ -50,7 +50,7 @@ pub(super) fn run(program: &str, words: &[String], table: &mut dyn Table, stream
 
 impl Session<'_> {
     /// Does anything but reading further command lines.
-    pub(super) fn execute(&mut self, action: Action) -> i32 {
+    pub(super) fn execute(&mut self, action: Action) -> u8 {
         match action {
             Action::Help => {
                 print(self.output, &format!("{VERSION}{}", HELP.replace("{program}", self.program)));
@@ -60,7 +60,7 @@ impl Session<'_> {
                 print(self.output, VERSION);
                 STATUS_OK
             }
-            Action::Change(command) => self.change(vec![command]),
+            Action::Change(command) => self.change(&[command]),
             Action::List(list) => self.list(&list).unwrap_or_else(|reason| self.unreadable(&reason)),
             Action::Save { numeric } => match self.table.services() {
                 Ok(services) => {
@@ -82,8 +82,8 @@ impl Session<'_> {
     }
 
     /// Does some commands, prints what was refused, and gives back the status of the last one.
-    pub(super) fn change(&mut self, commands: Vec<Command>) -> i32 {
-        let outcomes = match self.table.commands(commands.clone()) {
+    pub(super) fn change(&mut self, commands: &[Command]) -> u8 {
+        let outcomes = match self.table.commands(commands) {
             Ok(outcomes) => outcomes,
             Err(reason) => {
                 complain(self.error, &reason.to_string());
@@ -103,7 +103,7 @@ impl Session<'_> {
         status
     }
 
-    fn list(&mut self, list: &List) -> Result<i32, Unreachable> {
+    fn list(&mut self, list: &List) -> Result<u8, Unreachable> {
         let text = match list {
             List::Services { service: None, listing, numeric } => {
                 let services = self.table.services()?;
@@ -129,7 +129,7 @@ impl Session<'_> {
         Ok(STATUS_OK)
     }
 
-    fn unreadable(&mut self, reason: &Unreachable) -> i32 {
+    fn unreadable(&mut self, reason: &Unreachable) -> u8 {
         complain(self.error, &reason.to_string());
         STATUS_UNREADABLE
     }

@@ -33,14 +33,6 @@ fn ipv6(address: Ipv6Addr) -> String {
     }
 }
 
-/// The address and port of a service, in the protocol's names; not for marks.
-fn service_endpoint(service: &ServiceId, names: Option<&Names>) -> Option<(Protocol, String)> {
-    match *service {
-        ServiceId::Address { protocol, address, port } => Some((protocol, endpoint(address, port, port_protocol(service), names))),
-        ServiceId::Mark { .. } => None,
-    }
-}
-
 /// The protocol whose port names a service and its servers use; none for marks.
 const fn port_protocol(service: &ServiceId) -> Option<&'static str> {
     match service {
@@ -53,27 +45,34 @@ const fn port_protocol(service: &ServiceId) -> Option<&'static str> {
 
 /// A service in a listing: `TCP  192.0.2.1:80`, `FWM  7 IPv6`.
 pub(super) fn service(service: &ServiceId, names: Option<&Names>) -> String {
-    let (text, family) = match (service_endpoint(service, names), service) {
-        (Some((protocol, endpoint)), _) => (format!("{:<4} {endpoint}", protocol.to_string()), service.family()),
-        (None, ServiceId::Mark { mark, family: Family::Ipv6 }) => return format!("FWM  {} IPv6", mark.cast_signed()),
-        (None, ServiceId::Mark { mark, .. }) => return format!("FWM  {}", mark.cast_signed()),
-        (None, ServiceId::Address { .. }) => unreachable!("a service with an address has one"),
-    };
-    match family {
-        Family::Ipv4 => cut(&text, 33).to_owned(),
-        Family::Ipv6 => text,
+    match *service {
+        ServiceId::Address { protocol, address, port } => {
+            let protocol = protocol.to_string();
+            let text = format!("{protocol:<4} {}", endpoint(address, port, port_protocol(service), names));
+            if address.is_ipv4() { cut(&text, 33).to_owned() } else { text }
+        }
+        ServiceId::Mark { mark, family } => {
+            let family = if family == Family::Ipv6 { " IPv6" } else { "" };
+            format!("FWM  {}{family}", mark.cast_signed())
+        }
     }
 }
 
 /// A service on a command line: `-t 192.0.2.1:80`, `-f 7 -6`.
 pub(super) fn service_option(service: &ServiceId, names: Option<&Names>) -> String {
-    match (service_endpoint(service, names), service) {
-        (Some((Protocol::Tcp, endpoint)), _) => format!("-t {endpoint}"),
-        (Some((Protocol::Udp, endpoint)), _) => format!("-u {endpoint}"),
-        (Some((Protocol::Sctp, endpoint)), _) => format!("--sctp-service {endpoint}"),
-        (None, ServiceId::Mark { mark, family: Family::Ipv6 }) => format!("-f {} -6", mark.cast_signed()),
-        (None, ServiceId::Mark { mark, .. }) => format!("-f {}", mark.cast_signed()),
-        (None, ServiceId::Address { .. }) => unreachable!("a service with an address has one"),
+    match *service {
+        ServiceId::Address { protocol, address, port } => {
+            let option = match protocol {
+                Protocol::Tcp => "-t",
+                Protocol::Udp => "-u",
+                Protocol::Sctp => "--sctp-service",
+            };
+            format!("{option} {}", endpoint(address, port, port_protocol(service), names))
+        }
+        ServiceId::Mark { mark, family } => {
+            let family = if family == Family::Ipv6 { " -6" } else { "" };
+            format!("-f {}{family}", mark.cast_signed())
+        }
     }
 }
 
@@ -129,9 +128,9 @@ pub(super) fn counter(value: u64, exact: bool) -> String {
     match value {
         _ if exact && value >= 100_000_000 => format!(" {value}"),
         ..100_000_000 => format!("{value:9}"),
-        ..1_000_000_000 => format!("{:8}K", value / 1_000),
-        ..100_000_000_000 => format!("{:8}M", value / 1_000_000),
-        ..100_000_000_000_000 => format!("{:8}G", value / 1_000_000_000),
+        100_000_000..1_000_000_000 => format!("{:8}K", value / 1_000),
+        1_000_000_000..100_000_000_000 => format!("{:8}M", value / 1_000_000),
+        100_000_000_000..100_000_000_000_000 => format!("{:8}G", value / 1_000_000_000),
         _ => format!("{:8}T", value / 1_000_000_000_000),
     }
 }

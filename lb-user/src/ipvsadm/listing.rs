@@ -89,28 +89,19 @@ fn service_line(service: &ServiceView, listing: Listing, names: Option<&Names>) 
         Columns::Plain | Columns::Thresholds | Columns::Persistent | Columns::Tunnel => {}
     }
     let config = &service.config;
-    let mut line = format!("{name} {}", config.scheduler);
-    let mut add = |piece: String| {
-        line.push(' ');
-        line.push_str(&piece);
-    };
+    let mut pieces = vec![name, config.scheduler.clone()];
     if config.flags != 0 {
-        add(format!("({})", values::scheduler_flag_names(config.flags, &config.scheduler)));
+        pieces.push(format!("({})", values::scheduler_flag_names(config.flags, &config.scheduler)));
     }
     if let Some(persistence) = config.persistence {
-        add(format!("persistent {}", persistence.timeout));
-        if let Some(mask) = format::mask(persistence.mask, service.id.family()) {
-            add(format!("mask {mask}"));
-        }
-        if let Some(engine) = &config.engine {
-            add(format!("pe {engine}"));
-        }
+        pieces.push(format!("persistent {}", persistence.timeout));
+        pieces.extend(format::mask(persistence.mask, service.id.family()).map(|mask| format!("mask {mask}")));
+        pieces.extend(config.engine.as_ref().map(|engine| format!("pe {engine}")));
     }
     if config.one_packet {
-        add("ops".to_owned());
+        pieces.push("ops".to_owned());
     }
-    line.push('\n');
-    line
+    format!("{}\n", pieces.join(" "))
 }
 
 fn server_line(server: &ServerView, service: &ServiceView, listing: Listing, names: Option<&Names>) -> String {

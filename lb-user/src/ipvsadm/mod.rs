@@ -6,8 +6,8 @@
 //! ipvsadm -Ln --stats
 //! ```
 //!
-//! A run goes one way: [`reader`] takes words apart, [`parse`] decides what they ask for, [`execute`] asks the director
-//! for it, [`listing`] and [`save`] write the answer down. What the options are stands in one table, [`options`]. The
+//! A run goes one way: `reader` takes words apart, `parse` decides what they ask for, `execute` asks the director
+//! for it, `listing` and `save` write the answer down. What the options are stands in one table, `options`. The
 //! director is known only as a [`Table`], so that all of this can be tested without one.
 //!
 //! Nothing here decides what the director can do: marks, persistence and all schedulers are understood, and the
@@ -24,6 +24,8 @@ mod reader;
 mod restore;
 mod save;
 mod sort;
+#[cfg(test)]
+mod tests;
 mod values;
 
 use std::{
@@ -35,13 +37,13 @@ use std::{
 use crate::director::model::{Command, ConnectionView, Outcome, ServiceView, Timeouts};
 
 /// The exit status when all went well.
-const STATUS_OK: i32 = 0;
+const STATUS_OK: u8 = 0;
 /// The exit status when something could not be read.
-const STATUS_UNREADABLE: i32 = 1;
+const STATUS_UNREADABLE: u8 = 1;
 /// The exit status of a wrong command line, and when there is no table.
-const STATUS_USAGE: i32 = 2;
+const STATUS_USAGE: u8 = 2;
 /// The exit status of a refused command, and of words that the reader cannot take.
-const STATUS_REFUSED: i32 = 255;
+const STATUS_REFUSED: u8 = 255;
 
 /// The table of services, wherever it is.
 pub trait Table {
@@ -49,7 +51,7 @@ pub trait Table {
     fn connect(&mut self) -> Result<(), Unreachable>;
 
     /// Does these commands, one after the other, each on its own; one answer for each.
-    fn commands(&mut self, commands: Vec<Command>) -> Result<Vec<Outcome>, Unreachable>;
+    fn commands(&mut self, commands: &[Command]) -> Result<Vec<Outcome>, Unreachable>;
 
     /// All services; the servers of each with the newest first.
     fn services(&mut self) -> Result<Vec<ServiceView>, Unreachable>;
@@ -102,16 +104,10 @@ fn complain(stream: &mut dyn Write, line: &str) {
 
 /// Runs one of the three programs and gives back its exit status. Which one, the last part of `program` says; messages
 /// quote `program` as it was typed. Arguments that are not UTF-8 are never valid, and are quoted with replacements.
-pub fn run(program: &str, arguments: &[OsString], table: &mut dyn Table, streams: Streams<'_>) -> i32 {
+pub fn run(program: &str, arguments: &[OsString], table: &mut dyn Table, streams: Streams<'_>) -> u8 {
     let words: Vec<String> = arguments.iter().map(|argument| argument.to_string_lossy().into_owned()).collect();
     match Path::new(program).file_name().and_then(|name| name.to_str()) {
-        Some("ipvsadm-save") => match save::arguments(&words) {
-            Some(arguments) => execute::run("ipvsadm", &arguments, table, streams),
-            None => {
-                print(streams.error, save::HELP);
-                STATUS_UNREADABLE
-            }
-        },
+        Some("ipvsadm-save") => save::program(&words, table, streams),
         Some("ipvsadm-restore") => restore::program(table, streams),
         _ => execute::run(program, &words, table, streams),
     }

@@ -14,8 +14,10 @@ use std::{
 const NAME_REQUIRED: i32 = 8;
 
 /// Looks names up, and remembers.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Names {
+    /// Finds the first IPv4 address of a host.
+    resolve: fn(&str) -> Option<Ipv4Addr>,
     ports: OnceCell<Vec<PortName>>,
     hosts: RefCell<HashMap<IpAddr, Option<String>>>,
 }
@@ -30,6 +32,11 @@ struct PortName {
 }
 
 impl Names {
+    /// The names that this machine knows.
+    pub(super) fn of_system() -> Self {
+        Self { resolve: system_host, ports: OnceCell::new(), hosts: RefCell::default() }
+    }
+
     /// The port with this name. The protocol is `tcp`, `udp` or `sctp`.
     pub(super) fn port(&self, name: &str, protocol: &str) -> Option<u16> {
         let is_it = |line: &&PortName| line.protocol == protocol && line.names.iter().any(|known| known == name);
@@ -43,18 +50,14 @@ impl Names {
     }
 
     /// The first IPv4 address of this host.
-    #[expect(clippy::unused_self, reason = "its counterpart remembers; callers should not have to know")]
     pub(super) fn host(&self, name: &str) -> Option<Ipv4Addr> {
-        (name, 0).to_socket_addrs().ok()?.find_map(|address| match address {
-            SocketAddr::V4(address) => Some(*address.ip()),
-            SocketAddr::V6(_) => None,
-        })
+        (self.resolve)(name)
     }
 
     /// The name of the host with this address.
     pub(super) fn host_name(&self, address: IpAddr) -> Option<String> {
         let look_up = || {
-            let socket = SocketAddr::new(address, 0).into();
+            let socket = SocketAddr::new(address, 0);
             dns_lookup::getnameinfo(&socket, NAME_REQUIRED).ok().map(|(host, _)| host)
         };
         self.hosts.borrow_mut().entry(address).or_insert_with(look_up).clone()
@@ -63,6 +66,14 @@ impl Names {
     fn ports(&self) -> &[PortName] {
         self.ports.get_or_init(|| port_names(&std::fs::read_to_string("/etc/services").unwrap_or_default()))
     }
+}
+
+/// Asks the C library for a host.
+fn system_host(name: &str) -> Option<Ipv4Addr> {
+    (name, 0).to_socket_addrs().ok()?.find_map(|address| match address {
+        SocketAddr::V4(address) => Some(*address.ip()),
+        SocketAddr::V6(_) => None,
+    })
 }
 
 /// Reads the text of /etc/services: `name port/protocol alias ... # remark`.
@@ -78,14 +89,20 @@ fn port_names(text: &str) -> Vec<PortName> {
 }
 
 #[cfg(test)]
+impl Names {
+    /// No hosts, and the ports of this text: tests should not depend on the machine, nor wait for DNS.
+    pub(super) fn of_test(services: &str) -> Self {
+        Self { resolve: |_| None, ports: OnceCell::from(port_names(services)), hosts: RefCell::default() }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn services_have_names_aliases_and_protocols() {
-        let names = Names::default();
-        let text = "# head\nhttp\t80/tcp\twww # web\ndomain 53/tcp\ndomain 53/udp\nbad\n";
-        names.ports.set(port_names(text)).expect("nothing was looked up before");
+        let names = Names::of_test("# head\nhttp\t80/tcp\twww # web\ndomain 53/tcp\ndomain 53/udp\nbad\n");
         assert_eq!(names.port("http", "tcp"), Some(80));
         assert_eq!(names.port("www", "tcp"), Some(80));
         assert_eq!(names.port("HTTP", "tcp"), None);

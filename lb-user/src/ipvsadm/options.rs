@@ -327,14 +327,12 @@ fn walk(rows: impl Iterator<Item = (&'static str, Rule, bool)>, whose: &str, kin
                 return Err(Complaint::Usage(format!("You need to supply the '{name}' option for the '{whose}' {kind}")));
             }
             (Rule::Forbidden, true) => return Err(Complaint::Usage(format!("Illegal '{name}' option with the '{whose}' {kind}"))),
-            (Rule::OneOf, true) => match chosen.replace(name) {
-                Some(earlier) => {
-                    return Err(Complaint::Usage(format!(
-                        "The option '{name}' conflicts with the '{earlier}' option in the '{whose}' {kind}"
-                    )));
+            (Rule::OneOf, true) => {
+                if let Some(earlier) = chosen.replace(name) {
+                    let conflict = format!("The option '{name}' conflicts with the '{earlier}' option in the '{whose}' {kind}");
+                    return Err(Complaint::Usage(conflict));
                 }
-                None => {}
-            },
+            }
             _ => {}
         }
     }

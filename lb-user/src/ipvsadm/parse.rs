@@ -67,9 +67,11 @@ pub(super) enum List {
 }
 
 /// Seconds that the original lets a template live if `-p` says nothing else.
-const DEFAULT_PERSISTENCE: i64 = 360;
+const DEFAULT_PERSISTENCE: u32 = 360;
+/// The greatest weight and threshold.
+const MAXIMUM: u32 = i32::MAX.cast_unsigned();
 /// The longest timeout: 31 days.
-const LONGEST_TIMEOUT: i64 = 31 * 86400;
+const LONGEST_TIMEOUT: u32 = 31 * 86400;
 
 /// Decides what the words ask for. `restoring` is true for a line of `ipvsadm -R`.
 pub(super) fn parse(words: &[String], restoring: bool, names: &Names) -> Result<Action, Complaint> {
@@ -187,7 +189,7 @@ impl Typed {
             OptionName::Persistent => {
                 self.persistence = match occurrence.argument {
                     Some(value) => timeout(value, 1)?,
-                    None => DEFAULT_PERSISTENCE as u32,
+                    None => DEFAULT_PERSISTENCE,
                 }
             }
             OptionName::Netmask => self.mask = self.netmask(value, names)?,
@@ -205,12 +207,12 @@ impl Typed {
                     _ => Method::Route,
                 }
             }
-            OptionName::Weight => self.weight = limited(0..=i32::MAX.into(), "illegal weight specified")? as u32,
+            OptionName::Weight => self.weight = limited(0..=MAXIMUM, "illegal weight specified")?,
             OptionName::UpperThreshold => {
-                self.upper_threshold = limited(0..=i32::MAX.into(), "illegal u_threshold specified")? as u32;
+                self.upper_threshold = limited(0..=MAXIMUM, "illegal u_threshold specified")?;
             }
             OptionName::LowerThreshold => {
-                self.lower_threshold = limited(0..=i32::MAX.into(), "illegal l_threshold specified")? as u32;
+                self.lower_threshold = limited(0..=MAXIMUM, "illegal l_threshold specified")?;
             }
             OptionName::Engine => self.engine = Some(values::cut(value, 16).to_owned()).filter(|engine| !engine.is_empty()),
             OptionName::SchedulerFlags => value.clone_into(&mut self.flags),
@@ -260,9 +262,9 @@ impl Typed {
             Meaning::UdpService => Protocol::Udp,
             Meaning::SctpService => Protocol::Sctp,
             Meaning::MarkService => {
-                let mark = values::number(value, 1..=u32::MAX.into());
+                let mark = values::number(value, 1..=u32::MAX);
                 let invalid = || Complaint::Usage(format!("invalid fwmark value `{value}' specified"));
-                self.mark = Some(mark.ok_or_else(invalid)? as u32);
+                self.mark = Some(mark.ok_or_else(invalid)?);
                 return Ok(());
             }
             _ => Protocol::Tcp,
@@ -460,9 +462,9 @@ const fn protocol_name(protocol: Protocol) -> &'static str {
 }
 
 /// Reads a number of seconds.
-fn timeout(value: &str, least: i64) -> Result<u32, Complaint> {
+fn timeout(value: &str, least: u32) -> Result<u32, Complaint> {
     let seconds = values::number(value, least..=LONGEST_TIMEOUT);
-    seconds.map(|seconds| seconds as u32).ok_or_else(|| Complaint::Usage(format!("invalid timeout value `{value}' specified")))
+    seconds.ok_or_else(|| Complaint::Usage(format!("invalid timeout value `{value}' specified")))
 }
 
 /// Checks the value of `--mcast-group`.

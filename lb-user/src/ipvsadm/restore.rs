@@ -19,7 +19,7 @@ use crate::director::model::Command;
 const BUFFER: usize = 1 << 16;
 
 /// Runs the program `ipvsadm-restore`: all of the input but remarks, over an empty table.
-pub(super) fn program(table: &mut dyn Table, streams: Streams<'_>) -> i32 {
+pub(super) fn program(table: &mut dyn Table, streams: Streams<'_>) -> u8 {
     let Streams { input, output, error } = streams;
     let mut text = Vec::new();
     if let Err(reason) = input.read_to_end(&mut text) {
@@ -38,7 +38,7 @@ pub(super) fn program(table: &mut dyn Table, streams: Streams<'_>) -> i32 {
 }
 
 /// Runs `ipvsadm -R`; gives back the status of the last line.
-pub(super) fn run(session: &mut Session<'_>, input: &mut dyn Read) -> i32 {
+pub(super) fn run(session: &mut Session<'_>, input: &mut dyn Read) -> u8 {
     let mut input = BufReader::with_capacity(BUFFER, input);
     let mut changes = Changes::default();
     let mut line = Vec::new();
@@ -84,13 +84,14 @@ pub(super) fn run(session: &mut Session<'_>, input: &mut dyn Read) -> i32 {
 #[derive(Default)]
 struct Changes {
     commands: Vec<Command>,
-    status: i32,
+    status: u8,
 }
 
 impl Changes {
     fn send(&mut self, session: &mut Session<'_>) {
         if !self.commands.is_empty() {
-            self.status = session.change(std::mem::take(&mut self.commands));
+            self.status = session.change(&self.commands);
+            self.commands.clear();
         }
     }
 }

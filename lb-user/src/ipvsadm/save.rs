@@ -2,25 +2,23 @@
 //!
 //! Thresholds are not saved: the original forgets them, and files made by either program should be the same.
 
-use super::{format, names::Names, sort, values};
+use super::{STATUS_UNREADABLE, Streams, Table, execute, format, names::Names, print, sort, values};
 use crate::director::model::{Method, ServerView, ServiceView, Tunnel, TunnelChecksum};
 
-/// What `ipvsadm-save` says about a word that it does not know.
-pub(super) const HELP: &str = "ipvsadm-save: Script to save the IPVS table to stdout.\n   \
+/// What `ipvsadm-save` says about an option that it does not know.
+const HELP: &str = "ipvsadm-save: Script to save the IPVS table to stdout.\n   \
      With the -n option, prints out the table in numeric format.\n";
 
-/// The arguments for ipvsadm that these arguments of `ipvsadm-save` mean; nothing if one is unknown.
-pub(super) fn arguments(words: &[String]) -> Option<Vec<String>> {
-    let mut arguments = vec!["-S".to_owned()];
-    for word in words.iter().filter(|word| word.starts_with('-')) {
-        if word != "-n" {
-            return None;
-        }
-        if arguments.len() == 1 {
-            arguments.push("-n".to_owned());
-        }
+/// Runs the program `ipvsadm-save`. Words that are no options do not matter to it.
+pub(super) fn program(words: &[String], table: &mut dyn Table, streams: Streams<'_>) -> u8 {
+    let mut options = words.iter().filter(|word| word.starts_with('-'));
+    let numeric = options.next();
+    if numeric.into_iter().chain(options).any(|option| option != "-n") {
+        print(streams.error, HELP);
+        return STATUS_UNREADABLE;
     }
-    Some(arguments)
+    let save = if numeric.is_some() { "-Sn" } else { "-S" };
+    execute::run("ipvsadm", &[save.to_owned()], table, streams)
 }
 
 /// Writes the command lines that make these services and their servers.
@@ -38,24 +36,19 @@ pub(super) fn services(services: &[ServiceView], names: Option<&Names>) -> Strin
 
 fn service_line(service: &ServiceView, option: &str) -> String {
     let config = &service.config;
-    let mut line = format!("-A {option} -s {}", config.scheduler);
+    let mut pieces = vec![format!("-A {option} -s {}", config.scheduler)];
     if let Some(persistence) = config.persistence {
-        line.push_str(&format!(" -p {}", persistence.timeout));
-        if let Some(mask) = format::mask(persistence.mask, service.id.family()) {
-            line.push_str(&format!(" -M {mask}"));
-        }
+        pieces.push(format!("-p {}", persistence.timeout));
+        pieces.extend(format::mask(persistence.mask, service.id.family()).map(|mask| format!("-M {mask}")));
     }
-    if let Some(engine) = &config.engine {
-        line.push_str(&format!(" --pe {engine}"));
-    }
+    pieces.extend(config.engine.as_ref().map(|engine| format!("--pe {engine}")));
     if config.one_packet {
-        line.push_str(" -o");
+        pieces.push("-o".to_owned());
     }
     if config.flags != 0 {
-        line.push_str(&format!(" -b {}", values::scheduler_flag_names(config.flags, &config.scheduler)));
+        pieces.push(format!("-b {}", values::scheduler_flag_names(config.flags, &config.scheduler)));
     }
-    line.push('\n');
-    line
+    format!("{}\n", pieces.join(" "))
 }
 
 fn server_line(server: &ServerView, service: &ServiceView, option: &str, names: Option<&Names>) -> String {

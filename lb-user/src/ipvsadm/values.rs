@@ -3,18 +3,22 @@
 //! `' 6'`, `+5` and `007` are numbers; `0x7f000002`, `010.0.0.1` and `1.2` are addresses; `2001:db8::1:80` is an address
 //! without a port. People rely on few of these, scripts on more, so all of them are kept.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    ops::RangeInclusive,
+};
 
 use super::{complaint::Complaint, names::Names};
 use crate::director::model::service_flags;
 
 /// A number as `strtol` takes it, if nothing follows it and it lies in the range.
-pub(super) fn number(word: &str, range: std::ops::RangeInclusive<i64>) -> Option<i64> {
+pub(super) fn number(word: &str, range: RangeInclusive<u32>) -> Option<u32> {
     let digits = word.trim_start_matches(is_space);
     let unsigned = digits.strip_prefix(['+', '-']).unwrap_or(digits);
     let is_number = !unsigned.is_empty() && unsigned.bytes().all(|byte| byte.is_ascii_digit());
     // What does not fit 64 bits fits no range either.
-    digits.parse().ok().filter(|number| is_number && range.contains(number))
+    let number = u32::try_from(digits.parse::<i64>().ok()?).ok()?;
+    (is_number && range.contains(&number)).then_some(number)
 }
 
 /// A prefix length of IPv6 as `atoi` takes it: what follows the digits is ignored.
@@ -201,7 +205,7 @@ mod tests {
 
     #[test]
     fn brackets_around_ipv4_swallow_the_port() {
-        let names = Names::default();
+        let names = Names::of_test("");
         let address = IpAddr::from([192, 0, 2, 7]);
         assert_eq!(endpoint("[192.0.2.7]:80", Some("tcp"), &names), Some((address, None)));
         assert_eq!(endpoint("192.0.2.7:80", Some("tcp"), &names), Some((address, Some(80))));

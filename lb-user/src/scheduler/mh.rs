@@ -85,7 +85,7 @@ impl Maglev {
                 index: server.index,
                 slot: maglev(MAGLEV_KEY_1, value) % MAGLEV_SLOTS,
                 step: maglev(MAGLEV_KEY_2, value) % (MAGLEV_SLOTS - 1) + 1,
-                turns: (server.last_weight / divisor >> shift).max(1),
+                turns: ((server.last_weight / divisor) >> shift).max(1),
             }
         };
         servers.iter().filter(|server| server.last_weight > 0).map(sequence).collect()

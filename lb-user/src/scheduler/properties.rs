@@ -103,6 +103,7 @@ enum Event {
     Remove(prop::sample::Index),
     Edit(prop::sample::Index, u32),
     Overload(prop::sample::Index, bool),
+    OverloadAll(bool),
     Take(u32),
 }
 
@@ -113,6 +114,7 @@ fn event() -> impl Strategy<Value = Event> {
         any::<prop::sample::Index>().prop_map(Event::Remove),
         (any::<prop::sample::Index>(), weight()).prop_map(|(which, weight)| Event::Edit(which, weight)),
         (any::<prop::sample::Index>(), any::<bool>()).prop_map(|(which, overloaded)| Event::Overload(which, overloaded)),
+        any::<bool>().prop_map(Event::OverloadAll),
         (0..40_u32).prop_map(Event::Take),
     ]
 }
@@ -141,6 +143,12 @@ proptest! {
                     }
                     compiled.advance(&servers, count);
                     cursor = cursor.wrapping_add(count);
+                    None
+                }
+                Event::OverloadAll(overloaded) => {
+                    for server in &mut servers {
+                        server.overloaded = overloaded;
+                    }
                     None
                 }
                 _ if servers.is_empty() => None,

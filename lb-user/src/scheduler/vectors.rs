@@ -10,6 +10,7 @@ use std::{
 };
 
 use lb_common::{
+    family::{ipv4, ipv6},
     pick,
     schedule::{INELIGIBLE, NOBODY, position},
     service::{Mode, flags},
@@ -217,8 +218,8 @@ impl Harness {
     fn pick(&mut self, client: IpAddr, port: u16, destination: IpAddr) -> Option<String> {
         let flags = self.scheduler.service_flags();
         let value = match client {
-            IpAddr::V4(client) => pick::client_value(&u32::from_ne_bytes(client.octets()), port.to_be(), flags),
-            IpAddr::V6(client) => pick::client_value(&words(client), port.to_be(), flags),
+            IpAddr::V4(client) => pick::client_value(&ipv4(client), port.to_be(), flags),
+            IpAddr::V6(client) => pick::client_value(&ipv6(client), port.to_be(), flags),
         };
         let picks = &self.run.picks;
         let chosen = match self.scheduler.mode() {
@@ -229,8 +230,8 @@ impl Harness {
             }
             Mode::SourceHash => picks[pick::source_bucket(value) as usize],
             Mode::DestinationHash => match destination {
-                IpAddr::V4(address) => picks[pick::destination_bucket(&u32::from_ne_bytes(address.octets())) as usize],
-                IpAddr::V6(address) => picks[pick::destination_bucket(&words(address)) as usize],
+                IpAddr::V4(address) => picks[pick::destination_bucket(&ipv4(address)) as usize],
+                IpAddr::V6(address) => picks[pick::destination_bucket(&ipv6(address)) as usize],
             },
             Mode::Maglev => {
                 let first = pick::maglev_first(value);
@@ -344,11 +345,6 @@ impl Harness {
     }
 }
 
-fn words(address: std::net::Ipv6Addr) -> [u32; 4] {
-    let octets = address.octets();
-    std::array::from_fn(|word| u32::from_ne_bytes(std::array::from_fn(|byte| octets[4 * word + byte])))
-}
-
 #[test]
 fn every_choice_is_the_kernels() {
     let mut cases: HashMap<String, usize> = HashMap::new();
@@ -393,8 +389,7 @@ fn maglev_tables_are_the_kernels() {
         assert_eq!(picks[..64], table.first_64);
         assert_eq!(counts(&picks, servers.len()), table.count_per_dest);
         let bytes: Vec<u8> = picks.iter().map(|&pick| pick as u8).collect();
-        let digest: String = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
-        assert_eq!(digest, table.sha256_of_table_bytes);
+        assert_eq!(format!("{:x}", Sha256::digest(&bytes)), table.sha256_of_table_bytes);
     }
 }
 
