@@ -15,8 +15,7 @@ pub fn run(program: &str, arguments: &[OsString], socket: Option<PathBuf>) -> Ex
     let (mut input, mut output, mut error) = (io::stdin(), io::stdout(), io::stderr());
     let streams = Streams { input: &mut input, output: &mut output, error: &mut error };
     let status = ipvsadm::run(program, arguments, &mut table, streams);
-    // The personality knows no status but those of ipvsadm, which are 0 to 255.
-    u8::try_from(status).map_or(ExitCode::FAILURE, ExitCode::from)
+    ExitCode::from(status)
 }
 
 /// The daemon's table, if it can be told where the daemon is.

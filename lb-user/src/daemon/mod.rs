@@ -35,36 +35,57 @@ use crate::{
 /// A datapath that lives in a kernel: what the daemon needs of it beside the director.
 ///
 /// It follows interfaces, routes and neighbours by itself, in tasks of its own.
-pub trait Instance: Datapath + Send + 'static {
-    /// Attaches the interfaces that it was opened for. Called once, when the maps tell everything.
+pub trait Instance: Datapath + Send + Sized + 'static {
+    /// Takes over the instance at these pins, or makes one. Nothing is attached yet.
+    fn open(opening: &Opening) -> anyhow::Result<Self>;
+
+    /// Removes an instance that no daemon serves.
+    fn remove(pins: &Path) -> impl Future<Output = anyhow::Result<()>>;
+
+    /// Attaches the interfaces that it was opened for, and follows the network from now on.
     fn start(&mut self) -> impl Future<Output = anyhow::Result<()>> + Send;
 
+    /// Takes everything out of the kernel: links, filters, pins.
+    fn shut_down(&mut self) -> impl Future<Output = anyhow::Result<()>> + Send;
+
+    /// Resolves when the way to every real server that was made known so far has been looked for.
+    fn settled(&self) -> impl Future<Output = ()> + Send + use<Self>;
+
+    /// Deletes the connections that are over; resolves to the number of those that are left. Called each second.
+    fn sweep(&self) -> impl Future<Output = anyhow::Result<u64>> + Send + use<Self>;
+
     /// Attaches an interface; one that is attached already changes its hook.
-    fn attach(&mut self, interface: &str, hook: Hook) -> impl Future<Output = anyhow::Result<()>> + Send;
+    fn attach(&mut self, interface: &str, hook: Hook) -> anyhow::Result<()>;
 
     /// Detaches an interface.
-    fn detach(&mut self, interface: &str) -> impl Future<Output = anyhow::Result<()>> + Send;
-
-    /// Takes everything out of the kernel: links, filters, pins.
-    fn remove(&mut self) -> impl Future<Output = anyhow::Result<()>> + Send;
+    fn detach(&mut self, interface: &str) -> anyhow::Result<()>;
 
     /// The interfaces that are attached.
-    fn interfaces(&self) -> anyhow::Result<Vec<InterfaceView>>;
+    fn interfaces(&self) -> Vec<InterfaceView>;
 
     /// All connections.
-    fn connections(&mut self) -> anyhow::Result<Vec<ConnectionView>>;
-
-    /// How many connections there are.
-    fn connection_count(&self) -> anyhow::Result<u64>;
+    fn connections(&self) -> anyhow::Result<Vec<ConnectionView>>;
 
     /// How many connections each of the tables can hold.
     fn max_connections(&self) -> u32;
 
     /// The reason counters.
     fn reasons(&self) -> anyhow::Result<Vec<ReasonView>>;
+}
 
-    /// Deletes the connections that are over. Called each second.
-    fn sweep(&mut self) -> anyhow::Result<()>;
+/// What a datapath is told when it is opened.
+#[derive(Clone, Debug)]
+pub struct Opening {
+    /// Where its maps, programs and links are pinned, or will be.
+    pub pins: PathBuf,
+    /// The cookie of the network namespace: pins with another one are of a namespace that has gone.
+    pub netns_cookie: u64,
+    /// The interfaces to attach; none: every one that is up, now and later.
+    pub interfaces: Vec<String>,
+    /// Where packets are met.
+    pub hook: Hook,
+    /// How many connections each of the two tables can hold.
+    pub max_connections: u32,
 }
 
 /// Where the state is written.
@@ -83,6 +104,8 @@ pub struct Daemon<I> {
     identity: Identity,
     state: StateFile,
     unsaved: bool,
+    /// How many connections the last sweep left.
+    connections: u64,
     started: Instant,
     stopping: Arc<Notify>,
 }
@@ -90,7 +113,7 @@ pub struct Daemon<I> {
 impl<I: Instance> Daemon<I> {
     /// A daemon around a director.
     pub fn new(director: Director<I>, identity: Identity, state: StateFile) -> Self {
-        Self { director, identity, state, unsaved: false, started: Instant::now(), stopping: Arc::default() }
+        Self { director, identity, state, unsaved: false, connections: 0, started: Instant::now(), stopping: Arc::default() }
     }
 
     /// Told when the daemon has to end.
@@ -117,8 +140,8 @@ impl<I: Instance> Daemon<I> {
     }
 
     /// All connections.
-    pub fn connections(&mut self) -> anyhow::Result<Vec<ConnectionView>> {
-        self.director.datapath_mut().connections()
+    pub fn connections(&self) -> anyhow::Result<Vec<ConnectionView>> {
+        self.director.datapath().connections()
     }
 
     /// The timeouts.
@@ -132,36 +155,36 @@ impl<I: Instance> Daemon<I> {
     }
 
     /// How the daemon is.
-    pub fn status(&self) -> anyhow::Result<Status> {
+    pub fn status(&self) -> Status {
         let datapath = self.director.datapath();
-        Ok(Status {
+        Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: process::id(),
             instance: self.identity.name(),
             pins: self.identity.pins().display().to_string(),
             uptime: self.started.elapsed().as_secs(),
-            interfaces: datapath.interfaces()?,
+            interfaces: datapath.interfaces(),
             services: self.director.service_count(),
             servers: self.director.server_count(),
-            connections: datapath.connection_count()?,
+            connections: self.connections,
             max_connections: datapath.max_connections(),
-        })
+        }
     }
 
     /// Attaches an interface.
-    pub async fn attach(&mut self, interface: &str, hook: Hook) -> anyhow::Result<()> {
-        self.director.datapath_mut().attach(interface, hook).await
+    pub fn attach(&mut self, interface: &str, hook: Hook) -> anyhow::Result<()> {
+        self.director.datapath_mut().attach(interface, hook)
     }
 
     /// Detaches an interface.
-    pub async fn detach(&mut self, interface: &str) -> anyhow::Result<()> {
-        self.director.datapath_mut().detach(interface).await
+    pub fn detach(&mut self, interface: &str) -> anyhow::Result<()> {
+        self.director.datapath_mut().detach(interface)
     }
 
     /// Asks the daemon to end, if wanted with everything that it has in the kernel.
     pub async fn stop(&mut self, detach: bool) -> anyhow::Result<()> {
         if detach {
-            self.director.datapath_mut().remove().await?;
+            self.director.datapath_mut().shut_down().await?;
             if !self.state.named {
                 remove_file(&self.state.path);
             }
@@ -175,11 +198,27 @@ impl<I: Instance> Daemon<I> {
 
     /// To be called each second.
     pub fn tick(&mut self) {
-        if let Err(error) = self.director.datapath_mut().sweep() {
-            error!("connections do not expire: {error:#}");
-        }
         self.director.tick(Instant::now());
         self.save();
+    }
+
+    /// Resolves when the way to every real server has been looked for.
+    pub fn settled(&self) -> impl Future<Output = ()> + Send + use<I> {
+        self.director.datapath().settled()
+    }
+
+    /// Deletes the connections that are over. It works beside the daemon, which hears of the outcome by
+    /// [`Daemon::swept`].
+    pub fn sweep(&self) -> impl Future<Output = anyhow::Result<u64>> + Send + use<I> {
+        self.director.datapath().sweep()
+    }
+
+    /// Takes in what a sweep found.
+    pub fn swept(&mut self, outcome: anyhow::Result<u64>) {
+        match outcome {
+            Ok(connections) => self.connections = connections,
+            Err(error) => error!("connections do not expire: {error:#}"),
+        }
     }
 
     /// Whether [`Daemon::refresh`] has anything to look at.

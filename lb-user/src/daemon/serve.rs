@@ -26,12 +26,13 @@ use sd_notify::NotifyState;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{Mutex, Notify},
+    task::JoinHandle,
     time::{MissedTickBehavior, interval, timeout},
 };
 use tracing::{info, warn};
 
 use super::{
-    Daemon, Instance, StateFile, environment,
+    Daemon, Instance, Opening, StateFile, environment,
     lock::Lock,
     namespace::{self, Identity},
     remove_file,
@@ -64,25 +65,10 @@ pub struct Options {
     pub max_connections: u32,
 }
 
-/// What a datapath is told when it is opened.
-#[derive(Clone, Debug)]
-pub struct Opening {
-    /// Where its maps, programs and links are pinned, or will be.
-    pub pins: PathBuf,
-    /// The cookie of the network namespace: pins with another one are of a namespace that has gone.
-    pub netns_cookie: u64,
-    /// [`Options::interfaces`].
-    pub interfaces: Vec<String>,
-    /// [`Options::hook`].
-    pub hook: Hook,
-    /// [`Options::max_connections`].
-    pub max_connections: u32,
-}
-
-/// Runs a daemon until it is told to end. `open` loads the datapath, or adopts the one that is there.
+/// Runs a daemon until it is told to end. It takes over the datapath that it finds, or loads one.
 ///
 /// No other thread may have been made before: this one may have to enter another network namespace.
-pub fn serve<I: Instance>(options: Options, open: impl AsyncFnOnce(&Opening) -> anyhow::Result<I>) -> anyhow::Result<()> {
+pub fn serve<I: Instance>(options: Options) -> anyhow::Result<()> {
     environment::check(options.netns.is_some())?;
     if let Some(netns) = &options.netns {
         namespace::enter(netns)?;
@@ -108,7 +94,18 @@ pub fn serve<I: Instance>(options: Options, open: impl AsyncFnOnce(&Opening) -> 
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.context("cannot run the daemon: there is no event loop to be had; see the limits of open files")?;
     let outcome = runtime.block_on(async {
-        let director = start(&opening, state, &state_file, open).await?;
+        let found = opening.pins.exists();
+        let director = match start::<I>(&opening, state, &state_file).await {
+            Ok(director) => director,
+            // What could not begin leaves no trace; what was at work before stays at work.
+            Err(error) if !found => {
+                return Err(match I::remove(&opening.pins).await {
+                    Ok(()) => error,
+                    Err(remains) => error.context(format!("{remains:#}")),
+                });
+            }
+            Err(error) => return Err(error),
+        };
         info!("instance {} listens at {}", identity.name(), socket.display());
         run(Daemon::new(director, identity, state_file), listener, lock, &socket).await
     });
@@ -119,19 +116,15 @@ pub fn serve<I: Instance>(options: Options, open: impl AsyncFnOnce(&Opening) -> 
 }
 
 /// Opens the datapath, and lets the director take it over.
-async fn start<I: Instance>(
-    opening: &Opening,
-    state: Option<State>,
-    state_file: &StateFile,
-    open: impl AsyncFnOnce(&Opening) -> anyhow::Result<I>,
-) -> anyhow::Result<Director<I>> {
-    let datapath = open(opening).await?;
+async fn start<I: Instance>(opening: &Opening, state: Option<State>, state_file: &StateFile) -> anyhow::Result<Director<I>> {
+    let datapath = I::open(opening)?;
     let config = Config { netns_cookie: opening.netns_cookie, ..Config::DEFAULT };
     let mut director = match state {
         Some(state) => Director::adopt(datapath, config, state, &state_file.path)?,
         None => Director::new(datapath, config)?,
     };
     director.datapath_mut().start().await?;
+    director.datapath().settled().await;
     Ok(director)
 }
 
@@ -195,6 +188,7 @@ pub(super) async fn run<I: Instance>(
     for ticks in [&mut seconds, &mut moments] {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     }
+    let mut sweep: Option<JoinHandle<()>> = None;
     // Nobody may be there to read it; that is no reason to end.
     drop(writeln!(io::stdout(), "ready").and_then(|()| io::stdout().flush()));
     notify(NotifyState::Ready);
@@ -202,7 +196,18 @@ pub(super) async fn run<I: Instance>(
         // Commands change this, too: it is found out within a second.
         let watching = daemon.lock().await.needs_watching();
         tokio::select! {
-            _ = seconds.tick() => daemon.lock().await.tick(),
+            _ = seconds.tick() => {
+                let mut daemon_now = daemon.lock().await;
+                daemon_now.tick();
+                // A sweep of many connections may take longer than a second, and nobody shall wait for it.
+                if sweep.as_ref().is_none_or(JoinHandle::is_finished) {
+                    let (daemon, outcome) = (Arc::clone(&daemon), daemon_now.sweep());
+                    sweep = Some(tokio::spawn(async move {
+                        let outcome = outcome.await;
+                        daemon.lock().await.swept(outcome);
+                    }));
+                }
+            }
             _ = moments.tick(), if watching => daemon.lock().await.refresh(),
             () = stopping.notified() => break info!("told to stop"),
             _ = terminate.recv() => break info!("told to stop by SIGTERM"),

@@ -1,6 +1,6 @@
 //! The daemon behind its socket, with a datapath in memory.
 
-use std::{os::unix::fs::PermissionsExt, path::Path, thread};
+use std::{future, os::unix::fs::PermissionsExt, path::Path, thread, time::Duration};
 
 use lb_common::config::Config;
 
@@ -15,28 +15,45 @@ use crate::{
 };
 
 impl Instance for Memory {
+    fn open(_opening: &Opening) -> anyhow::Result<Self> {
+        Ok(Self::default())
+    }
+
+    async fn remove(_pins: &Path) -> anyhow::Result<()> {
+        Ok(())
+    }
+
     async fn start(&mut self) -> anyhow::Result<()> {
         Ok(())
     }
 
-    async fn attach(&mut self, interface: &str, _hook: Hook) -> anyhow::Result<()> {
-        anyhow::bail!("cannot attach {interface}: this datapath is in memory; use another")
-    }
-
-    async fn detach(&mut self, _interface: &str) -> anyhow::Result<()> {
+    async fn shut_down(&mut self) -> anyhow::Result<()> {
+        self.journal.push("shut_down".to_owned());
         Ok(())
     }
 
-    fn interfaces(&self) -> anyhow::Result<Vec<InterfaceView>> {
-        Ok(vec![])
+    fn settled(&self) -> impl Future<Output = ()> + Send + use<> {
+        future::ready(())
     }
 
-    fn connections(&mut self) -> anyhow::Result<Vec<ConnectionView>> {
-        Ok(vec![])
+    fn sweep(&self) -> impl Future<Output = anyhow::Result<u64>> + Send + use<> {
+        future::ready(Ok(3))
     }
 
-    fn connection_count(&self) -> anyhow::Result<u64> {
-        Ok(3)
+    fn attach(&mut self, interface: &str, _hook: Hook) -> anyhow::Result<()> {
+        anyhow::bail!("cannot attach {interface}: this datapath is in memory; use another")
+    }
+
+    fn detach(&mut self, _interface: &str) -> anyhow::Result<()> {
+        Ok(())
+    }
+
+    fn interfaces(&self) -> Vec<InterfaceView> {
+        vec![]
+    }
+
+    fn connections(&self) -> anyhow::Result<Vec<ConnectionView>> {
+        Ok(vec![])
     }
 
     fn max_connections(&self) -> u32 {
@@ -45,15 +62,6 @@ impl Instance for Memory {
 
     fn reasons(&self) -> anyhow::Result<Vec<ReasonView>> {
         Ok(vec![])
-    }
-
-    fn sweep(&mut self) -> anyhow::Result<()> {
-        Ok(())
-    }
-
-    async fn remove(&mut self) -> anyhow::Result<()> {
-        self.journal.push("remove".to_owned());
-        Ok(())
     }
 }
 
@@ -102,7 +110,15 @@ fn a_conversation() {
         assert_eq!(client.services().expect("it answers")[0].config.scheduler, "wrr");
         assert_eq!(client.timeouts().expect("it answers"), Timeouts::default());
         assert!(client.connections().expect("it answers").is_empty());
-        let status = client.status().expect("it answers");
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let status = loop {
+            let status = client.status().expect("it answers");
+            if status.connections > 0 {
+                break status;
+            }
+            assert!(Instant::now() < deadline, "no sweep was made");
+            thread::yield_now();
+        };
         assert_eq!((status.services, status.servers, status.connections), (1, 0, 3));
         let error = client.attach("eth9", Hook::Xdp).expect_err("it cannot").to_string();
         assert_eq!(error, "cannot attach eth9: this datapath is in memory; use another");
