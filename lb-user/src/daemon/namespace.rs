@@ -33,6 +33,17 @@ pub const PIN_DIRECTORY: &str = "/sys/fs/bpf/bpfvs";
 /// Where `ip netns` keeps its namespaces.
 const NAMED_NAMESPACES: &str = "/run/netns";
 
+// To compare with `/proc/1/ns/net` would be simpler, but the kernel lets only those look there who have all rights of
+// process 1, which command lines have not, and in a container not even root.
+
+/// The inode of the initial network namespace since Linux 6.18 (`NET_NS_INIT_INO` in `include/uapi/linux/nsfs.h`); before, it
+/// had any number, but that of none of the others.
+const INITIAL_INODE: u64 = 0xefff_fff9;
+
+/// The cookie of the initial network namespace up to Linux 6.17: it is the first that gets one (`setup_net` in
+/// `net/core/net_namespace.c`). Since then the number belongs to no network namespace.
+const INITIAL_COOKIE: u64 = 1;
+
 /// The network namespace of this process.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Identity {
@@ -44,13 +55,8 @@ impl Identity {
     /// The identity of the namespace that this process is in.
     pub fn current() -> anyhow::Result<Self> {
         let own = fs::metadata("/proc/self/ns/net").context("cannot tell the network namespace; see that /proc is mounted")?;
-        let inode = own.ino();
-        let initial = match fs::metadata("/proc/1/ns/net") {
-            Ok(initial) => initial.ino() == inode && initial.dev() == own.dev(),
-            // Only root may look: others take the namespace that has a daemon of its own for what it is.
-            Err(_) => !Self { inode: Some(inode) }.socket().exists(),
-        };
-        Ok(Self { inode: (!initial).then_some(inode) })
+        let initial = own.ino() == INITIAL_INODE || cookie()? == INITIAL_COOKIE;
+        Ok(Self { inode: (!initial).then_some(own.ino()) })
     }
 
     /// The name of the instance.

@@ -75,20 +75,23 @@ where
 {
     let ipv6 = size_of::<A>() == size_of::<Ipv6>();
     for_each_entry(table, |key: &ConnectionKey<A>, connection: &Connection| {
-        let Some(expires) = clock.remaining(connection.last_seen, lifetime(config, key.protocol, connection.state)) else { return };
+        let Some(expires) = clock.remaining(connection.last_seen, lifetime(config, key.protocol as u8, connection.state)) else {
+            return;
+        };
         let Some((server, server_port)) = server(connection.server) else { return };
-        let (protocol, state) = names(key.protocol, connection.state);
+        let (protocol, state) = names(key.protocol as u8, connection.state);
         views.push(ConnectionView {
             protocol: protocol.to_owned(),
             expires,
             state: state.to_owned(),
             client: address(key.client.words(), ipv6),
-            client_port: u16::from_be(key.client_port),
+            client_port: u16::from_be(key.ports.source()),
             vip: address(key.vip.words(), ipv6),
-            vip_port: u16::from_be(key.vip_port),
+            vip_port: u16::from_be(key.ports.destination()),
             server,
             server_port,
             active: connection.flags & flags::ACTIVE != 0,
+            engine: None,
         });
     })
     .context("the connection table cannot be read")

@@ -34,12 +34,13 @@ pub mod way;
 use std::{fmt::Display, net::IpAddr};
 
 pub use self::{
-    attach::Hook,
     kernel::{KernelDatapath, Options},
     system::netns_cookie,
 };
 
 use lb_common::{config::Config, server::Counters, service::Service, statistics::Statistics};
+
+pub use crate::director::model::Hook;
 
 use crate::{
     director::model::{Method, Protocol},

@@ -12,7 +12,7 @@ use std::net::IpAddr;
 
 use lb_common::{
     family::{AF_INET, AF_INET6},
-    server::{self, NextHop, Server, Status, flags},
+    server::{self, NextHop, Server, Status, flags, link_addresses},
 };
 
 use super::Target;
@@ -90,8 +90,7 @@ pub fn server(target: &Target, way: Option<&Way>) -> Server {
             server.port_ifindex = hop.port_ifindex;
             server.vlan = hop.vlan;
             server.mtu = mtu(hop.mtu, target);
-            server.next_hop = halves(hop.mac.unwrap_or_default());
-            server.source = halves(hop.source);
+            server.link = link_addresses(hop.mac.unwrap_or_default(), hop.source);
             server.outer_source = hop.preferred_source.map(words).unwrap_or_default();
         }
     }
@@ -144,11 +143,6 @@ pub fn address(words: [u32; 4], ipv6: bool) -> IpAddr {
     } else {
         IpAddr::from(words[0].to_ne_bytes())
     }
-}
-
-/// A MAC address as it stands in maps.
-fn halves(mac: [u8; 6]) -> [u16; 3] {
-    [[mac[0], mac[1]], [mac[2], mac[3]], [mac[4], mac[5]]].map(u16::from_ne_bytes)
 }
 
 #[cfg(test)]
@@ -205,7 +199,7 @@ mod tests {
         let target = target(IPV4, Method::Route);
         let ready = server(&target, Some(&hop(IPV4, Some([2, 0, 0, 0, 2, 5]))));
         assert_eq!(ready.status, Status::Ready as u8);
-        assert_eq!(ready.next_hop.map(u16::to_ne_bytes).concat(), [2, 0, 0, 0, 2, 5]);
+        assert_eq!(ready.link, link_addresses([2, 0, 0, 0, 2, 5], [2, 0, 0, 0, 0, 1]));
         assert_eq!(ready.address[0].to_ne_bytes(), [10, 0, 0, 205]);
         assert_eq!(ready.port.to_ne_bytes(), [0, 80]);
         assert_eq!((ready.ifindex, ready.port_ifindex, ready.vlan), (7, 3, 42));
