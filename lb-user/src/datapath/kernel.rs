@@ -198,6 +198,16 @@ impl KernelDatapath {
         self.connections.capacity()
     }
 
+    /// The services as they stand in the map, whoever wrote them.
+    pub fn service_entries(&self) -> Vec<(ServicePlace, Service)> {
+        self.services.iter().map(|(place, service)| (*place, *service)).collect()
+    }
+
+    /// The real servers as they stand in the map, whoever wrote them.
+    pub fn server_entries(&self) -> Result<Vec<(u32, Server)>, Error> {
+        lock(&self.servers).in_use()
+    }
+
     /// The entries of a real server as the packet path reads them.
     pub fn server_entry(&self, index: u32) -> Result<(Server, NextHop), Error> {
         let servers = lock(&self.servers);
@@ -410,7 +420,7 @@ impl Datapath for KernelDatapath {
     }
 
     fn servers(&self) -> Result<Vec<u32>, Error> {
-        Ok(lock(&self.servers).in_use()?.into_iter().map(|(index, _)| index).collect())
+        Ok(self.server_entries()?.into_iter().map(|(index, _)| index).collect())
     }
 
     /// The layout, the namespace's cookie and the clock rate are the datapath's own and stay as they are.
