@@ -26,6 +26,7 @@ use bpfvs::{
 use lb_common::{
     config::{Config, SweepReport},
     connection::{Connection, ConnectionKey},
+    packet::transport::Ports,
     server::{self, KEEP_VLAN, NextHop, Server, Status},
     service::Service,
     tcp,
@@ -190,12 +191,14 @@ fn target(address: &str) -> Target {
     Target { address: address.parse().expect("an address"), port: 80, method: Method::Route }
 }
 
-fn next_hop_mac(server: &Server) -> [u8; 6] {
-    std::array::from_fn(|at| server.link[at / 4].to_ne_bytes()[at % 4])
+/// MAC address of the next hop.
+fn next_hop(server: &Server) -> [u8; 6] {
+    server.link.map(u32::to_ne_bytes).concat()[..6].try_into().expect("six bytes")
 }
 
-fn source_mac(server: &Server) -> [u8; 6] {
-    std::array::from_fn(|at| server.link[(at + 6) / 4].to_ne_bytes()[(at + 6) % 4])
+/// MAC address that frames are sent from.
+fn source(server: &Server) -> [u8; 6] {
+    server.link.map(u32::to_ne_bytes).concat()[6..].try_into().expect("six bytes")
 }
 
 fn is(server: &Server, status: Status) -> bool {
@@ -213,8 +216,8 @@ fn a_server_on_the_link_becomes_ready() {
         let ready = |server: &Server, _: &NextHop| is(server, Status::Ready);
         for (index, address) in [(5, "10.1.0.2"), (6, "2001:db8:1::2")] {
             let server = entry_becomes(&datapath, index, "the neighbour answers", ready).await;
-            assert_eq!(next_hop_mac(&server), [2, 0, 0, 0, 1, 2]);
-            assert_eq!(source_mac(&server), lab.mac("east"));
+            assert_eq!(next_hop(&server), [2, 0, 0, 0, 1, 2]);
+            assert_eq!(source(&server), lab.mac("east"));
             assert_eq!((server.ifindex, server.port_ifindex), (lab.ifindex("east"), lab.ifindex("east")));
             assert_eq!((server.vlan, server.mtu, server.port), (KEEP_VLAN, 1500, 80_u16.to_be()));
             let neighbours = lab.ip(&format!("neighbour show {address}"));
@@ -243,13 +246,13 @@ fn routes_are_followed() {
         let east = lab.ifindex("east");
         let server =
             entry_becomes(&datapath, 1, "a route appears", |server, _| is(server, Status::Ready) && server.ifindex == east).await;
-        assert_eq!((next_hop_mac(&server), server.mtu), ([2, 0, 0, 0, 1, 2], 1400));
+        assert_eq!((next_hop(&server), server.mtu), ([2, 0, 0, 0, 1, 2], 1400));
 
         lab.ip("route change 192.0.2.0/24 via 10.2.0.2");
         let west = lab.ifindex("west");
         let server =
             entry_becomes(&datapath, 1, "the route moves", |server, _| is(server, Status::Ready) && server.ifindex == west).await;
-        assert_eq!((next_hop_mac(&server), source_mac(&server), server.mtu), ([2, 0, 0, 0, 2, 2], lab.mac("west"), 1500));
+        assert_eq!((next_hop(&server), source(&server), server.mtu), ([2, 0, 0, 0, 2, 2], lab.mac("west"), 1500));
         let left = lab.ip("neighbour show 10.1.0.2");
         assert!(!left.contains("managed"), "nobody needs the old gateway: {left}");
 
@@ -274,7 +277,7 @@ fn neighbours_and_devices_are_followed() {
     in_lab("neighbours", async |lab| {
         let mut datapath = lab.start().await;
         datapath.set_server(1, &target("10.1.0.2")).expect("the server is taken");
-        let has = |mac: [u8; 6]| move |server: &Server, _: &NextHop| is(server, Status::Ready) && next_hop_mac(&server) == mac;
+        let has = |mac: [u8; 6]| move |server: &Server, _: &NextHop| is(server, Status::Ready) && next_hop(server) == mac;
         entry_becomes(&datapath, 1, "the neighbour answers", has([2, 0, 0, 0, 1, 2])).await;
 
         lab.ip("neighbour replace 10.1.0.2 lladdr 02:00:00:00:aa:aa dev east nud permanent");
@@ -283,7 +286,7 @@ fn neighbours_and_devices_are_followed() {
         entry_becomes(&datapath, 1, "the neighbour is asked again", has([2, 0, 0, 0, 1, 2])).await;
 
         lab.ip("link set east address 02:00:00:00:bb:bb");
-        entry_becomes(&datapath, 1, "the device gets another address", |server, _| source_mac(&server) == [2, 0, 0, 0, 0xbb, 0xbb])
+        entry_becomes(&datapath, 1, "the device gets another address", |server, _| source(server) == [2, 0, 0, 0, 0xbb, 0xbb])
             .await;
         lab.ip("link set east mtu 1300");
         entry_becomes(&datapath, 1, "the device gets another MTU", |server, _| server.mtu == 1300).await;
@@ -406,7 +409,7 @@ fn removed_servers_stay_removed() {
 fn an_instance_is_taken_over_and_removed() {
     in_lab("adopt", async |lab| {
         let vip: IpAddr = "10.9.9.9".parse().expect("an address");
-        let run = Run { base: 0, head: 0, picks: vec![1, 2, 1] };
+        let run = Run { picks: vec![1, 2, 1], ..Run::default() };
         let service = Service { id: 3, ..Service::default() };
         let mut first = lab.start().await;
         assert!(!first.adopted());
@@ -479,7 +482,7 @@ fn maps_of_another_shape_are_refused() {
 #[test]
 fn interfaces_come_and_go() {
     in_lab("interfaces", async |lab| {
-        let datapath = lab.start().await;
+        let mut datapath = lab.start().await;
         let names = || datapath.interfaces().into_iter().map(|interface| interface.name).collect::<Vec<_>>();
         assert_eq!(names(), ["east", "west"].map(str::to_owned));
         lab.ip("link add later type bridge");
@@ -573,9 +576,9 @@ fn services_and_schedules() {
         // Four times what there is room for: old runs make room for new ones.
         let picks = vec![7; 1 << 20];
         for service in [0, 1, 0, 1, 0, 1, 0, 1] {
-            datapath.publish(service, &Run { base: 0, head: 0, picks: picks.clone() }).expect("old runs make room");
+            datapath.publish(service, &Run { picks: picks.clone(), ..Run::default() }).expect("old runs make room");
         }
-        let whole = Run { base: 0, head: 0, picks: vec![7; 1 << 22] };
+        let whole = Run { picks: vec![7; 1 << 22], ..Run::default() };
         let full = datapath.publish(2, &whole).expect_err("a run as large as the table does not fit").to_string();
         assert!(full.contains("schedules"), "{full}");
         datapath.publish(0, &Run::default()).expect("an empty run fits always");
@@ -601,11 +604,8 @@ fn connections_are_listed() {
             let key = ConnectionKey {
                 client: (0x0a01_0000 + client).to_be(),
                 vip: 0x0a09_0909_u32.to_be(),
-                client_port: 1234_u16.to_be(),
-                vip_port: 80_u16.to_be(),
+                ports: Ports::new(1234_u16.to_be(), 80_u16.to_be()),
                 protocol: 6,
-                direction: 0,
-                zero: [0; 2],
             };
             // Every tenth is over: nothing was heard of it for longer than IPVS's 900 seconds.
             let entry = connection(tcp::State::Established as u8, 1, if client % 10 == 0 { 1000 } else { 100 });
@@ -614,11 +614,8 @@ fn connections_are_listed() {
         let key = ConnectionKey {
             client: [1, 2, 3, 4].map(u32::to_be),
             vip: [5, 6, 7, 8].map(u32::to_be),
-            client_port: 9_u16.to_be(),
-            vip_port: 53_u16.to_be(),
+            ports: Ports::new(9_u16.to_be(), 53_u16.to_be()),
             protocol: 17,
-            direction: 0,
-            zero: [0; 2],
         };
         ipv6.insert(key, connection(0, 0, 0), 0).expect("there is room");
         let mut views = datapath.connections().expect("the connections can be listed");

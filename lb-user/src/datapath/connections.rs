@@ -75,11 +75,10 @@ where
 {
     let ipv6 = size_of::<A>() == size_of::<Ipv6>();
     for_each_entry(table, |key: &ConnectionKey<A>, connection: &Connection| {
-        let Some(expires) = clock.remaining(connection.last_seen, lifetime(config, key.protocol as u8, connection.state)) else {
-            return;
-        };
+        let transport = key.protocol as u8;
+        let Some(expires) = clock.remaining(connection.last_seen, lifetime(config, transport, connection.state)) else { return };
         let Some((server, server_port)) = server(connection.server) else { return };
-        let (protocol, state) = names(key.protocol as u8, connection.state);
+        let (protocol, state) = names(transport, connection.state);
         views.push(ConnectionView {
             protocol: protocol.to_owned(),
             expires,

@@ -199,7 +199,7 @@ mod tests {
         let target = target(IPV4, Method::Route);
         let ready = server(&target, Some(&hop(IPV4, Some([2, 0, 0, 0, 2, 5]))));
         assert_eq!(ready.status, Status::Ready as u8);
-        assert_eq!(ready.link, link_addresses([2, 0, 0, 0, 2, 5], [2, 0, 0, 0, 0, 1]));
+        assert_eq!(ready.link.map(u32::to_ne_bytes).concat(), [2, 0, 0, 0, 2, 5, 2, 0, 0, 0, 0, 1]);
         assert_eq!(ready.address[0].to_ne_bytes(), [10, 0, 0, 205]);
         assert_eq!(ready.port.to_ne_bytes(), [0, 80]);
         assert_eq!((ready.ifindex, ready.port_ifindex, ready.vlan), (7, 3, 42));
