@@ -8,6 +8,7 @@
 
 pub mod api;
 pub mod cli;
+pub mod daemon;
 pub mod datapath;
 pub mod director;
 pub mod ipvsadm;

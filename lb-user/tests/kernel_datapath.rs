@@ -430,9 +430,9 @@ fn an_instance_is_taken_over_and_removed() {
         let mut second = KernelDatapath::open(&lab.options()).expect("the instance is taken over");
         assert!(second.adopted());
         assert_eq!((second.config().udp_timeout, second.config().hz, second.config().netns_cookie), (77, hz, cookie));
-        assert_eq!(second.services(), [((Protocol::Tcp, vip, 80), service)]);
+        assert_eq!(second.service_entries(), [((Protocol::Tcp, vip, 80), service)]);
         assert!(second.filter_contains(vip));
-        assert_eq!(second.servers().expect("the servers can be read"), [(1, entry)]);
+        assert_eq!(second.server_entries().expect("the servers can be read"), [(1, entry)]);
         second.set_server(1, &target("10.1.0.2")).expect("the server is taken");
         assert_eq!(second.server_entry(1).expect("the entry can be read").0, entry, "what was known is not forgotten");
         second.start().await.expect("it starts");
@@ -482,7 +482,7 @@ fn maps_of_another_shape_are_refused() {
 #[test]
 fn interfaces_come_and_go() {
     in_lab("interfaces", async |lab| {
-        let datapath = lab.start().await;
+        let mut datapath = lab.start().await;
         let names = || datapath.interfaces().into_iter().map(|interface| interface.name).collect::<Vec<_>>();
         assert_eq!(names(), ["east", "west"].map(str::to_owned));
         lab.ip("link add later type bridge");

@@ -15,9 +15,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fmt,
     path::Path,
-    str::FromStr,
 };
 
 use anyhow::{Context as _, anyhow, bail};
@@ -36,48 +34,13 @@ use super::{
     maps::{Pins, remove_pin},
     programs::Programs,
 };
-use crate::director::model::InterfaceView;
+use crate::director::model::{Hook, InterfaceView};
 
 /// Where our netlink filter stands on kernels without tcx: early, at a handle that nobody else deals.
 const FILTER_PRIORITY: u16 = 7;
 const FILTER_HANDLE: TcHandle = TcHandle::new(0, 0x0b5f);
 /// What the kernel calls our netlink filter.
 const FILTER_NAME: &str = "tc_director";
-
-/// How the director hooks into an interface.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub enum Hook {
-    /// What is fastest on the kind of interface.
-    #[default]
-    Auto,
-    /// XDP, and tc behind it.
-    Xdp,
-    /// tc alone.
-    Tc,
-}
-
-impl FromStr for Hook {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "auto" => Ok(Self::Auto),
-            "xdp" => Ok(Self::Xdp),
-            "tc" => Ok(Self::Tc),
-            _ => Err(format!("there is no hook `{text}`; choose auto, xdp or tc")),
-        }
-    }
-}
-
-impl fmt::Display for Hook {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str(match self {
-            Self::Auto => "auto",
-            Self::Xdp => "xdp",
-            Self::Tc => "tc",
-        })
-    }
-}
 
 /// An interface that the programs run on.
 #[derive(Clone, Debug)]
@@ -403,18 +366,5 @@ fn is_busy(error: &ProgramError) -> bool {
     match error {
         ProgramError::SyscallError(error) => matches!(error.io_error.raw_os_error(), Some(libc::EBUSY | libc::EEXIST)),
         _ => false,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn hooks_have_names() {
-        for hook in [Hook::Auto, Hook::Xdp, Hook::Tc] {
-            assert_eq!(hook.to_string().parse(), Ok(hook));
-        }
-        assert!("XDP".parse::<Hook>().is_err());
     }
 }

@@ -36,7 +36,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
     Datapath, Error, Target,
-    attach::{Attachments, Hook, remove_filter},
+    attach::{Attachments, remove_filter},
     connections::{Clock, Connections},
     filter::Filter,
     hz, kernel_error,
@@ -53,7 +53,7 @@ use super::{
     way::{address, words},
 };
 use crate::{
-    director::model::{ConnectionView, InterfaceView, Protocol, ReasonView},
+    director::model::{ConnectionView, Hook, InterfaceView, Protocol, ReasonView},
     scheduler::Run,
 };
 
@@ -198,14 +198,13 @@ impl KernelDatapath {
         self.connections.capacity()
     }
 
-    /// The services in the map, whoever wrote them: after a take-over the director removes those that it does not know.
-    pub fn services(&self) -> Vec<(ServicePlace, Service)> {
+    /// The services as they stand in the map, whoever wrote them.
+    pub fn service_entries(&self) -> Vec<(ServicePlace, Service)> {
         self.services.iter().map(|(place, service)| (*place, *service)).collect()
     }
 
-    /// The indices of the real servers in the map, whoever wrote them: after a take-over the director retires those that it
-    /// does not know.
-    pub fn servers(&self) -> Result<Vec<(u32, Server)>, Error> {
+    /// The real servers as they stand in the map, whoever wrote them.
+    pub fn server_entries(&self) -> Result<Vec<(u32, Server)>, Error> {
         lock(&self.servers).in_use()
     }
 
@@ -277,7 +276,7 @@ impl KernelDatapath {
     }
 
     /// Detaches from every interface, lets go of all neighbours and removes all pins. Connections are lost.
-    pub async fn shut_down(self) -> anyhow::Result<()> {
+    pub async fn shut_down(&mut self) -> anyhow::Result<()> {
         lock(&self.attachments).detach_all()?;
         if self.task.is_none() {
             let (done, released) = oneshot::channel();
@@ -414,6 +413,14 @@ impl Datapath for KernelDatapath {
             packets_out: sum.packets_out + value.packets_out,
             bytes_out: sum.bytes_out + value.bytes_out,
         }))
+    }
+
+    fn services(&self) -> Result<Vec<ServicePlace>, Error> {
+        Ok(self.services.keys().copied().collect())
+    }
+
+    fn servers(&self) -> Result<Vec<u32>, Error> {
+        Ok(self.server_entries()?.into_iter().map(|(index, _)| index).collect())
     }
 
     /// The layout, the namespace's cookie and the clock rate are the datapath's own and stay as they are.

@@ -34,12 +34,13 @@ pub mod way;
 use std::{fmt::Display, net::IpAddr};
 
 pub use self::{
-    attach::Hook,
     kernel::{KernelDatapath, Options},
     system::netns_cookie,
 };
 
 use lb_common::{config::Config, server::Counters, service::Service, statistics::Statistics};
+
+pub use crate::director::model::Hook;
 
 use crate::{
     director::model::{Method, Protocol},
@@ -84,6 +85,12 @@ pub trait Datapath {
 
     /// The traffic of a real server since it was made known, over all CPUs.
     fn statistics(&self, index: u32) -> Result<Statistics, Error>;
+
+    /// Every service that the packet path knows, whoever made it known.
+    fn services(&self) -> Result<Vec<(Protocol, IpAddr, u16)>, Error>;
+
+    /// The index of every real server that is not free, whoever made it known.
+    fn servers(&self) -> Result<Vec<u32>, Error>;
 
     /// Writes the settings.
     fn configure(&mut self, config: &Config) -> Result<(), Error>;

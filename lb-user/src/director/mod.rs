@@ -1,3 +1,839 @@
 //! The director: virtual services, their real servers, and IPVS's rules about them.
+//!
+//! A [`Director`] does what [`model::Command`]s say, or refuses as IPVS would ([`rules`]), and keeps the datapath's maps
+//! in step. It is a plain value: no thread, no clock, no file, no socket. The daemon owns it, gives it commands and the
+//! time, and writes its [`state`] down.
+//!
+//! One command list is one step. Each service that it touched gets one new schedule at the end, however many servers
+//! came and went: restoring thousands of lines compiles each service once. The order of things towards the datapath is
+//! always such that the packet path meets whole services only:
+//!
+//! ```text
+//! a service appears      schedule, then service
+//! a service disappears   service, then schedule and servers
+//! a server appears       server, then schedule
+//! a server disappears    schedule, then server (which lives on in the trash as long as connections name it)
+//! ```
+//!
+//! If the datapath has no room for a schedule, the service goes back to what it was before the list, and the list's
+//! commands about it are refused.
+//!
+//! Overload flags (`ipvsadm -x`/`-y`) are looked at whenever [`Director::refresh`] is called, not at each connection:
+//! a server can get a few connections more than its threshold between two looks.
 
+mod indices;
 pub mod model;
+pub mod rules;
+mod service;
+pub mod state;
+mod traffic;
+mod trash;
+
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+    time::Instant,
+};
+
+use lb_common::{config::Config, service::Service as ServiceEntry, tcp};
+use tracing::warn;
+
+use self::{
+    indices::Indices,
+    model::{
+        Command, Outcome, Refusal, RefusalKind, ServerConfig, ServerId, ServerView, ServiceConfig, ServiceId, ServiceView,
+        Timeouts, Totals, Traffic,
+    },
+    rules::refuse,
+    service::{Server, Service, overloaded},
+    state::State,
+    traffic::{ESTIMATOR_PERIOD, Estimator},
+    trash::{Removed, Trash},
+};
+use crate::{
+    datapath::{self, Datapath},
+    scheduler::{Change, Run, Scheduler},
+};
+
+/// The model of all services, and the datapath that follows it.
+#[derive(Debug)]
+pub struct Director<D> {
+    datapath: D,
+    config: Config,
+    timeouts: Timeouts,
+    services: BTreeMap<ServiceId, Service>,
+    trash: Trash,
+    service_indices: Indices,
+    server_indices: Indices,
+    next_incarnation: u64,
+    estimated: Option<Instant>,
+    changed: bool,
+}
+
+/// What a list of commands has touched so far.
+#[derive(Default)]
+struct Pending {
+    /// Services that need a new schedule.
+    services: BTreeMap<ServiceId, Touched>,
+    /// Servers that have to be retired once no schedule names them any more.
+    retiring: BTreeSet<u32>,
+    /// Indices of services that changed to another one: to be emptied.
+    abandoned: Vec<u32>,
+}
+
+/// A touched service.
+struct Touched {
+    /// The service before the list; nothing if it is new.
+    before: Option<Service>,
+    /// Positions of the commands about it.
+    commands: Vec<usize>,
+}
+
+impl<D: Datapath> Director<D> {
+    /// A director without services. `config` holds the settings that are no command's business.
+    pub fn new(datapath: D, config: Config) -> Result<Self, datapath::Error> {
+        let mut director = Self {
+            config,
+            timeouts: Timeouts::default(),
+            services: BTreeMap::new(),
+            trash: Trash::default(),
+            service_indices: Indices::new(datapath.service_capacity()),
+            server_indices: Indices::new(datapath.server_capacity()),
+            next_incarnation: 0,
+            estimated: None,
+            changed: true,
+            datapath,
+        };
+        director.take_in_orphans()?;
+        director.set_timeouts(&Timeouts::default())?;
+        Ok(director)
+    }
+
+    /// The director that wrote this state, come back. What the datapath still has stays as it is; schedules are
+    /// published anew and go on exactly where they were. `path` is for the error's sake.
+    pub fn adopt(datapath: D, config: Config, state: State, path: &Path) -> anyhow::Result<Self> {
+        let mut service_indices = Indices::new(datapath.service_capacity());
+        let mut server_indices = Indices::new(datapath.server_capacity());
+        let mut services = BTreeMap::new();
+        let mut trash = Trash::default();
+        // Reading has made sure that everything is there once only: a claim fails for an index beyond the capacity.
+        let too_large = |index: u32| state::Error::damaged(path, &format!("the index {index} is too large, or there twice"));
+        for service in state.services {
+            let indices = service.servers.iter().map(|server| server.index);
+            if let Some(index) = indices.into_iter().find(|index| !server_indices.claim(*index)) {
+                return Err(too_large(index).into());
+            }
+            if !service_indices.claim(service.index) {
+                return Err(too_large(service.index).into());
+            }
+            services.insert(service.id, service);
+        }
+        for removed in state.trash {
+            if !server_indices.claim(removed.index) {
+                return Err(too_large(removed.index).into());
+            }
+            trash.insert(removed);
+        }
+        let mut director = Self {
+            datapath,
+            config,
+            timeouts: state.timeouts,
+            services,
+            trash,
+            service_indices,
+            server_indices,
+            next_incarnation: state.next_incarnation,
+            estimated: None,
+            changed: true,
+        };
+        director.restore()?;
+        Ok(director)
+    }
+
+    /// Brings the datapath in step with an adopted model.
+    ///
+    /// The datapath may be younger than the state (the machine was restarted, or everything was taken away): counters that
+    /// began anew are not compared with what the state remembers of the old ones.
+    fn restore(&mut self) -> Result<(), datapath::Error> {
+        let known_services = self.datapath.services()?;
+        let known_servers: BTreeSet<u32> = self.datapath.servers()?.into_iter().collect();
+        self.take_in_orphans()?;
+        let timeouts = self.timeouts;
+        self.set_timeouts(&timeouts)?;
+        for index in self.trash.retain(|removed| known_servers.contains(&removed.index)) {
+            self.server_indices.give_back(index);
+        }
+        for removed in self.trash.iter() {
+            self.datapath.retire_server(removed.index)?;
+        }
+        for service in self.services.values_mut() {
+            for server in &mut service.servers {
+                self.datapath.set_server(server.index, &server.target())?;
+                if !known_servers.contains(&server.index) {
+                    server.joined = self.datapath.statistics(server.index)?.into();
+                    server.zero = server.joined;
+                }
+            }
+            let known = known_services
+                .iter()
+                .any(|&(protocol, address, port)| service.id == ServiceId::Address { protocol, address, port });
+            if !known {
+                service.base = self.datapath.cursor(service.index);
+                service.left_behind = Totals::default();
+                service.zero = Totals::default();
+            }
+        }
+        let ids: Vec<ServiceId> = self.services.keys().copied().collect();
+        for id in ids {
+            self.bring_up_to_date(&id);
+            self.publish(&id)?;
+        }
+        Ok(())
+    }
+
+    /// Takes services away from the datapath that this director knows nothing of, and puts such servers into the trash: the
+    /// last daemon stopped before it could write them down, or its state file is lost.
+    fn take_in_orphans(&mut self) -> Result<(), datapath::Error> {
+        for (protocol, address, port) in self.datapath.services()? {
+            let id = ServiceId::Address { protocol, address, port };
+            if !self.services.contains_key(&id) {
+                warn!("removing {id} from the datapath: the state file knows nothing of it");
+                self.datapath.remove_service(protocol, address, port)?;
+            }
+        }
+        for index in self.datapath.servers()? {
+            if self.server_indices.claim(index) {
+                self.datapath.retire_server(index)?;
+                self.trash.insert(Removed {
+                    owner: None,
+                    index,
+                    incarnation: 0,
+                    last_weight: 0,
+                    overloaded: false,
+                    zero: Totals::default(),
+                    idle_since: None,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Does commands in order. Each stands for itself: a refused one changes nothing and does not stop the others.
+    pub fn execute(&mut self, commands: &[Command]) -> Vec<Outcome> {
+        let mut pending = Pending::default();
+        let mut outcomes: Vec<Outcome> = Vec::with_capacity(commands.len());
+        for (position, command) in commands.iter().enumerate() {
+            outcomes.push(match self.apply(command, position, &mut pending) {
+                Ok(()) => Outcome::Ok,
+                Err(refusal) => Outcome::Refused(refusal),
+            });
+        }
+        self.commit(pending, &mut outcomes);
+        self.changed |= outcomes.contains(&Outcome::Ok);
+        outcomes
+    }
+
+    /// Whether there is something to write to the state file since this was last asked.
+    pub fn take_changed(&mut self) -> bool {
+        std::mem::take(&mut self.changed)
+    }
+
+    /// What the state file has to say.
+    pub fn state(&self) -> State {
+        State {
+            netns_cookie: self.config.netns_cookie,
+            timeouts: self.timeouts,
+            services: self.services.values().cloned().collect(),
+            trash: self.trash.iter().cloned().collect(),
+            next_incarnation: self.next_incarnation,
+        }
+    }
+
+    /// Every service, with its servers and their traffic.
+    pub fn services(&self) -> Result<Vec<ServiceView>, datapath::Error> {
+        self.services.values().map(|service| self.view(service)).collect()
+    }
+
+    /// The timeouts.
+    pub fn timeouts(&self) -> Timeouts {
+        self.timeouts
+    }
+
+    /// How many services there are.
+    pub fn service_count(&self) -> usize {
+        self.services.len()
+    }
+
+    /// How many real servers there are, over all services.
+    pub fn server_count(&self) -> usize {
+        self.services.values().map(|service| service.servers.len()).sum()
+    }
+
+    /// Whether [`Director::refresh`] should be called more often than once a second: there are thresholds to watch,
+    /// or schedules that end.
+    pub fn needs_watching(&self) -> bool {
+        self.services
+            .values()
+            .any(|service| service.lasts.is_some() || service.servers.iter().any(|server| server.config.upper_threshold > 0))
+    }
+
+    /// Looks at thresholds, and at schedules that come to their end. Cheap: it reads memory that the kernel shares.
+    pub fn refresh(&mut self) {
+        let datapath = &self.datapath;
+        let mut stale = Vec::new();
+        for service in self.services.values_mut() {
+            let cursor = datapath.cursor(service.index);
+            let flag = |server: &Server| overloaded(&server.config, datapath.counters(server.index), server.overloaded);
+            let flags: Vec<bool> = service.servers.iter().map(flag).collect();
+            let flipped = service.servers.iter().zip(&flags).any(|(server, flag)| server.overloaded != *flag);
+            let half_used = service.lasts.is_some_and(|picks| cursor.wrapping_sub(service.base) > picks / 2);
+            if flipped || half_used {
+                // The picks until now were made with the old flags.
+                service.advance(cursor);
+                for (server, flag) in service.servers.iter_mut().zip(flags) {
+                    server.overloaded = flag;
+                }
+                self.changed |= flipped;
+                stale.push(service.id);
+            }
+        }
+        for id in stale {
+            if let Err(error) = self.publish(&id) {
+                warn!("{id} keeps its old schedule: {error}");
+            }
+        }
+    }
+
+    /// To be called each second: refreshes, empties the trash, and feeds the estimators when their time has come.
+    pub fn tick(&mut self, now: Instant) {
+        self.refresh();
+        let datapath = &self.datapath;
+        for removed in self.trash.take_idle(now, |index| datapath.counters(index).total) {
+            match self.datapath.free_server(removed.index) {
+                Ok(()) => {
+                    self.server_indices.give_back(removed.index);
+                    self.changed = true;
+                }
+                Err(error) => {
+                    warn!("a removed server stays for now: {error}");
+                    self.trash.insert(removed);
+                }
+            }
+        }
+        if self.estimated.is_none_or(|last| now.duration_since(last) >= ESTIMATOR_PERIOD) {
+            self.estimated = Some(now);
+            if let Err(error) = self.estimate() {
+                warn!("rates are not brought up to date: {error}");
+            }
+        }
+    }
+
+    /// The datapath.
+    pub fn datapath(&self) -> &D {
+        &self.datapath
+    }
+
+    /// The datapath, for everything about it that is no director's business.
+    pub fn datapath_mut(&mut self) -> &mut D {
+        &mut self.datapath
+    }
+
+    /// The datapath, and nothing else.
+    pub fn into_datapath(self) -> D {
+        self.datapath
+    }
+
+    fn apply(&mut self, command: &Command, position: usize, pending: &mut Pending) -> Result<(), Refusal> {
+        match command {
+            Command::AddService { service, config } => self.add_service(*service, config, position, pending),
+            Command::EditService { service, config } => self.edit_service(*service, config, position, pending),
+            Command::RemoveService { service } => self.remove_service(service, pending),
+            Command::AddServer { service, server, config } => self.add_server(*service, *server, config, position, pending),
+            Command::EditServer { service, server, config } => self.edit_server(service, server, config, position, pending),
+            Command::RemoveServer { service, server } => self.remove_server(service, server, position, pending),
+            Command::Clear => {
+                let ids: Vec<ServiceId> = self.services.keys().copied().collect();
+                ids.iter().try_for_each(|id| self.remove_service(id, pending))
+            }
+            Command::Zero { service: Some(id) } => self.zero(id),
+            Command::Zero { service: None } => {
+                let ids: Vec<ServiceId> = self.services.keys().copied().collect();
+                ids.iter().try_for_each(|id| self.zero(id))
+            }
+            Command::SetTimeouts(timeouts) => {
+                rules::timeouts(timeouts)?;
+                Ok(self.set_timeouts(timeouts)?)
+            }
+        }
+    }
+
+    fn add_service(
+        &mut self,
+        id: ServiceId,
+        config: &ServiceConfig,
+        position: usize,
+        pending: &mut Pending,
+    ) -> Result<(), Refusal> {
+        if self.services.contains_key(&id) {
+            return refuse(
+                RefusalKind::ServiceExists,
+                format!("the service {id} cannot be added: it exists; edit it (`-E`), or remove it first (`-D`)"),
+            );
+        }
+        let mut scheduler = scheduler(&id, config)?;
+        scheduler.servers_changed(&[], Change::Started);
+        let index = self.new_service_index(&id)?;
+        self.next_incarnation += 1;
+        let service = Service {
+            id,
+            config: config.clone(),
+            index,
+            incarnation: self.next_incarnation,
+            scheduler,
+            base: self.datapath.cursor(index),
+            lasts: None,
+            servers: Vec::new(),
+            left_behind: Totals::default(),
+            zero: Totals::default(),
+            estimator: Estimator::from(Totals::default()),
+        };
+        self.services.insert(id, service);
+        pending.services.insert(id, Touched { before: None, commands: vec![position] });
+        Ok(())
+    }
+
+    fn edit_service(
+        &mut self,
+        id: ServiceId,
+        config: &ServiceConfig,
+        position: usize,
+        pending: &mut Pending,
+    ) -> Result<(), Refusal> {
+        let old = self.services.get(&id).ok_or_else(|| no_such_service(&id))?;
+        let mut scheduler = scheduler(&id, config)?;
+        let other_mode = scheduler.mode() != old.scheduler.mode();
+        // IPVS leaves a scheduler alone that stays the same.
+        let same = scheduler.name() == old.scheduler.name();
+        // A schedule must not be read in the mode of another: the service moves to a new index, in one step.
+        let index = if other_mode { Some(self.new_service_index(&id)?) } else { None };
+        self.touch(&id, position, pending);
+        let service = self.services.get_mut(&id).ok_or_else(|| no_such_service(&id))?;
+        service.config = config.clone();
+        if same {
+            service.scheduler.set_flags(config.flags);
+        } else {
+            scheduler.servers_changed(&service.candidates(), Change::Started);
+            service.scheduler = scheduler;
+        }
+        if let Some(index) = index {
+            pending.abandoned.push(std::mem::replace(&mut service.index, index));
+            service.base = self.datapath.cursor(index);
+        }
+        Ok(())
+    }
+
+    fn remove_service(&mut self, id: &ServiceId, pending: &mut Pending) -> Result<(), Refusal> {
+        let service = self.services.get(id).ok_or_else(|| no_such_service(id))?;
+        let published = pending.services.get(id).is_none_or(|touched| touched.before.is_some());
+        if let (true, ServiceId::Address { protocol, address, port }) = (published, id) {
+            self.datapath.remove_service(*protocol, *address, *port)?;
+        }
+        let (index, incarnation) = (service.index, service.incarnation);
+        pending.services.remove(id);
+        pending.abandoned.push(index);
+        if let Some(service) = self.services.remove(id) {
+            for server in service.servers {
+                pending.retiring.insert(server.index);
+                self.trash.insert(removed(id, incarnation, &server));
+            }
+        }
+        Ok(())
+    }
+
+    fn add_server(
+        &mut self,
+        service_id: ServiceId,
+        id: ServerId,
+        config: &ServerConfig,
+        position: usize,
+        pending: &mut Pending,
+    ) -> Result<(), Refusal> {
+        let service = self.services.get(&service_id).ok_or_else(|| no_such_service(&service_id))?;
+        rules::server(&service_id, &id, config)?;
+        if service.position(&id).is_some() {
+            return refuse(
+                RefusalKind::ServerExists,
+                format!(
+                    "the real server {id} cannot be added to {service_id}: it is there; edit it (`-e`), or remove it first (`-d`)"
+                ),
+            );
+        }
+        rules::server_address(&id)?;
+        rules::server_supported(&id, config)?;
+        let incarnation = service.incarnation;
+        let back = self.trash.take(service_id, id);
+        let index = match &back {
+            Some(removed) => removed.index,
+            None => self.new_server_index(&id)?,
+        };
+        let mut server = Server {
+            id,
+            config: *config,
+            index,
+            last_weight: back.as_ref().map_or(0, |removed| removed.last_weight),
+            overloaded: back.as_ref().is_some_and(|removed| removed.overloaded),
+            joined: Totals::default(),
+            zero: Totals::default(),
+            estimator: Estimator::default(),
+        };
+        let outcome = self.datapath.set_server(index, &server.target()).and_then(|()| self.datapath.statistics(index));
+        match outcome {
+            Ok(statistics) => server.joined = statistics.into(),
+            Err(error) => {
+                match back {
+                    Some(removed) => self.trash.insert(removed),
+                    None => self.server_indices.give_back(index),
+                }
+                return Err(error.into());
+            }
+        }
+        pending.retiring.remove(&index);
+        server.zero = match back {
+            Some(removed) if removed.incarnation == incarnation => removed.zero,
+            _ => server.joined,
+        };
+        server.estimator = Estimator::from(server.joined);
+        server.configure(config, self.datapath.counters(index));
+        self.change_servers(&service_id, position, pending, |servers| {
+            servers.insert(0, server);
+            Change::Added
+        });
+        Ok(())
+    }
+
+    fn edit_server(
+        &mut self,
+        service_id: &ServiceId,
+        id: &ServerId,
+        config: &ServerConfig,
+        position: usize,
+        pending: &mut Pending,
+    ) -> Result<(), Refusal> {
+        let service = self.services.get(service_id).ok_or_else(|| no_such_service(service_id))?;
+        rules::server(service_id, id, config)?;
+        let place = service.position(id).ok_or_else(|| no_such_server(service_id, id))?;
+        rules::server_supported(id, config)?;
+        let mut server = service.servers[place].clone();
+        let method = server.config.method;
+        server.configure(config, self.datapath.counters(server.index));
+        if method != config.method {
+            self.datapath.set_server(server.index, &server.target())?;
+        }
+        self.change_servers(service_id, position, pending, |servers| {
+            servers[place] = server;
+            Change::Edited { position: place }
+        });
+        Ok(())
+    }
+
+    fn remove_server(
+        &mut self,
+        service_id: &ServiceId,
+        id: &ServerId,
+        position: usize,
+        pending: &mut Pending,
+    ) -> Result<(), Refusal> {
+        let service = self.services.get(service_id).ok_or_else(|| no_such_service(service_id))?;
+        let place = service.position(id).ok_or_else(|| no_such_server(service_id, id))?;
+        let server = &service.servers[place];
+        let (index, joined) = (server.index, server.joined);
+        let totals = Totals::from(self.datapath.statistics(index)?);
+        self.trash.insert(removed(service_id, service.incarnation, server));
+        pending.retiring.insert(index);
+        self.change_servers(service_id, position, pending, |servers| {
+            servers.remove(place);
+            Change::Removed { position: place, index }
+        });
+        if let Some(service) = self.services.get_mut(service_id) {
+            service.left_behind = service.left_behind.plus(totals.since(joined));
+        }
+        Ok(())
+    }
+
+    /// Changes the servers of a service, and tells its scheduler.
+    fn change_servers(
+        &mut self,
+        id: &ServiceId,
+        position: usize,
+        pending: &mut Pending,
+        change: impl FnOnce(&mut Vec<Server>) -> Change,
+    ) {
+        self.touch(id, position, pending);
+        if let Some(service) = self.services.get_mut(id) {
+            let change = change(&mut service.servers);
+            service.scheduler.servers_changed(&service.candidates(), change);
+        }
+    }
+
+    /// Notes that a command is about to change a service.
+    fn touch(&mut self, id: &ServiceId, position: usize, pending: &mut Pending) {
+        if let Some(touched) = pending.services.get_mut(id) {
+            touched.commands.push(position);
+            return;
+        }
+        self.bring_up_to_date(id);
+        pending.services.insert(*id, Touched { before: self.services.get(id).cloned(), commands: vec![position] });
+    }
+
+    /// Brings a service's scheduler to where its cursor stands.
+    fn bring_up_to_date(&mut self, id: &ServiceId) {
+        if let Some(service) = self.services.get_mut(id) {
+            service.advance(self.datapath.cursor(service.index));
+        }
+    }
+
+    /// Publishes what a list of commands has changed.
+    fn commit(&mut self, pending: Pending, outcomes: &mut [Outcome]) {
+        let Pending { services, mut retiring, mut abandoned } = pending;
+        for (id, touched) in services {
+            let Err(error) = self.publish(&id) else { continue };
+            self.roll_back(&id, touched.before, &mut retiring, &mut abandoned);
+            for position in touched.commands {
+                if outcomes[position] == Outcome::Ok {
+                    outcomes[position] = Outcome::Refused(Refusal::from_datapath(&error));
+                }
+            }
+        }
+        for index in abandoned {
+            if let Err(error) = self.datapath.publish(index, &Run::default()) {
+                warn!("the schedule of a removed service keeps its room: {error}");
+            }
+            self.service_indices.give_back(index);
+        }
+        for index in retiring {
+            if let Err(error) = self.datapath.retire_server(index) {
+                warn!("connections to a removed server go on: {error}");
+            }
+        }
+    }
+
+    /// Compiles and publishes the schedule of a service, and then the service.
+    fn publish(&mut self, id: &ServiceId) -> Result<(), datapath::Error> {
+        let Some(service) = self.services.get_mut(id) else { return Ok(()) };
+        let cursor = self.datapath.cursor(service.index);
+        let run = service.scheduler.compile(&service.candidates(), cursor);
+        self.datapath.publish(service.index, &run)?;
+        service.base = cursor;
+        service.lasts = run.truncated.then_some(run.picks.len() as u32);
+        if let ServiceId::Address { protocol, address, port } = *id {
+            let entry = ServiceEntry {
+                id: service.index,
+                mode: service.scheduler.mode() as u8,
+                flags: service.scheduler.service_flags(),
+                zero: 0,
+            };
+            self.datapath.set_service(protocol, address, port, entry)?;
+        }
+        Ok(())
+    }
+
+    /// Makes a service again what it was before a list of commands.
+    fn roll_back(&mut self, id: &ServiceId, before: Option<Service>, retiring: &mut BTreeSet<u32>, abandoned: &mut Vec<u32>) {
+        let Some(after) = self.services.remove(id) else { return };
+        let kept: BTreeMap<u32, &Server> = before.iter().flat_map(|service| &service.servers).map(|s| (s.index, s)).collect();
+        for server in &after.servers {
+            if !kept.contains_key(&server.index) {
+                retiring.insert(server.index);
+                self.trash.insert(removed(id, after.incarnation, server));
+            }
+        }
+        for server in kept.values() {
+            retiring.remove(&server.index);
+            self.trash.take(*id, server.id);
+            if let Err(error) = self.datapath.set_server(server.index, &server.target()) {
+                warn!("the real server {} could not be set back: {error}", server.id);
+            }
+        }
+        match before {
+            Some(service) => {
+                if service.index != after.index {
+                    abandoned.retain(|index| *index != service.index);
+                    abandoned.push(after.index);
+                }
+                self.services.insert(*id, service);
+            }
+            None => abandoned.push(after.index),
+        }
+    }
+
+    fn zero(&mut self, id: &ServiceId) -> Result<(), Refusal> {
+        let datapath = &self.datapath;
+        let service = self.services.get_mut(id).ok_or_else(|| no_such_service(id))?;
+        let totals = read_totals(datapath, service)?;
+        for (server, totals) in service.servers.iter_mut().zip(&totals) {
+            server.zero = *totals;
+            server.estimator = Estimator::from(*totals);
+        }
+        let mut totals = totals.into_iter();
+        service.zero = service.totals(|_| totals.next().unwrap_or_default());
+        service.estimator = Estimator::from(service.zero);
+        Ok(())
+    }
+
+    fn set_timeouts(&mut self, timeouts: &Timeouts) -> Result<(), datapath::Error> {
+        let keep = |new: u32, old: u32| if new == 0 { old } else { new };
+        let timeouts = Timeouts {
+            tcp: keep(timeouts.tcp, self.timeouts.tcp),
+            tcp_fin: keep(timeouts.tcp_fin, self.timeouts.tcp_fin),
+            udp: keep(timeouts.udp, self.timeouts.udp),
+        };
+        let mut config = self.config;
+        config.tcp_timeouts[tcp::State::Established as usize] = timeouts.tcp;
+        config.tcp_timeouts[tcp::State::FinWait as usize] = timeouts.tcp_fin;
+        config.udp_timeout = timeouts.udp;
+        self.datapath.configure(&config)?;
+        self.config = config;
+        self.timeouts = timeouts;
+        Ok(())
+    }
+
+    fn estimate(&mut self) -> Result<(), datapath::Error> {
+        for service in self.services.values_mut() {
+            let totals = read_totals(&self.datapath, service)?;
+            for (server, totals) in service.servers.iter_mut().zip(&totals) {
+                server.estimator.tick(*totals);
+            }
+            let mut totals = totals.into_iter();
+            let sum = service.totals(|_| totals.next().unwrap_or_default());
+            service.estimator.tick(sum);
+        }
+        Ok(())
+    }
+
+    fn view(&self, service: &Service) -> Result<ServiceView, datapath::Error> {
+        let totals = read_totals(&self.datapath, service)?;
+        let servers = service.servers.iter().zip(&totals).map(|(server, totals)| {
+            let counters = self.datapath.counters(server.index);
+            ServerView {
+                id: server.id,
+                config: server.config,
+                active: counters.active,
+                inactive: counters.inactive(),
+                persistent: 0,
+                traffic: Traffic { totals: totals.since(server.zero), rates: server.estimator.rates() },
+                reachability: reachability(self.datapath.reachability(server.index)).to_owned(),
+                index: server.index,
+            }
+        });
+        let servers = servers.collect();
+        let mut totals = totals.into_iter();
+        let sum = service.totals(|_| totals.next().unwrap_or_default());
+        Ok(ServiceView {
+            id: service.id,
+            config: service.config.clone(),
+            traffic: Traffic { totals: sum.since(service.zero), rates: service.estimator.rates() },
+            servers,
+        })
+    }
+
+    fn new_service_index(&mut self, id: &ServiceId) -> Result<u32, Refusal> {
+        let capacity = self.service_indices.capacity();
+        self.service_indices.take().ok_or_else(|| Refusal {
+            kind: RefusalKind::NoRoom,
+            message: format!("the service {id} cannot be added: there are {capacity} services already; remove some"),
+        })
+    }
+
+    fn new_server_index(&mut self, id: &ServerId) -> Result<u32, Refusal> {
+        let capacity = self.server_indices.capacity();
+        self.server_indices.take().ok_or_else(|| Refusal {
+            kind: RefusalKind::NoRoom,
+            message: format!(
+                "the real server {id} cannot be added: there are {capacity} already, with those that were removed a short time \
+                 ago; remove some and wait two minutes"
+            ),
+        })
+    }
+}
+
+/// The totals of a service's servers, in order.
+fn read_totals<D: Datapath>(datapath: &D, service: &Service) -> Result<Vec<Totals>, datapath::Error> {
+    service.servers.iter().map(|server| datapath.statistics(server.index).map(Totals::from)).collect()
+}
+
+/// A server on its way into the trash.
+fn removed(service: &ServiceId, incarnation: u64, server: &Server) -> Removed {
+    Removed {
+        owner: Some((*service, server.id)),
+        index: server.index,
+        incarnation,
+        last_weight: server.last_weight,
+        overloaded: server.overloaded,
+        zero: server.zero,
+        idle_since: None,
+    }
+}
+
+/// The scheduler that a configuration asks for, if the configuration can be had at all.
+fn scheduler(id: &ServiceId, config: &ServiceConfig) -> Result<Scheduler, Refusal> {
+    let scheduler = Scheduler::from_name(&config.scheduler, config.flags, id.family());
+    let scheduler = scheduler.map_err(|unavailable| rules::scheduler(&unavailable));
+    // What IPVS would refuse, too, comes first.
+    if let Err(refusal) = &scheduler
+        && refusal.kind == RefusalKind::SchedulerNotFound
+    {
+        return scheduler;
+    }
+    rules::engine(config)?;
+    rules::service_supported(id, config)?;
+    scheduler
+}
+
+fn no_such_service(id: &ServiceId) -> Refusal {
+    Refusal {
+        kind: RefusalKind::NoSuchService,
+        message: format!("there is no service {id}; see `bpfvs service list`, or add it first"),
+    }
+}
+
+fn no_such_server(service: &ServiceId, id: &ServerId) -> Refusal {
+    Refusal {
+        kind: RefusalKind::NoSuchServer,
+        message: format!("the service {service} has no real server {id}; see `bpfvs server list`, or add it first"),
+    }
+}
+
+/// A status in words.
+fn reachability(status: lb_common::server::Status) -> &'static str {
+    use lb_common::server::Status;
+    match status {
+        Status::Ready => "ready",
+        Status::Unresolved => "unresolved",
+        Status::NoRoute => "no route",
+        Status::Local => "local",
+        Status::Free => "free",
+        Status::Removed => "removed",
+    }
+}
+
+impl Refusal {
+    /// What the datapath could not do, as an answer to a command.
+    fn from_datapath(error: &datapath::Error) -> Self {
+        let kind = match error {
+            datapath::Error::Full { .. } => RefusalKind::NoRoom,
+            datapath::Error::Kernel { .. } => RefusalKind::Failed,
+        };
+        Self { kind, message: error.to_string() }
+    }
+}
+
+impl From<datapath::Error> for Refusal {
+    fn from(error: datapath::Error) -> Self {
+        Self::from_datapath(&error)
+    }
+}

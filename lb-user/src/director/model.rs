@@ -310,6 +310,8 @@ pub enum Command {
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RefusalKind {
+    /// The kernel did not do what the director asked of it. The message has its words.
+    Failed,
     /// A real server's address is not unicast, or cannot be combined with the service. IPVS: EINVAL.
     Invalid,
     /// There is no such real server. IPVS: ENOENT.
@@ -340,7 +342,7 @@ pub struct Refusal {
     pub message: String,
 }
 
-/// Answer to one command of a list: `{"ok": null}` or `{"refused": {...}}`.
+/// Answer to one command of a list: `"ok"` or `{"refused": {...}}`.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
@@ -459,6 +461,19 @@ pub struct ReasonView {
     pub text: String,
     /// Packets.
     pub packets: u64,
+}
+
+/// Where packets are met.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Hook {
+    /// XDP in the driver of a network card, tc on virtual devices.
+    #[default]
+    Auto,
+    /// tc alone.
+    Tc,
+    /// XDP, and tc for what XDP leaves to it.
+    Xdp,
 }
 
 /// An interface that the datapath is attached to.

@@ -1,0 +1,226 @@
+//! The command lines' side of the API. It blocks: a command line has nothing else to do.
+//!
+//! One [`Client`] keeps one connection for all its requests; it is made at the first one.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::{
+    Method, Request, StatusCode,
+    client::conn::http1::{self, SendRequest},
+    header,
+};
+use hyper_util::rt::TokioIo;
+use serde::{Serialize, de::DeserializeOwned};
+use tokio::{net::UnixStream, runtime::Runtime, task::JoinHandle};
+
+use super::{Attach, Detach, Failure, Stop};
+use crate::director::model::{Command, ConnectionView, Hook, Outcome, ReasonView, ServiceView, Status, Timeouts};
+
+/// How long a daemon may take to end after it said that it would.
+const FAREWELL: Duration = Duration::from_secs(10);
+
+/// A daemon, seen from outside.
+#[derive(Debug)]
+pub struct Client {
+    socket: PathBuf,
+    connection: Option<Connection>,
+}
+
+/// An open connection, and what drives it.
+#[derive(Debug)]
+struct Connection {
+    sender: SendRequest<Full<Bytes>>,
+    driver: JoinHandle<()>,
+    runtime: Runtime,
+}
+
+/// Why the daemon gave no answer.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The connection broke, or the answer is none that this version understands.
+    #[error("the daemon at {socket} gave no answer that can be understood: {cause}; see its log, and that it is of this version")]
+    Broken {
+        /// The socket.
+        socket: PathBuf,
+        /// What happened.
+        cause: String,
+    },
+    /// The user may not open the socket.
+    #[error("cannot talk to the daemon at {socket}: you may not open this socket; run the command as root")]
+    NotPermitted {
+        /// The socket.
+        socket: PathBuf,
+    },
+    /// Nobody listens at the socket.
+    #[error("cannot talk to the daemon: nobody listens at {socket}; start it with `bpfvs serve`, or name its socket (`--socket`)")]
+    NotRunning {
+        /// The socket.
+        socket: PathBuf,
+    },
+    /// The daemon said no, in these words.
+    #[error("{0}")]
+    Refused(String),
+    /// The operating system says no.
+    #[error("cannot talk to the daemon at {socket}: {cause}; see that it is a socket of bpfvs")]
+    System {
+        /// The socket.
+        socket: PathBuf,
+        /// What the system said.
+        cause: io::Error,
+    },
+}
+
+impl Client {
+    /// A client of the daemon that listens there. Nothing is sent yet.
+    pub fn new(socket: PathBuf) -> Self {
+        Self { socket, connection: None }
+    }
+
+    /// Where the daemon listens.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Connects, unless it is done already.
+    pub fn connect(&mut self) -> Result<(), Error> {
+        self.connection().map(|_| ())
+    }
+
+    /// Does commands; one outcome for each.
+    pub fn commands(&mut self, commands: &[Command]) -> Result<Vec<Outcome>, Error> {
+        let outcomes: Vec<Outcome> = self.post("/v1/commands", &commands)?;
+        if outcomes.len() == commands.len() {
+            Ok(outcomes)
+        } else {
+            let cause = format!("{} outcomes for {} commands", outcomes.len(), commands.len());
+            Err(Error::Broken { socket: self.socket.clone(), cause })
+        }
+    }
+
+    /// All services; the servers of each with the newest first.
+    pub fn services(&mut self) -> Result<Vec<ServiceView>, Error> {
+        self.get("/v1/services")
+    }
+
+    /// All connections.
+    pub fn connections(&mut self) -> Result<Vec<ConnectionView>, Error> {
+        self.get("/v1/connections")
+    }
+
+    /// The timeouts.
+    pub fn timeouts(&mut self) -> Result<Timeouts, Error> {
+        self.get("/v1/timeouts")
+    }
+
+    /// How the daemon is.
+    pub fn status(&mut self) -> Result<Status, Error> {
+        self.get("/v1/status")
+    }
+
+    /// Why packets were not forwarded.
+    pub fn reasons(&mut self) -> Result<Vec<ReasonView>, Error> {
+        self.get("/v1/reasons")
+    }
+
+    /// Attaches an interface.
+    pub fn attach(&mut self, interface: &str, hook: Hook) -> Result<(), Error> {
+        self.post("/v1/attach", &Attach { interface: interface.to_owned(), hook })
+    }
+
+    /// Detaches an interface.
+    pub fn detach(&mut self, interface: &str) -> Result<(), Error> {
+        self.post("/v1/detach", &Detach { interface: interface.to_owned() })
+    }
+
+    /// Ends the daemon, and waits until it has ended.
+    pub fn stop(mut self, detach: bool) -> Result<(), Error> {
+        let () = self.post("/v1/stop", &Stop { detach })?;
+        if let Some(Connection { sender, driver, runtime }) = self.connection {
+            // The daemon closes the connection when it ends; until then this end stays open.
+            let closed = runtime.block_on(async { tokio::time::timeout(FAREWELL, driver).await });
+            drop(sender);
+            if closed.is_err() {
+                let cause = format!("it has not ended {} s after it said that it would", FAREWELL.as_secs());
+                return Err(Error::Broken { socket: self.socket, cause });
+            }
+        }
+        Ok(())
+    }
+
+    fn get<T: DeserializeOwned>(&mut self, path: &str) -> Result<T, Error> {
+        self.request(Method::GET, path, Bytes::new())
+    }
+
+    fn post<T: DeserializeOwned>(&mut self, path: &str, body: &impl Serialize) -> Result<T, Error> {
+        let body = serde_json::to_vec(body).map_err(|error| self.broken(&error))?;
+        self.request(Method::POST, path, body.into())
+    }
+
+    fn request<T: DeserializeOwned>(&mut self, method: Method, path: &str, body: Bytes) -> Result<T, Error> {
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(header::HOST, "bpfvs")
+            .header(header::CONTENT_TYPE, "application/json")
+            .body(Full::new(body))
+            .map_err(|error| self.broken(&error))?;
+        let Connection { sender, runtime, .. } = self.connection()?;
+        let exchange = async {
+            sender.ready().await?;
+            let response = sender.send_request(request).await?;
+            let status = response.status();
+            Ok::<_, hyper::Error>((status, response.into_body().collect().await?.to_bytes()))
+        };
+        let (status, body) = match runtime.block_on(exchange) {
+            Ok(answer) => answer,
+            Err(error) => {
+                self.connection = None;
+                return Err(self.broken(&error));
+            }
+        };
+        if status == StatusCode::OK {
+            return serde_json::from_slice(&body).map_err(|error| self.broken(&error));
+        }
+        match serde_json::from_slice(&body) {
+            Ok(Failure { error }) => Err(Error::Refused(error)),
+            Err(_) => Err(self.broken(&status)),
+        }
+    }
+
+    fn broken(&self, cause: &dyn std::fmt::Display) -> Error {
+        Error::Broken { socket: self.socket.clone(), cause: cause.to_string() }
+    }
+
+    fn connection(&mut self) -> Result<&mut Connection, Error> {
+        let connection = match self.connection.take() {
+            Some(connection) if !connection.sender.is_closed() => connection,
+            _ => self.open()?,
+        };
+        Ok(self.connection.insert(connection))
+    }
+
+    fn open(&self) -> Result<Connection, Error> {
+        let socket = || self.socket.clone();
+        let failed = |cause: io::Error| match cause.kind() {
+            io::ErrorKind::PermissionDenied => Error::NotPermitted { socket: socket() },
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Error::NotRunning { socket: socket() },
+            _ => Error::System { socket: socket(), cause },
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
+        let stream = runtime.block_on(UnixStream::connect(&self.socket)).map_err(failed)?;
+        let handshake = runtime.block_on(http1::handshake(TokioIo::new(stream)));
+        let (sender, connection) = handshake.map_err(|error| self.broken(&error))?;
+        let driver = runtime.spawn(async {
+            // A broken connection shows at the request that waits for its answer.
+            drop(connection.await);
+        });
+        Ok(Connection { sender, driver, runtime })
+    }
+}

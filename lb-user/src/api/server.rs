@@ -1,0 +1,135 @@
+//! The daemon's side of the API: routes, and nothing but routes. What they do is [`Daemon`]'s.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    Json, Router,
+    body::Bytes,
+    extract::{DefaultBodyLimit, State},
+    http::{Method, StatusCode, Uri},
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use serde::de::DeserializeOwned;
+use tokio::{sync::Mutex, time::timeout};
+use tracing::warn;
+
+use super::{Attach, Detach, Failure, ROUTES, Route, Stop};
+use crate::{
+    daemon::{Daemon, Instance},
+    director::model::{Command, ConnectionView, Outcome, ReasonView, ServiceView, Status, Timeouts},
+};
+
+/// The largest request: some hundred thousand commands.
+const LARGEST_REQUEST: usize = 64 << 20;
+
+/// How long an answer waits until the ways to new real servers are known.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// The daemon, as requests share it.
+pub type Shared<I> = Arc<Mutex<Daemon<I>>>;
+
+/// All routes.
+pub fn router<I: Instance>(daemon: Shared<I>) -> Router {
+    Router::new()
+        .route("/v1", get(routes))
+        .route("/v1/commands", post(commands::<I>))
+        .route("/v1/services", get(services::<I>))
+        .route("/v1/connections", get(connections::<I>))
+        .route("/v1/timeouts", get(timeouts::<I>))
+        .route("/v1/status", get(status::<I>))
+        .route("/v1/reasons", get(reasons::<I>))
+        .route("/v1/attach", post(attach::<I>))
+        .route("/v1/detach", post(detach::<I>))
+        .route("/v1/stop", post(stop::<I>))
+        .fallback(nothing_here)
+        .method_not_allowed_fallback(nothing_here)
+        .layer(DefaultBodyLimit::max(LARGEST_REQUEST))
+        .with_state(daemon)
+}
+
+/// An answer that is an error.
+struct Error(StatusCode, String);
+
+impl IntoResponse for Error {
+    fn into_response(self) -> Response {
+        (self.0, Json(Failure { error: self.1 })).into_response()
+    }
+}
+
+impl From<anyhow::Error> for Error {
+    fn from(error: anyhow::Error) -> Self {
+        // The alternate form has the causes, too.
+        Self(StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}"))
+    }
+}
+
+type Answer<T> = Result<Json<T>, Error>;
+
+/// Reads a body. Its `Content-Type` does not matter: `curl -d` sends another one than JSON's.
+fn parse<T: DeserializeOwned>(body: &Bytes) -> Result<T, Error> {
+    serde_json::from_slice(body).map_err(|error| {
+        Error(StatusCode::BAD_REQUEST, format!("cannot understand the request's body: {error}; see the API's documentation"))
+    })
+}
+
+async fn routes() -> Json<Vec<Route>> {
+    let route = |&(method, path, text): &(&str, &str, &str)| Route {
+        method: method.to_owned(),
+        path: path.to_owned(),
+        text: text.to_owned(),
+    };
+    Json(ROUTES.iter().map(route).collect())
+}
+
+async fn nothing_here(method: Method, uri: Uri) -> Error {
+    Error(StatusCode::NOT_FOUND, format!("cannot do {method} {uri}: there is no such route; GET /v1 lists them"))
+}
+
+async fn commands<I: Instance>(State(daemon): State<Shared<I>>, body: Bytes) -> Answer<Vec<Outcome>> {
+    let commands: Vec<Command> = parse(&body)?;
+    let (outcomes, settled) = {
+        let mut daemon = daemon.lock().await;
+        (daemon.execute(&commands), daemon.settled())
+    };
+    // Whoever adds a real server may send it packets at once; whoever waits for a sick netlink need not do so for ever.
+    if timeout(PATIENCE, settled).await.is_err() {
+        warn!("the way to some real servers is still looked for");
+    }
+    Ok(Json(outcomes))
+}
+
+async fn services<I: Instance>(State(daemon): State<Shared<I>>) -> Answer<Vec<ServiceView>> {
+    Ok(Json(daemon.lock().await.services()?))
+}
+
+async fn connections<I: Instance>(State(daemon): State<Shared<I>>) -> Answer<Vec<ConnectionView>> {
+    Ok(Json(daemon.lock().await.connections()?))
+}
+
+async fn timeouts<I: Instance>(State(daemon): State<Shared<I>>) -> Json<Timeouts> {
+    Json(daemon.lock().await.timeouts())
+}
+
+async fn status<I: Instance>(State(daemon): State<Shared<I>>) -> Json<Status> {
+    Json(daemon.lock().await.status())
+}
+
+async fn reasons<I: Instance>(State(daemon): State<Shared<I>>) -> Answer<Vec<ReasonView>> {
+    Ok(Json(daemon.lock().await.reasons()?))
+}
+
+async fn attach<I: Instance>(State(daemon): State<Shared<I>>, body: Bytes) -> Answer<()> {
+    let Attach { interface, hook } = parse(&body)?;
+    Ok(Json(daemon.lock().await.attach(&interface, hook)?))
+}
+
+async fn detach<I: Instance>(State(daemon): State<Shared<I>>, body: Bytes) -> Answer<()> {
+    let Detach { interface } = parse(&body)?;
+    Ok(Json(daemon.lock().await.detach(&interface)?))
+}
+
+async fn stop<I: Instance>(State(daemon): State<Shared<I>>, body: Bytes) -> Answer<()> {
+    let Stop { detach } = if body.is_empty() { Stop::default() } else { parse(&body)? };
+    Ok(Json(daemon.lock().await.stop(detach).await?))
+}

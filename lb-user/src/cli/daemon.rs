@@ -1,0 +1,90 @@
+//! `bpfvs serve`, `stop`, `attach`, `detach`: the daemon's life.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::Global;
+use crate::{
+    api::client::Error,
+    daemon::{kernel, serve::Options},
+    director::model::Hook,
+};
+
+#[derive(Args, Debug)]
+pub(super) struct Serve {
+    /// Attach this interface (can be repeated) [default: every interface that is up]
+    #[arg(long = "interface", short, value_name = "NAME")]
+    interfaces: Vec<String>,
+    /// Where packets are met
+    #[arg(long, value_enum, default_value_t)]
+    hook: Hook,
+    /// Serve this network namespace, a name or a path
+    #[arg(long, value_name = "NAME|PATH")]
+    netns: Option<String>,
+    /// Keep the state in this file [default: one below /run/bpfvs, which goes with the datapath]
+    #[arg(long, env = "BPFVS_STATE", value_name = "FILE")]
+    state: Option<PathBuf>,
+    /// How many connections each table (IPv4, IPv6) can hold
+    #[arg(long, default_value_t = 1_048_576, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..))]
+    max_connections: u32,
+}
+
+impl Serve {
+    pub(super) fn run(self, socket: Option<PathBuf>) -> anyhow::Result<()> {
+        let Self { interfaces, hook, netns, state, max_connections } = self;
+        kernel::run(Options { interfaces, hook, netns, socket, state, max_connections })
+    }
+}
+
+#[derive(Args, Debug)]
+pub(super) struct Stop {
+    /// Take the datapath away, too: traffic is not balanced any more, and all connections are forgotten
+    #[arg(long)]
+    detach: bool,
+}
+
+impl Stop {
+    pub(super) fn run(self, global: &Global) -> anyhow::Result<()> {
+        match global.client()?.stop(self.detach) {
+            // A daemon that was killed leaves its datapath at work.
+            Err(Error::NotRunning { .. }) if self.detach => kernel::remove_leftovers()?,
+            outcome => outcome?,
+        }
+        done(global)
+    }
+}
+
+#[derive(Args, Debug)]
+pub(super) struct Attach {
+    /// The interface's name
+    interface: String,
+    /// Where packets are met
+    #[arg(long, value_enum, default_value_t)]
+    hook: Hook,
+}
+
+impl Attach {
+    pub(super) fn run(self, global: &Global) -> anyhow::Result<()> {
+        global.client()?.attach(&self.interface, self.hook)?;
+        done(global)
+    }
+}
+
+#[derive(Args, Debug)]
+pub(super) struct Detach {
+    /// The interface's name
+    interface: String,
+}
+
+impl Detach {
+    pub(super) fn run(self, global: &Global) -> anyhow::Result<()> {
+        global.client()?.detach(&self.interface)?;
+        done(global)
+    }
+}
+
+/// Says that it is done, to programs; people see that there is no error.
+fn done(global: &Global) -> anyhow::Result<()> {
+    global.answer("ok", String::new)
+}

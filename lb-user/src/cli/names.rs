@@ -1,0 +1,111 @@
+//! How services and real servers are written on the command line.
+
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+    str::FromStr,
+};
+
+use crate::director::model::{Protocol, ServerId, ServiceId};
+
+/// A service: `tcp://10.0.0.200:80`, `udp://[2001:db8::1]:53`.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) struct ServiceName(pub(super) ServiceId);
+
+impl FromStr for ServiceName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (protocol, rest) = text.split_once("://").ok_or("write it as tcp://10.0.0.200:80, with udp or sctp for tcp")?;
+        let protocol = match protocol {
+            "tcp" => Protocol::Tcp,
+            "udp" => Protocol::Udp,
+            "sctp" => Protocol::Sctp,
+            other => return Err(format!("there are no {other} services; use tcp, udp or sctp")),
+        };
+        let address: SocketAddr =
+            rest.parse().map_err(|_| format!("\"{rest}\" is no address with a port; write 10.0.0.200:80 or [2001:db8::1]:80"))?;
+        Ok(Self(ServiceId::Address { protocol, address: address.ip(), port: address.port() }))
+    }
+}
+
+impl fmt::Display for ServiceName {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            ServiceId::Address { protocol, address, port } => {
+                let protocol = protocol.to_string().to_lowercase();
+                write!(formatter, "{protocol}://{}", SocketAddr::new(address, port))
+            }
+            ServiceId::Mark { .. } => write!(formatter, "{}", self.0),
+        }
+    }
+}
+
+/// A real server: an address, with a port or without.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) struct ServerName {
+    address: IpAddr,
+    port: Option<u16>,
+}
+
+impl ServerName {
+    /// The server, as one of this service.
+    pub(super) fn of(self, service: &ServiceName) -> ServerId {
+        let service_port = match service.0 {
+            ServiceId::Address { port, .. } => port,
+            ServiceId::Mark { .. } => 0,
+        };
+        ServerId { address: self.address, port: self.port.unwrap_or(service_port) }
+    }
+}
+
+impl FromStr for ServerName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Ok(address) = text.parse::<SocketAddr>() {
+            return Ok(Self { address: address.ip(), port: Some(address.port()) });
+        }
+        let bare = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
+        let address = bare.parse().map_err(|_| "write an address, or an address with a port: 10.0.0.205:80, [2001:db8::5]:80")?;
+        Ok(Self { address, port: None })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn services_read_as_they_are_written() {
+        for text in ["tcp://10.0.0.200:80", "udp://[2001:db8::1]:53", "sctp://192.0.2.1:9"] {
+            assert_eq!(text.parse::<ServiceName>().expect("it is a service").to_string(), text);
+        }
+        for text in [
+            "10.0.0.200:80",
+            "tcp:10.0.0.200:80",
+            "http://10.0.0.200:80",
+            "tcp://10.0.0.200",
+            "tcp://host:80",
+            "tcp://1.2.3.4:65536",
+        ] {
+            text.parse::<ServiceName>().expect_err(text);
+        }
+    }
+
+    #[test]
+    fn a_server_has_the_port_of_its_service() {
+        let service = "tcp://10.0.0.200:80".parse().expect("it is a service");
+        for (text, expected) in [
+            ("10.0.0.205", "10.0.0.205:80"),
+            ("10.0.0.205:8080", "10.0.0.205:8080"),
+            ("2001:db8::5", "[2001:db8::5]:80"),
+            ("[2001:db8::5]", "[2001:db8::5]:80"),
+            ("[2001:db8::5]:81", "[2001:db8::5]:81"),
+        ] {
+            let server: ServerName = text.parse().expect("it is a server");
+            assert_eq!(server.of(&service).to_string(), expected);
+        }
+        "host:80".parse::<ServerName>().expect_err("names are not looked up");
+    }
+}

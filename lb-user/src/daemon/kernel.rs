@@ -1,0 +1,89 @@
+//! The daemon's datapath in this machine's kernel.
+
+use std::path::Path;
+
+use super::{
+    Instance, Opening,
+    lock::Lock,
+    namespace::Identity,
+    serve::{Options, serve},
+};
+use crate::{
+    datapath::{self, KernelDatapath, attach::Attachments},
+    director::model::{ConnectionView, Hook, InterfaceView, ReasonView},
+};
+
+/// Runs a daemon until it is told to end.
+pub fn run(options: Options) -> anyhow::Result<()> {
+    serve::<KernelDatapath>(options)
+}
+
+/// Takes away what a daemon of this network namespace left in the kernel when it was killed, and its own files.
+pub fn remove_leftovers() -> anyhow::Result<()> {
+    // Not under the hands of a daemon that listens somewhere else.
+    let _lock = Lock::take()?;
+    let identity = Identity::current()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(KernelDatapath::remove(identity.pins()))?;
+    super::remove_file(&identity.state_file());
+    super::remove_file(&identity.socket());
+    Ok(())
+}
+
+impl Instance for KernelDatapath {
+    fn open(opening: &Opening) -> anyhow::Result<Self> {
+        Self::open(&datapath::Options {
+            directory: opening.pins.clone(),
+            netns_cookie: opening.netns_cookie,
+            max_connections: opening.max_connections,
+            hook: opening.hook,
+            interfaces: opening.interfaces.clone(),
+            tcx: Attachments::kernel_has_tcx(),
+        })
+    }
+
+    async fn remove(pins: &Path) -> anyhow::Result<()> {
+        Self::remove(pins).await
+    }
+
+    async fn start(&mut self) -> anyhow::Result<()> {
+        Self::start(self).await
+    }
+
+    async fn shut_down(&mut self) -> anyhow::Result<()> {
+        Self::shut_down(self).await
+    }
+
+    fn settled(&self) -> impl Future<Output = ()> + Send + use<> {
+        Self::settled(self)
+    }
+
+    fn sweep(&self) -> impl Future<Output = anyhow::Result<u64>> + Send + use<> {
+        let outcome = Self::sweep(self);
+        async move { outcome.await.map(|outcome| outcome.examined - outcome.expired) }
+    }
+
+    fn attach(&mut self, interface: &str, hook: Hook) -> anyhow::Result<()> {
+        Self::attach(self, interface, hook)
+    }
+
+    fn detach(&mut self, interface: &str) -> anyhow::Result<()> {
+        Self::detach(self, interface)
+    }
+
+    fn interfaces(&self) -> Vec<InterfaceView> {
+        Self::interfaces(self)
+    }
+
+    fn connections(&self) -> anyhow::Result<Vec<ConnectionView>> {
+        Self::connections(self)
+    }
+
+    fn max_connections(&self) -> u32 {
+        Self::max_connections(self)
+    }
+
+    fn reasons(&self) -> anyhow::Result<Vec<ReasonView>> {
+        Self::reasons(self)
+    }
+}

@@ -1,0 +1,256 @@
+//! The daemon: one director, its datapath, and the life around them.
+//!
+//! [`serve`] is the way of a daemon from its options to its end; [`Daemon`] is what it has in between. The API and the
+//! clock both call the daemon, one after the other, on one thread. Everything that forwards packets is in the kernel
+//! and goes on without it: ending the daemon ends nothing but changes.
+
+pub mod environment;
+pub mod kernel;
+pub mod lock;
+pub mod namespace;
+pub mod serve;
+
+#[cfg(test)]
+mod tests;
+
+use std::{
+    path::{Path, PathBuf},
+    process,
+    sync::Arc,
+    time::Instant,
+};
+
+use tokio::sync::Notify;
+use tracing::{error, info, warn};
+
+use self::namespace::Identity;
+use crate::{
+    datapath::Datapath,
+    director::{
+        Director,
+        model::{Command, ConnectionView, Hook, InterfaceView, Outcome, ReasonView, ServiceView, Status, Timeouts},
+    },
+};
+
+/// A datapath that lives in a kernel: what the daemon needs of it beside the director.
+///
+/// It follows interfaces, routes and neighbours by itself, in tasks of its own.
+pub trait Instance: Datapath + Send + Sized + 'static {
+    /// Takes over the instance at these pins, or makes one. Nothing is attached yet.
+    fn open(opening: &Opening) -> anyhow::Result<Self>;
+
+    /// Removes an instance that no daemon serves.
+    fn remove(pins: &Path) -> impl Future<Output = anyhow::Result<()>>;
+
+    /// Attaches the interfaces that it was opened for, and follows the network from now on.
+    fn start(&mut self) -> impl Future<Output = anyhow::Result<()>> + Send;
+
+    /// Takes everything out of the kernel: links, filters, pins.
+    fn shut_down(&mut self) -> impl Future<Output = anyhow::Result<()>> + Send;
+
+    /// Resolves when the way to every real server that was made known so far has been looked for.
+    fn settled(&self) -> impl Future<Output = ()> + Send + use<Self>;
+
+    /// Deletes the connections that are over; resolves to the number of those that are left. Called each second.
+    fn sweep(&self) -> impl Future<Output = anyhow::Result<u64>> + Send + use<Self>;
+
+    /// Attaches an interface; one that is attached already changes its hook.
+    fn attach(&mut self, interface: &str, hook: Hook) -> anyhow::Result<()>;
+
+    /// Detaches an interface.
+    fn detach(&mut self, interface: &str) -> anyhow::Result<()>;
+
+    /// The interfaces that are attached.
+    fn interfaces(&self) -> Vec<InterfaceView>;
+
+    /// All connections.
+    fn connections(&self) -> anyhow::Result<Vec<ConnectionView>>;
+
+    /// How many connections each of the tables can hold.
+    fn max_connections(&self) -> u32;
+
+    /// The reason counters.
+    fn reasons(&self) -> anyhow::Result<Vec<ReasonView>>;
+}
+
+/// What a datapath is told when it is opened.
+#[derive(Clone, Debug)]
+pub struct Opening {
+    /// Where its maps, programs and links are pinned, or will be.
+    pub pins: PathBuf,
+    /// The cookie of the network namespace: pins with another one are of a namespace that has gone.
+    pub netns_cookie: u64,
+    /// The interfaces to attach; none: every one that is up, now and later.
+    pub interfaces: Vec<String>,
+    /// Where packets are met.
+    pub hook: Hook,
+    /// How many connections each of the two tables can hold.
+    pub max_connections: u32,
+}
+
+/// Where the state is written.
+#[derive(Clone, Debug)]
+pub struct StateFile {
+    /// Its path.
+    pub path: PathBuf,
+    /// Whether the user named it. One that was not named belongs to the datapath and goes with it.
+    pub named: bool,
+}
+
+/// A running daemon.
+#[derive(Debug)]
+pub struct Daemon<I> {
+    director: Director<I>,
+    identity: Identity,
+    state: StateFile,
+    unsaved: bool,
+    /// How many connections the last sweep left.
+    connections: u64,
+    started: Instant,
+    stopping: Arc<Notify>,
+}
+
+impl<I: Instance> Daemon<I> {
+    /// A daemon around a director.
+    pub fn new(director: Director<I>, identity: Identity, state: StateFile) -> Self {
+        Self { director, identity, state, unsaved: false, connections: 0, started: Instant::now(), stopping: Arc::default() }
+    }
+
+    /// Told when the daemon has to end.
+    pub fn stopping(&self) -> Arc<Notify> {
+        Arc::clone(&self.stopping)
+    }
+
+    /// Does commands, and writes the state down.
+    pub fn execute(&mut self, commands: &[Command]) -> Vec<Outcome> {
+        let outcomes = self.director.execute(commands);
+        for (command, outcome) in commands.iter().zip(&outcomes) {
+            match outcome {
+                Outcome::Ok => info!("done: {command:?}"),
+                Outcome::Refused(refusal) => info!("refused: {refusal}"),
+            }
+        }
+        self.save();
+        outcomes
+    }
+
+    /// All services.
+    pub fn services(&self) -> anyhow::Result<Vec<ServiceView>> {
+        Ok(self.director.services()?)
+    }
+
+    /// All connections.
+    pub fn connections(&self) -> anyhow::Result<Vec<ConnectionView>> {
+        self.director.datapath().connections()
+    }
+
+    /// The timeouts.
+    pub fn timeouts(&self) -> Timeouts {
+        self.director.timeouts()
+    }
+
+    /// The reason counters.
+    pub fn reasons(&self) -> anyhow::Result<Vec<ReasonView>> {
+        self.director.datapath().reasons()
+    }
+
+    /// How the daemon is.
+    pub fn status(&self) -> Status {
+        let datapath = self.director.datapath();
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: process::id(),
+            instance: self.identity.name(),
+            pins: self.identity.pins().display().to_string(),
+            uptime: self.started.elapsed().as_secs(),
+            interfaces: datapath.interfaces(),
+            services: self.director.service_count(),
+            servers: self.director.server_count(),
+            connections: self.connections,
+            max_connections: datapath.max_connections(),
+        }
+    }
+
+    /// Attaches an interface.
+    pub fn attach(&mut self, interface: &str, hook: Hook) -> anyhow::Result<()> {
+        self.director.datapath_mut().attach(interface, hook)
+    }
+
+    /// Detaches an interface.
+    pub fn detach(&mut self, interface: &str) -> anyhow::Result<()> {
+        self.director.datapath_mut().detach(interface)
+    }
+
+    /// Asks the daemon to end, if wanted with everything that it has in the kernel.
+    pub async fn stop(&mut self, detach: bool) -> anyhow::Result<()> {
+        if detach {
+            self.director.datapath_mut().shut_down().await?;
+            if !self.state.named {
+                remove_file(&self.state.path);
+            }
+            // What is not there any more must not be written down again.
+            self.director.take_changed();
+            self.unsaved = false;
+        }
+        self.stopping.notify_one();
+        Ok(())
+    }
+
+    /// To be called each second.
+    pub fn tick(&mut self) {
+        self.director.tick(Instant::now());
+        self.save();
+    }
+
+    /// Resolves when the way to every real server has been looked for.
+    pub fn settled(&self) -> impl Future<Output = ()> + Send + use<I> {
+        self.director.datapath().settled()
+    }
+
+    /// Deletes the connections that are over. It works beside the daemon, which hears of the outcome by
+    /// [`Daemon::swept`].
+    pub fn sweep(&self) -> impl Future<Output = anyhow::Result<u64>> + Send + use<I> {
+        self.director.datapath().sweep()
+    }
+
+    /// Takes in what a sweep found.
+    pub fn swept(&mut self, outcome: anyhow::Result<u64>) {
+        match outcome {
+            Ok(connections) => self.connections = connections,
+            Err(error) => error!("connections do not expire: {error:#}"),
+        }
+    }
+
+    /// Whether [`Daemon::refresh`] has anything to look at.
+    pub fn needs_watching(&self) -> bool {
+        self.director.needs_watching()
+    }
+
+    /// To be called some times in a second: takes in what cannot wait for the next tick.
+    pub fn refresh(&mut self) {
+        self.director.refresh();
+    }
+
+    /// Writes the state down if it has changed; if that fails, again at the next tick.
+    pub fn save(&mut self) {
+        if !self.director.take_changed() && !self.unsaved {
+            return;
+        }
+        let outcome = self.director.state().write(&self.state.path);
+        if let Err(error) = &outcome
+            && !self.unsaved
+        {
+            error!("{error}; trying again each second");
+        }
+        self.unsaved = outcome.is_err();
+    }
+}
+
+/// Removes a file that may not be there.
+fn remove_file(path: &Path) {
+    if let Err(error) = std::fs::remove_file(path)
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        warn!("the file {} stays: {error}", path.display());
+    }
+}

@@ -1,0 +1,232 @@
+//! The way of a daemon, from its options to its end.
+//!
+//! ```text
+//! rights, kernel -> namespace -> lock -> state file -> socket -> datapath -> director -> "ready" -> requests and ticks
+//! ```
+//!
+//! Everything that can be wrong is looked at before anything is changed, so that a daemon that cannot start leaves no
+//! trace. SIGTERM and SIGINT end the daemon and leave the datapath at work; so does SIGKILL, but for the socket's file,
+//! which the next daemon replaces.
+
+use std::{
+    fs,
+    io::{self, Write},
+    os::unix::{
+        fs::{DirBuilderExt, FileTypeExt, PermissionsExt},
+        net::{UnixListener, UnixStream},
+    },
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context, bail};
+use lb_common::config::Config;
+use sd_notify::NotifyState;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::{Mutex, Notify},
+    task::JoinHandle,
+    time::{MissedTickBehavior, interval, timeout},
+};
+use tracing::{info, warn};
+
+use super::{
+    Daemon, Instance, Opening, StateFile, environment,
+    lock::Lock,
+    namespace::{self, Identity},
+    remove_file,
+};
+use crate::{
+    api::server::router,
+    director::{Director, model::Hook, state::State},
+};
+
+/// How often the daemon looks at what cannot wait for the next second.
+const MOMENT: Duration = Duration::from_millis(50);
+
+/// How long requests may take to end when the daemon ends.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// What a daemon is told at its start.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The interfaces to attach; none: every one that is up, now and later.
+    pub interfaces: Vec<String>,
+    /// Where packets are met.
+    pub hook: Hook,
+    /// The network namespace to serve, if it is another than this process's: a name or a path.
+    pub netns: Option<String>,
+    /// Where to listen, if not at the namespace's own place.
+    pub socket: Option<PathBuf>,
+    /// Where to keep the state, if not at the namespace's own place.
+    pub state: Option<PathBuf>,
+    /// How many connections each of the two tables can hold.
+    pub max_connections: u32,
+}
+
+/// Runs a daemon until it is told to end. It takes over the datapath that it finds, or loads one.
+///
+/// No other thread may have been made before: this one may have to enter another network namespace.
+pub fn serve<I: Instance>(options: Options) -> anyhow::Result<()> {
+    environment::check(options.netns.is_some())?;
+    if let Some(netns) = &options.netns {
+        namespace::enter(netns)?;
+    }
+    let identity = Identity::current()?;
+    let netns_cookie = namespace::cookie()?;
+    let lock = Lock::take()?;
+    let state_file = match options.state {
+        Some(path) => StateFile { path, named: true },
+        None => StateFile { path: identity.state_file(), named: false },
+    };
+    let state = read_state(&state_file, netns_cookie)?;
+    make_run_directory()?;
+    let socket = options.socket.unwrap_or_else(|| identity.socket());
+    let listener = listen(&socket)?;
+    let opening = Opening {
+        pins: identity.pins(),
+        netns_cookie,
+        interfaces: options.interfaces,
+        hook: options.hook,
+        max_connections: options.max_connections,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.context("cannot run the daemon: there is no event loop to be had; see the limits of open files")?;
+    let outcome = runtime.block_on(async {
+        let found = opening.pins.exists();
+        let director = match start::<I>(&opening, state, &state_file).await {
+            Ok(director) => director,
+            // What could not begin leaves no trace; what was at work before stays at work.
+            Err(error) if !found => {
+                return Err(match I::remove(&opening.pins).await {
+                    Ok(()) => error,
+                    Err(remains) => error.context(format!("{remains:#}")),
+                });
+            }
+            Err(error) => return Err(error),
+        };
+        info!("instance {} listens at {}", identity.name(), socket.display());
+        run(Daemon::new(director, identity, state_file), listener, lock, &socket).await
+    });
+    if outcome.is_err() {
+        remove_file(&socket);
+    }
+    outcome
+}
+
+/// Opens the datapath, and lets the director take it over.
+async fn start<I: Instance>(opening: &Opening, state: Option<State>, state_file: &StateFile) -> anyhow::Result<Director<I>> {
+    let datapath = I::open(opening)?;
+    let config = Config { netns_cookie: opening.netns_cookie, ..Config::DEFAULT };
+    let mut director = match state {
+        Some(state) => Director::adopt(datapath, config, state, &state_file.path)?,
+        None => Director::new(datapath, config)?,
+    };
+    director.datapath_mut().start().await?;
+    director.datapath().settled().await;
+    Ok(director)
+}
+
+/// Reads the state, unless it is another namespace's that had the same name.
+fn read_state(file: &StateFile, netns_cookie: u64) -> anyhow::Result<Option<State>> {
+    let state = State::read(&file.path)?;
+    let stale = state.as_ref().is_some_and(|state| !file.named && state.netns_cookie != netns_cookie);
+    if stale {
+        warn!("the state in {} is of a network namespace that has gone; starting without services", file.path.display());
+        return Ok(None);
+    }
+    Ok(state)
+}
+
+fn make_run_directory() -> anyhow::Result<()> {
+    let made = fs::DirBuilder::new().recursive(true).mode(0o755).create(namespace::RUN_DIRECTORY);
+    made.with_context(|| format!("cannot make the directory {}; see that /run can be written", namespace::RUN_DIRECTORY))
+}
+
+/// Listens at a socket that only its owner and group may open. A socket that nobody listens at any more is replaced.
+pub(super) fn listen(path: &Path) -> anyhow::Result<UnixListener> {
+    match fs::symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => {
+            bail!("cannot listen at {}: something that is no socket stands there; name another place (`--socket`)", path.display())
+        }
+        Ok(_) if UnixStream::connect(path).is_ok() => {
+            bail!("cannot listen at {}: another program listens there; name another place (`--socket`)", path.display())
+        }
+        Ok(_) => remove_file(path),
+        Err(_) => (),
+    }
+    let listen = || {
+        let listener = UnixListener::bind(path)?;
+        fs::set_permissions(path, fs::Permissions::from_mode(0o660))?;
+        listener.set_nonblocking(true)?;
+        io::Result::Ok(listener)
+    };
+    listen().with_context(|| format!("cannot listen at {}; see that its directory exists and can be written", path.display()))
+}
+
+/// Serves requests and ticks until the daemon is told to end.
+pub(super) async fn run<I: Instance>(
+    mut daemon: Daemon<I>,
+    listener: UnixListener,
+    lock: Lock,
+    socket: &Path,
+) -> anyhow::Result<()> {
+    daemon.save();
+    let listener = tokio::net::UnixListener::from_std(listener).context("cannot serve the socket; see the limits of open files")?;
+    let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM; see the limits of open files")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT; see the limits of open files")?;
+    let stopping = daemon.stopping();
+    let daemon = Arc::new(Mutex::new(daemon));
+    let closing = Arc::new(Notify::new());
+    let closed = Arc::clone(&closing);
+    let server = axum::serve(listener, router(Arc::clone(&daemon))).with_graceful_shutdown(async move { closed.notified().await });
+    let server = tokio::spawn(server.into_future());
+
+    let mut seconds = interval(Duration::from_secs(1));
+    let mut moments = interval(MOMENT);
+    for ticks in [&mut seconds, &mut moments] {
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    }
+    let mut sweep: Option<JoinHandle<()>> = None;
+    // Nobody may be there to read it; that is no reason to end.
+    drop(writeln!(io::stdout(), "ready").and_then(|()| io::stdout().flush()));
+    notify(NotifyState::Ready);
+    loop {
+        // Commands change this, too: it is found out within a second.
+        let watching = daemon.lock().await.needs_watching();
+        tokio::select! {
+            _ = seconds.tick() => {
+                let mut daemon_now = daemon.lock().await;
+                daemon_now.tick();
+                // A sweep of many connections may take longer than a second, and nobody shall wait for it.
+                if sweep.as_ref().is_none_or(JoinHandle::is_finished) {
+                    let (daemon, outcome) = (Arc::clone(&daemon), daemon_now.sweep());
+                    sweep = Some(tokio::spawn(async move {
+                        let outcome = outcome.await;
+                        daemon.lock().await.swept(outcome);
+                    }));
+                }
+            }
+            _ = moments.tick(), if watching => daemon.lock().await.refresh(),
+            () = stopping.notified() => break info!("told to stop"),
+            _ = terminate.recv() => break info!("told to stop by SIGTERM"),
+            _ = interrupt.recv() => break info!("told to stop by SIGINT"),
+        }
+    }
+    notify(NotifyState::Stopping);
+    daemon.lock().await.save();
+    // In this order: whoever sees the connection closed may start the next daemon.
+    remove_file(socket);
+    drop(lock);
+    closing.notify_one();
+    drop(timeout(FAREWELL, server).await);
+    Ok(())
+}
+
+/// Tells the service manager, if there is one.
+fn notify(state: NotifyState<'_>) {
+    if let Err(error) = sd_notify::notify(&[state]) {
+        warn!("the service manager was not told: {error}");
+    }
+}

@@ -1,0 +1,175 @@
+//! What IPVS allows, and what this version can do.
+//!
+//! Each check answers with the refusal that a person sees. IPVS's own rules come first and in IPVS's order, so that a
+//! program that knows the kernel meets the same error for the same mistake; what IPVS can do and bpfvs cannot yet is
+//! refused last, with what to do instead. Nothing here looks at the model: whether a service or a server exists is
+//! for the director to say.
+//!
+//! The network's own broadcast addresses are known to the routing table alone, so `10.0.0.255` passes here.
+
+use std::net::IpAddr;
+
+use super::model::{
+    Family, Method, Refusal, RefusalKind, ServerConfig, ServerId, ServiceConfig, ServiceId, Timeouts, Tunnel, TunnelChecksum,
+};
+use crate::scheduler::Unavailable;
+
+/// The largest weight and threshold: IPVS keeps them as signed numbers.
+const LARGEST: u32 = i32::MAX as u32;
+
+/// The longest timeout in seconds: the datapath reckons with 32 bits of jiffies, of which there are up to 1000 a second.
+pub const LONGEST_TIMEOUT: u32 = LARGEST / 1000;
+
+/// Persistence engines of IPVS; bpfvs has none yet.
+const ENGINES_TO_COME: &[&str] = &["sip"];
+
+/// Makes a refusal.
+pub(super) fn refuse<T>(kind: RefusalKind, message: String) -> Result<T, Refusal> {
+    Err(Refusal { kind, message })
+}
+
+/// The answer to the name of a scheduler that cannot be had.
+pub(super) fn scheduler(unavailable: &Unavailable) -> Refusal {
+    let kind = match unavailable {
+        Unavailable::NotYet(_) => RefusalKind::Unsupported,
+        Unavailable::Unknown(_) => RefusalKind::SchedulerNotFound,
+    };
+    Refusal { kind, message: format!("{unavailable} (as in `-s rr`)") }
+}
+
+/// The rules about a service's persistence engine, which IPVS looks for right after the scheduler.
+pub(super) fn engine(config: &ServiceConfig) -> Result<(), Refusal> {
+    match &config.engine {
+        Some(name) if !ENGINES_TO_COME.contains(&name.as_str()) => refuse(
+            RefusalKind::SchedulerNotFound,
+            format!("the persistence engine {name} cannot be used: there is none of this name; leave it out"),
+        ),
+        _ => Ok(()),
+    }
+}
+
+/// What this version cannot do for a service.
+pub(super) fn service_supported(service: &ServiceId, config: &ServiceConfig) -> Result<(), Refusal> {
+    let unsupported = |what: &str, instead: &str| {
+        refuse(
+            RefusalKind::Unsupported,
+            format!("the service {service} cannot be set up: this version of bpfvs has no {what} yet; {instead}"),
+        )
+    };
+    if let ServiceId::Mark { .. } = service {
+        return unsupported("firewall marks", "name the service by protocol, address and port");
+    }
+    if config.engine.is_some() {
+        return unsupported("persistence engines", "leave the engine out");
+    }
+    if config.persistence.is_some() {
+        return unsupported("persistence", "leave it out; the schedulers sh and mh keep a client with its real server");
+    }
+    if config.one_packet {
+        return unsupported("one-packet scheduling", "leave it out");
+    }
+    if let ServiceId::Address { port: 0, .. } = service {
+        return refuse(
+            RefusalKind::Invalid,
+            format!("the service {service} cannot be set up: port 0 stands for all ports of a persistent service; name a port"),
+        );
+    }
+    Ok(())
+}
+
+/// IPVS's rules about a server that stands by itself: before it is looked for among the others.
+pub(super) fn server(service: &ServiceId, server: &ServerId, config: &ServerConfig) -> Result<(), Refusal> {
+    if service.family() != Family::of(server.address) && !matches!(config.method, Method::Tunnel(_)) {
+        return refuse(
+            RefusalKind::Invalid,
+            format!(
+                "the real server {server} cannot serve {service}: their address families differ, and only a tunnel leads from \
+                 one to the other; use the method tunnel (`-i`)"
+            ),
+        );
+    }
+    let limits = [
+        ("weight", config.weight, RefusalKind::OutOfRange),
+        ("upper threshold", config.upper_threshold, RefusalKind::Invalid),
+        ("lower threshold", config.lower_threshold, RefusalKind::Invalid),
+    ];
+    for (name, value, kind) in limits {
+        if value > LARGEST {
+            return refuse(
+                kind,
+                format!("the {name} {value} of the real server {server} is out of range; use a number from 0 to {LARGEST}"),
+            );
+        }
+    }
+    if config.lower_threshold > config.upper_threshold {
+        return refuse(
+            RefusalKind::OutOfRange,
+            format!(
+                "the lower threshold {} of the real server {server} is above its upper threshold {}; set the upper one (`-x`) at \
+                 least as high",
+                config.lower_threshold, config.upper_threshold
+            ),
+        );
+    }
+    if let Method::Tunnel(Tunnel::Gue { port: 0, .. }) = config.method {
+        return refuse(
+            RefusalKind::Invalid,
+            format!(
+                "the GUE tunnel to the real server {server} has port 0, where nobody listens; name its UDP port (`--tun-port`)"
+            ),
+        );
+    }
+    Ok(())
+}
+
+/// IPVS's rule about the address of a new server.
+pub(super) fn server_address(server: &ServerId) -> Result<(), Refusal> {
+    let fault = match server.address {
+        IpAddr::V4(address) if address.is_unspecified() => "is the address of nobody",
+        IpAddr::V4(address) if address.is_broadcast() => "is the broadcast address",
+        IpAddr::V6(address) if address.is_unspecified() => "is the address of nobody",
+        IpAddr::V6(address) if address.is_unicast_link_local() => "is link-local and means something on one link only",
+        address if address.is_multicast() => "is a multicast address",
+        _ => return Ok(()),
+    };
+    refuse(
+        RefusalKind::Invalid,
+        format!("the real server {server} cannot be added: {} {fault}; name a unicast address", server.address),
+    )
+}
+
+/// What this version cannot do for a server.
+pub(super) fn server_supported(server: &ServerId, config: &ServerConfig) -> Result<(), Refusal> {
+    match config.method {
+        Method::Masquerade => refuse(
+            RefusalKind::Unsupported,
+            format!(
+                "the real server {server} cannot be masqueraded: this version of bpfvs has no address translation yet; use the \
+                 method route (`-g`) or tunnel (`-i`)"
+            ),
+        ),
+        Method::Tunnel(Tunnel::Gue { checksum: TunnelChecksum::Remote, .. } | Tunnel::Gre { checksum: TunnelChecksum::Remote }) => {
+            refuse(
+                RefusalKind::Unsupported,
+                format!(
+                    "the tunnel to the real server {server} cannot offload its checksum: this version of bpfvs has no remote checksum \
+                 offload yet; use a full checksum (`--tun-csum`) or none (`--tun-nocsum`)"
+                ),
+            )
+        }
+        Method::Route | Method::Tunnel(_) => Ok(()),
+    }
+}
+
+/// IPVS's rule about timeouts.
+pub(super) fn timeouts(timeouts: &Timeouts) -> Result<(), Refusal> {
+    for (name, seconds) in [("tcp", timeouts.tcp), ("tcpfin", timeouts.tcp_fin), ("udp", timeouts.udp)] {
+        if seconds > LONGEST_TIMEOUT {
+            return refuse(
+                RefusalKind::Invalid,
+                format!("the {name} timeout of {seconds} s is too long for the kernel's clock; use at most {LONGEST_TIMEOUT} s"),
+            );
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,168 @@
+//! A virtual service and its real servers, as the director keeps them.
+//!
+//! Everything here is written to the state file, but for the moving averages. The servers stand in the order in which
+//! IPVS's schedulers walk over them: the newest first.
+
+use lb_common::server::Counters;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    model::{ServerConfig, ServerId, ServiceConfig, ServiceId, Totals},
+    traffic::Estimator,
+};
+use crate::{
+    datapath::Target,
+    scheduler::{Candidate, Scheduler},
+};
+
+/// A virtual service.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub(super) struct Service {
+    /// Which.
+    pub(super) id: ServiceId,
+    /// How.
+    pub(super) config: ServiceConfig,
+    /// Its index in the datapath's arrays of schedules and cursors.
+    pub(super) index: u32,
+    /// Tells it from services of the same address that were there before.
+    pub(super) incarnation: u64,
+    /// The scheduler and where it stood when the cursor stood at `base`.
+    pub(super) scheduler: Scheduler,
+    /// Where the cursor stood when the schedule was published.
+    pub(super) base: u32,
+    /// After how many picks the schedule has to be made anew; nothing if it repeats for ever.
+    #[serde(skip)]
+    pub(super) lasts: Option<u32>,
+    /// The real servers, the newest first.
+    pub(super) servers: Vec<Server>,
+    /// Traffic of servers that have left.
+    pub(super) left_behind: Totals,
+    /// What the totals were at the last zeroing.
+    pub(super) zero: Totals,
+    /// Rates.
+    #[serde(skip)]
+    pub(super) estimator: Estimator,
+}
+
+impl Service {
+    /// The servers as schedulers see them.
+    pub(super) fn candidates(&self) -> Vec<Candidate> {
+        self.servers.iter().map(Server::candidate).collect()
+    }
+
+    /// Where a server stands in the order.
+    pub(super) fn position(&self, id: &ServerId) -> Option<usize> {
+        self.servers.iter().position(|server| server.id == *id)
+    }
+
+    /// Brings the scheduler to where the cursor stands.
+    pub(super) fn advance(&mut self, cursor: u32) {
+        let taken = cursor.wrapping_sub(self.base);
+        if taken != 0 {
+            self.scheduler.advance(&self.candidates(), taken);
+            self.base = cursor;
+        }
+    }
+
+    /// The totals since it was added.
+    pub(super) fn totals(&self, mut of_server: impl FnMut(&Server) -> Totals) -> Totals {
+        let sum = |sum: Totals, server| sum.plus(of_server(server).since(server.joined));
+        self.servers.iter().fold(self.left_behind, sum)
+    }
+}
+
+/// A real server.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub(super) struct Server {
+    /// Which.
+    pub(super) id: ServerId,
+    /// How.
+    pub(super) config: ServerConfig,
+    /// Its index in the datapath's array.
+    pub(super) index: u32,
+    /// Its weight, or the last one that was not 0.
+    pub(super) last_weight: u32,
+    /// Too many connections: it gets no new ones.
+    #[serde(default)]
+    pub(super) overloaded: bool,
+    /// What its totals were when it came to the service.
+    pub(super) joined: Totals,
+    /// What its totals were at the last zeroing.
+    pub(super) zero: Totals,
+    /// Rates.
+    #[serde(skip)]
+    pub(super) estimator: Estimator,
+}
+
+impl Server {
+    /// The server as schedulers see it.
+    fn candidate(&self) -> Candidate {
+        Candidate {
+            index: self.index,
+            address: self.id.address,
+            port: self.id.port,
+            weight: self.config.weight,
+            last_weight: self.last_weight,
+            overloaded: self.overloaded,
+        }
+    }
+
+    /// Gives it another configuration.
+    pub(super) fn configure(&mut self, config: &ServerConfig, counters: Counters) {
+        self.config = *config;
+        if config.weight > 0 {
+            self.last_weight = config.weight;
+        }
+        self.overloaded = overloaded(config, counters, self.overloaded);
+    }
+
+    /// The server as the datapath sees it.
+    pub(super) fn target(&self) -> Target {
+        Target { address: self.id.address, port: self.id.port, method: self.config.method }
+    }
+}
+
+/// Whether a server has too many connections, if it was (not) `overloaded` so far. IPVS sets the flag when the upper
+/// threshold is reached, and clears it below the lower one, which is three quarters of the upper one if there is none.
+pub(super) fn overloaded(config: &ServerConfig, counters: Counters, overloaded: bool) -> bool {
+    let upper = config.upper_threshold;
+    let lower = if config.lower_threshold == 0 { upper - (upper >> 2) } else { config.lower_threshold };
+    match counters.total {
+        _ if upper == 0 => false,
+        total if total >= upper => true,
+        total if total >= lower => overloaded,
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::director::model::Method;
+
+    /// The flag after each of these numbers of connections.
+    fn flags(upper_threshold: u32, lower_threshold: u32, totals: &[u32]) -> Vec<bool> {
+        let config = ServerConfig { method: Method::Route, weight: 1, upper_threshold, lower_threshold };
+        let mut flag = false;
+        let step = |&total| {
+            flag = overloaded(&config, Counters { active: 0, total }, flag);
+            flag
+        };
+        totals.iter().map(step).collect()
+    }
+
+    #[test]
+    fn without_thresholds_nobody_is_overloaded() {
+        assert_eq!(flags(0, 0, &[0, 1_000_000]), [false, false]);
+    }
+
+    #[test]
+    fn three_quarters_stand_in_for_the_lower_threshold() {
+        assert_eq!(flags(3, 0, &[2, 3, 4, 3, 2]), [false, true, true, true, false]);
+    }
+
+    #[test]
+    fn a_lower_threshold_opens_the_server_below_it() {
+        assert_eq!(flags(4, 2, &[3, 4, 3, 2, 1, 2, 3]), [false, true, true, true, false, false, false]);
+    }
+}
