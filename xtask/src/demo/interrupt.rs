@@ -1,27 +1,27 @@
-//! Ctrl-C, and a polite kill: the demo cleans up before it goes.
+//! Ctrl-C, a closed terminal, a polite kill: the demo cleans up before it goes.
 //!
-//! The signals are blocked and waited for by a thread. Programs that the demo starts do not inherit this: the standard
-//! library gives every child an empty signal mask.
+//! A signal only sets a flag, which is looked at between two steps. Programs that the demo starts know nothing of this:
+//! a handler does not survive the start of another program (a blocked signal would).
 
-use std::{
-    sync::atomic::{AtomicBool, Ordering},
-    thread,
+use std::sync::{
+    Arc, LazyLock,
+    atomic::{AtomicBool, Ordering},
 };
 
 use anyhow::{Context as _, Result};
-use nix::sys::signal::{SigSet, Signal};
+use signal_hook::{
+    consts::{SIGHUP, SIGINT, SIGTERM},
+    flag::register,
+};
 
-static HAPPENED: AtomicBool = AtomicBool::new(false);
+static HAPPENED: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
 
-/// Begins to catch the signals. To be called before there are other threads.
+/// Begins to catch the signals.
 pub(super) fn catch() -> Result<()> {
-    let signals: SigSet = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM].into_iter().collect();
-    signals.thread_block().context("the kernel does not let this program block signals; is it confined?")?;
-    thread::spawn(move || {
-        while signals.wait().is_ok() {
-            HAPPENED.store(true, Ordering::Relaxed);
-        }
-    });
+    for signal in [SIGHUP, SIGINT, SIGTERM] {
+        register(signal, Arc::clone(&HAPPENED))
+            .with_context(|| format!("the kernel does not let this program handle signal {signal}; is it confined?"))?;
+    }
     Ok(())
 }
 
