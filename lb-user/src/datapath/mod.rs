@@ -2,8 +2,42 @@
 //!
 //! [`Datapath`] is all that the director knows. The real one (maps, programs, netlink) implements it; so does a small
 //! in-memory one for the director's unit tests.
+//!
+//! | subject | module |
+//! | --- | --- |
+//! | the real one | [`kernel`] |
+//! | where maps are pinned, and which are taken over | [`maps`] |
+//! | shared memory, raw system calls | [`shared`], [`system`] |
+//! | the programs, and the interfaces that they run on | [`programs`], [`attach`], [`links`] |
+//! | schedules, filter | [`runs`], [`filter`] |
+//! | real servers and the ways to them | [`servers`], [`way`], [`resolve`] |
+//! | what the kernel counts | [`sweep`], [`connections`], [`reasons`] |
+//! | the kernel's clock rate | [`hz`] |
 
-use std::net::IpAddr;
+pub mod attach;
+pub mod connections;
+pub mod filter;
+pub mod hz;
+pub mod kernel;
+pub mod links;
+pub mod maps;
+pub mod programs;
+pub mod reasons;
+pub mod resolve;
+pub mod runs;
+pub mod servers;
+pub mod shared;
+pub mod sweep;
+pub mod system;
+pub mod way;
+
+use std::{fmt::Display, net::IpAddr};
+
+pub use self::{
+    attach::Hook,
+    kernel::{KernelDatapath, Options},
+    system::netns_cookie,
+};
 
 use lb_common::{config::Config, server::Counters, service::Service, statistics::Statistics};
 
@@ -88,4 +122,9 @@ pub enum Error {
         /// What the kernel or the library said.
         cause: String,
     },
+}
+
+/// What was tried, and what the kernel or the library said.
+fn kernel_error(what: impl Into<String>, cause: impl Display) -> Error {
+    Error::Kernel { what: what.into(), cause: cause.to_string() }
 }

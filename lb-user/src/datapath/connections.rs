@@ -1,0 +1,159 @@
+//! Lists connections, for people.
+//!
+//! The tables hold what the packet path needs: indices, ticks, numbers of states. Here they become addresses, seconds and
+//! names. Entries that are over but not swept yet are left out.
+//!
+//! A listing is no snapshot: connections come and go while it is made.
+
+use std::{collections::HashMap, net::IpAddr};
+
+use anyhow::Context as _;
+use aya::maps::MapData;
+use lb_common::{
+    Plain,
+    config::{Config, SweepReport},
+    connection::{Connection, ConnectionKey, flags},
+    family::{Address, Ipv4, Ipv6},
+    sctp,
+    server::{Server, flags as server_flags},
+    tcp,
+};
+
+use super::{maps::Pins, system::for_each_entry, way::address};
+use crate::director::model::ConnectionView;
+
+/// The connection tables.
+#[derive(Debug)]
+pub struct Connections {
+    ipv4: MapData,
+    ipv6: MapData,
+    capacity: u32,
+}
+
+impl Connections {
+    /// Opens the tables.
+    pub fn open(pins: &Pins) -> anyhow::Result<Self> {
+        let ipv4 = pins.data("CONNECTIONS_V4")?;
+        let capacity = ipv4.info().context("the kernel does not describe the connection table")?.max_entries();
+        Ok(Self { ipv4, ipv6: pins.data("CONNECTIONS_V6")?, capacity })
+    }
+
+    /// Connections that fit into each table.
+    pub const fn capacity(&self) -> u32 {
+        self.capacity
+    }
+
+    /// All connections that are not over. `server` tells the entry of a real server.
+    pub fn list(
+        &self,
+        config: &Config,
+        clock: Clock,
+        mut server: impl FnMut(u32) -> Option<Server>,
+    ) -> anyhow::Result<Vec<ConnectionView>> {
+        let mut known = HashMap::new();
+        let mut server = |index| {
+            *known.entry(index).or_insert_with(|| {
+                server(index).map(|entry| (address(entry.address, entry.flags & server_flags::IPV6 != 0), u16::from_be(entry.port)))
+            })
+        };
+        let mut views = Vec::new();
+        collect::<Ipv4>(&self.ipv4, config, clock, &mut server, &mut views)?;
+        collect::<Ipv6>(&self.ipv6, config, clock, &mut server, &mut views)?;
+        Ok(views)
+    }
+}
+
+fn collect<A: Address>(
+    table: &MapData,
+    config: &Config,
+    clock: Clock,
+    server: &mut impl FnMut(u32) -> Option<(IpAddr, u16)>,
+    views: &mut Vec<ConnectionView>,
+) -> anyhow::Result<()>
+where
+    ConnectionKey<A>: Plain,
+{
+    let ipv6 = size_of::<A>() == size_of::<Ipv6>();
+    for_each_entry(table, |key: &ConnectionKey<A>, connection: &Connection| {
+        let Some(expires) = clock.remaining(connection.last_seen, lifetime(config, key.protocol, connection.state)) else { return };
+        let Some((server, server_port)) = server(connection.server) else { return };
+        let (protocol, state) = names(key.protocol, connection.state);
+        views.push(ConnectionView {
+            protocol: protocol.to_owned(),
+            expires,
+            state: state.to_owned(),
+            client: address(key.client.words(), ipv6),
+            client_port: u16::from_be(key.client_port),
+            vip: address(key.vip.words(), ipv6),
+            vip_port: u16::from_be(key.vip_port),
+            server,
+            server_port,
+            active: connection.flags & flags::ACTIVE != 0,
+        });
+    })
+    .context("the connection table cannot be read")
+}
+
+/// Names of protocol and state, as `ipvsadm -Lc` prints them.
+fn names(protocol: u8, state: u8) -> (&'static str, &'static str) {
+    match protocol {
+        6 => ("TCP", tcp::State::ALL.get(state as usize).map_or("ERR!", |state| state.name())),
+        132 => ("SCTP", sctp::State::ALL.get(state as usize).map_or("?", |state| state.name())),
+        _ => ("UDP", "UDP"),
+    }
+}
+
+/// Seconds that a connection in this state lives without a packet.
+fn lifetime(config: &Config, protocol: u8, state: u8) -> u32 {
+    let state = usize::from(state & 0xf);
+    match protocol {
+        6 => config.tcp_timeouts[state],
+        132 => config.sctp_timeouts[state],
+        _ => config.udp_timeout,
+    }
+}
+
+/// The kernel's tick counter, as far as userspace can know it.
+#[derive(Clone, Copy, Debug)]
+pub struct Clock {
+    jiffies: u32,
+    hz: u32,
+}
+
+impl Clock {
+    /// Goes on from both clocks as the sweep saw them.
+    pub fn now(report: &SweepReport, monotonic_ns: u64, hz: u32) -> Self {
+        let elapsed = u128::from(monotonic_ns.saturating_sub(report.monotonic_ns));
+        let ticks = elapsed * u128::from(hz) / 1_000_000_000;
+        Self { jiffies: report.jiffies.wrapping_add(ticks as u64) as u32, hz: hz.max(1) }
+    }
+
+    /// Seconds that are left of a lifetime that began at a tick; nothing if it is over.
+    fn remaining(self, since: u32, lifetime: u32) -> Option<u32> {
+        // A packet that came after this clock was read is younger than nothing.
+        let idle = self.jiffies.wrapping_sub(since).cast_signed();
+        let left = i64::from(lifetime) * i64::from(self.hz) - i64::from(idle.max(0));
+        u32::try_from(left / i64::from(self.hz)).ok().filter(|_| left > 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lifetimes_run_down() {
+        let clock = Clock { jiffies: 1000, hz: 250 };
+        assert_eq!(clock.remaining(1000, 900), Some(900));
+        assert_eq!(clock.remaining(750, 900), Some(899));
+        assert_eq!(clock.remaining(1010, 900), Some(900));
+        assert_eq!(clock.remaining(500, 2), None);
+        assert_eq!(Clock { jiffies: 5, hz: 250 }.remaining(0_u32.wrapping_sub(245), 10), Some(9));
+    }
+
+    #[test]
+    fn the_clock_goes_on() {
+        let report = SweepReport { jiffies: 0xffff_ffff, monotonic_ns: 1_000_000_000, examined: 0, expired: 0 };
+        assert_eq!(Clock::now(&report, 2_000_000_000, 250).jiffies, 249);
+    }
+}

@@ -1,0 +1,71 @@
+//! The "may be ours" filter: which virtual addresses are in use, one bit each.
+//!
+//! Addresses may share a bit, and an address may have many services; so each bit has a count of the services that want
+//! it, and is cleared when the last one goes. The bitmap is shared with the kernel (see [`lb_common::filter`]), the counts
+//! are not: a new daemon counts the services that it finds.
+
+use std::{net::IpAddr, sync::atomic::Ordering};
+
+use lb_common::filter::{BITS, WORDS, position};
+
+use super::{shared::Words, way::words};
+
+/// The bitmap and its counts.
+#[derive(Debug)]
+pub struct Filter {
+    bitmap: Words,
+    references: Vec<u32>,
+}
+
+impl Filter {
+    /// Counts the virtual addresses that are in use, and makes the bitmap say the same.
+    pub fn new(bitmap: Words, addresses: impl Iterator<Item = IpAddr>) -> Self {
+        let mut filter = Self { bitmap, references: vec![0; BITS as usize] };
+        addresses.for_each(|address| filter.add(address));
+        for index in 0..WORDS {
+            let first = index as usize * 64;
+            let wanted = (0..64).filter(|bit| filter.references[first + bit] > 0).fold(0, |word, bit| word | 1 << bit);
+            filter.bitmap.store(index, wanted);
+        }
+        filter
+    }
+
+    /// A service has this address.
+    pub fn add(&mut self, address: IpAddr) {
+        let (index, mask) = place(address);
+        let count = &mut self.references[bit(index, mask)];
+        *count += 1;
+        if let Some(word) = self.bitmap.word(index) {
+            word.fetch_or(mask, Ordering::Release);
+        }
+    }
+
+    /// A service with this address is gone.
+    pub fn remove(&mut self, address: IpAddr) {
+        let (index, mask) = place(address);
+        let count = &mut self.references[bit(index, mask)];
+        *count = count.saturating_sub(1);
+        if *count == 0
+            && let Some(word) = self.bitmap.word(index)
+        {
+            word.fetch_and(!mask, Ordering::Release);
+        }
+    }
+
+    /// Whether the kernel looks at packets to this address.
+    pub fn contains(&self, address: IpAddr) -> bool {
+        let (index, mask) = place(address);
+        self.bitmap.load(index) & mask != 0
+    }
+}
+
+fn place(address: IpAddr) -> (u32, u64) {
+    match address {
+        IpAddr::V4(_) => position(&words(address)[0]),
+        IpAddr::V6(_) => position(&words(address)),
+    }
+}
+
+const fn bit(index: u32, mask: u64) -> usize {
+    (index * 64 + mask.trailing_zeros()) as usize
+}

@@ -1,0 +1,474 @@
+//! The real datapath: [`Datapath`] over the kernel's maps and programs.
+//!
+//! ```text
+//! KernelDatapath ── services, filter, runs        what the director decides, written at once
+//!              ├── servers    <── resolve         joined with what netlink says, by a task of its own
+//!              ├── attachments <── resolve        the interfaces
+//!              └── sweep, connections, reasons    what the kernel counts
+//! ```
+//!
+//! [`KernelDatapath::open`] takes over an instance that it finds, or makes one; nothing is attached yet, so the director
+//! can write its configuration first. [`KernelDatapath::start`] then opens netlink in the thread's network namespace, attaches, and
+//! spawns the task that follows netlink. All else is synchronous. Dropped, it leaves everything running in the kernel:
+//! traffic goes on. [`KernelDatapath::remove`] takes everything away.
+
+use std::{
+    collections::HashMap,
+    future::Future,
+    net::IpAddr,
+    path::PathBuf,
+    sync::{Arc, Mutex},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, anyhow, bail};
+use aya::maps::{Array, HashMap as MapHashMap, MapData, PerCpuArray, PerCpuValues};
+use lb_common::{
+    config::{Config, LAYOUT},
+    family::{Ipv4, Ipv6},
+    server::{Counters, NextHop, Server, Status},
+    service::{Service, ServiceKey},
+    statistics::Statistics,
+};
+use nix::time::{ClockId, clock_gettime};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::{
+    Datapath, Error, Target,
+    attach::{Attachments, Hook, remove_filter},
+    connections::{Clock, Connections},
+    filter::Filter,
+    hz, kernel_error,
+    links::{self},
+    maps::{Found, Pins, inspect},
+    programs::Programs,
+    reasons::Reasons,
+    resolve::{Order, Resolver, lock},
+    runs::Runs,
+    servers::Servers,
+    shared::Words,
+    sweep::{SweepOutcome, Sweeper},
+    system::for_each_entry,
+    way::{address, words},
+};
+use crate::{
+    director::model::{ConnectionView, InterfaceView, Protocol, ReasonView},
+    scheduler::Run,
+};
+
+/// What the programs are loaded with until the real rate is known. Distributions choose it.
+const LIKELY_HZ: u32 = 250;
+
+/// How to open a datapath.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where the instance is pinned, such as `/sys/fs/bpf/bpfvs/main`.
+    pub directory: PathBuf,
+    /// The cookie of the network namespace; see [`super::netns_cookie`].
+    pub netns_cookie: u64,
+    /// Size of each connection table. A table that is taken over keeps its own.
+    pub max_connections: u32,
+    /// How to hook into interfaces.
+    pub hook: Hook,
+    /// The interfaces; none for every one that is up.
+    pub interfaces: Vec<String>,
+    /// Whether to attach tc programs by tcx links; [`Attachments::kernel_has_tcx`] says whether the kernel can.
+    pub tcx: bool,
+}
+
+/// A service's place in the map: protocol, address, port.
+pub type ServicePlace = (Protocol, IpAddr, u16);
+
+/// The datapath in the kernel.
+pub struct KernelDatapath {
+    pins: Pins,
+    adopted: bool,
+    config: Config,
+    config_map: Array<MapData, Config>,
+    services_v4: MapHashMap<MapData, ServiceKey<Ipv4>, Service>,
+    services_v6: MapHashMap<MapData, ServiceKey<Ipv6>, Service>,
+    /// What the service maps hold.
+    services: HashMap<ServicePlace, Service>,
+    filter: Filter,
+    runs: Runs,
+    counters: Words,
+    swept: Words,
+    statistics: PerCpuArray<MapData, Statistics>,
+    servers: Arc<Mutex<Servers>>,
+    attachments: Arc<Mutex<Attachments>>,
+    sweeper: Arc<Mutex<Sweeper>>,
+    connections: Connections,
+    reasons: Reasons,
+    orders: mpsc::UnboundedSender<Order>,
+    /// How many orders were given, and how many carried out.
+    asked: u64,
+    answered: watch::Receiver<u64>,
+    /// The task's ends of both, until it starts.
+    task: Option<(mpsc::UnboundedReceiver<Order>, watch::Sender<u64>)>,
+}
+
+impl KernelDatapath {
+    /// Takes over the instance at these pins, or makes one. Attaches nothing yet.
+    pub fn open(options: &Options) -> anyhow::Result<Self> {
+        if options.max_connections == 0 {
+            bail!("the connection tables cannot have room for 0 connections; choose at least 1 with --max-connections");
+        }
+        let pins = Pins::new(&options.directory);
+        let found = match inspect(&pins, options.netns_cookie)? {
+            Found::Instance(config) => Some(config),
+            Found::Leftovers(what) => {
+                tracing::info!(directory = %options.directory.display(), "removing what is left of {what}");
+                pins.remove()?;
+                None
+            }
+            Found::Nothing => None,
+        };
+        pins.create()?;
+        let programs = Programs::load(&pins, found.map_or(LIKELY_HZ, |config| config.hz), options.max_connections)?;
+        let (programs, config) = match found {
+            Some(config) => (programs, config),
+            None => make_instance(&pins, programs, options)?,
+        };
+        let connections = Connections::open(&pins)?;
+        if connections.capacity() != options.max_connections {
+            tracing::info!(
+                capacity = connections.capacity(),
+                asked = options.max_connections,
+                "the connection tables that were found keep their size; `bpfvs stop --detach` and a new start change it"
+            );
+        }
+        let services_v4 = pins.typed("SERVICES_V4")?;
+        let services_v6 = pins.typed("SERVICES_V6")?;
+        let services = read_services(&pins)?;
+        let words = |name| Words::open(&pins.map(name));
+        let (orders, received) = mpsc::unbounded_channel();
+        let (answers, answered) = watch::channel(0);
+        Ok(Self {
+            adopted: found.is_some(),
+            config,
+            config_map: pins.typed("CONFIG")?,
+            filter: Filter::new(words("FILTER")?, services.keys().map(|(_, address, _)| *address)),
+            runs: Runs::new(words("SCHEDULES")?, words("CURSORS")?, words("RUNS")?),
+            counters: words("COUNTERS")?,
+            swept: words("SWEPT")?,
+            statistics: pins.typed("STATISTICS")?,
+            servers: Arc::new(Mutex::new(Servers::open(&pins)?)),
+            attachments: Arc::new(Mutex::new(Attachments::new(
+                programs,
+                pins.clone(),
+                options.hook,
+                options.tcx,
+                &options.interfaces,
+            ))),
+            sweeper: Arc::new(Mutex::new(Sweeper::open(&pins)?)),
+            reasons: Reasons::open(&pins)?,
+            services_v4,
+            services_v6,
+            services,
+            connections,
+            orders,
+            asked: 0,
+            answered,
+            task: Some((received, answers)),
+            pins,
+        })
+    }
+
+    /// Attaches to the interfaces and begins to follow netlink, in this thread's network namespace, on this runtime.
+    pub async fn start(&mut self) -> anyhow::Result<()> {
+        let Some((orders, answered)) = self.task.take() else { return Ok(()) };
+        let resolver = Resolver::start(orders, answered, Arc::clone(&self.servers), Arc::clone(&self.attachments)).await?;
+        tokio::spawn(resolver.run());
+        Ok(())
+    }
+
+    /// Whether an earlier daemon's instance was taken over.
+    pub const fn adopted(&self) -> bool {
+        self.adopted
+    }
+
+    /// The directory of the pins.
+    pub fn directory(&self) -> &std::path::Path {
+        self.pins.directory()
+    }
+
+    /// Connections that fit into each table.
+    pub const fn max_connections(&self) -> u32 {
+        self.connections.capacity()
+    }
+
+    /// The services in the map, whoever wrote them: after a take-over the director removes those that it does not know.
+    pub fn services(&self) -> Vec<(ServicePlace, Service)> {
+        self.services.iter().map(|(place, service)| (*place, *service)).collect()
+    }
+
+    /// The indices of the real servers in the map, whoever wrote them: after a take-over the director retires those that it
+    /// does not know.
+    pub fn servers(&self) -> Result<Vec<(u32, Server)>, Error> {
+        lock(&self.servers).in_use()
+    }
+
+    /// The entries of a real server as the packet path reads them.
+    pub fn server_entry(&self, index: u32) -> Result<(Server, NextHop), Error> {
+        let servers = lock(&self.servers);
+        Ok((servers.entry(index)?, servers.next_hop(index)?))
+    }
+
+    /// Whether packets to this address are looked at.
+    pub fn filter_contains(&self, address: IpAddr) -> bool {
+        self.filter.contains(address)
+    }
+
+    /// The settings as they stand in the map.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Attaches to an interface.
+    pub fn attach(&self, interface: &str, hook: Hook) -> anyhow::Result<()> {
+        lock(&self.attachments).attach(interface, hook)
+    }
+
+    /// Detaches from an interface.
+    pub fn detach(&self, interface: &str) -> anyhow::Result<()> {
+        lock(&self.attachments).detach(interface)
+    }
+
+    /// The interfaces that are attached to.
+    pub fn interfaces(&self) -> Vec<InterfaceView> {
+        lock(&self.attachments).interfaces()
+    }
+
+    /// How many instructions the verifier walked through for each program.
+    pub fn verified_instructions(&self) -> Vec<(String, u32)> {
+        lock(&self.attachments).verified_instructions()
+    }
+
+    /// Resolves when the way to every server that was made known so far has been looked for once.
+    pub fn settled(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut answered = self.answered.clone();
+        let asked = self.asked;
+        async move {
+            // An error means that the task is gone, and nothing will ever be more settled.
+            let _ = answered.wait_for(|count| *count >= asked).await;
+        }
+    }
+
+    /// Runs the sweep on a thread of its own.
+    pub fn sweep(&self) -> impl Future<Output = anyhow::Result<SweepOutcome>> + Send + use<> {
+        let sweeper = Arc::clone(&self.sweeper);
+        async move { tokio::task::spawn_blocking(move || lock(&sweeper).run()).await.context("the sweep broke off")? }
+    }
+
+    /// All connections.
+    pub fn connections(&self) -> anyhow::Result<Vec<ConnectionView>> {
+        let monotonic = clock_gettime(ClockId::CLOCK_MONOTONIC).context("the clock cannot be read")?;
+        let report = lock(&self.sweeper).report()?;
+        let clock = Clock::now(&report, Duration::from(monotonic).as_nanos() as u64, self.config.hz);
+        let servers = lock(&self.servers);
+        self.connections
+            .list(&self.config, clock, |index| servers.entry(index).ok().filter(|entry| entry.status != Status::Free as u8))
+    }
+
+    /// All reason counters.
+    pub fn reasons(&self) -> anyhow::Result<Vec<ReasonView>> {
+        self.reasons.list()
+    }
+
+    /// Detaches from every interface, lets go of all neighbours and removes all pins. Connections are lost.
+    pub async fn shut_down(self) -> anyhow::Result<()> {
+        lock(&self.attachments).detach_all()?;
+        if self.task.is_none() {
+            let (done, released) = oneshot::channel();
+            if self.orders.send(Order::Release(done)).is_ok() {
+                let _ = released.await;
+            }
+        }
+        self.pins.remove()
+    }
+
+    /// Removes an instance that no daemon serves: detaches its programs from this thread's network namespace and removes
+    /// its pins.
+    pub async fn remove(directory: impl Into<PathBuf>) -> anyhow::Result<()> {
+        let pins = Pins::new(directory);
+        if !Attachments::kernel_has_tcx() {
+            let (connection, handle, _) = rtnetlink::new_connection().context("a netlink socket cannot be opened")?;
+            let task = tokio::spawn(connection);
+            let links = links::list(&handle).await.context("the network devices cannot be listed")?;
+            task.abort();
+            for link in links.values() {
+                remove_filter(&link.name);
+            }
+        }
+        pins.remove()
+    }
+
+    fn look(&mut self, addresses: impl IntoIterator<Item = IpAddr>) {
+        for address in addresses {
+            // The task can only be gone if the runtime is, and then nobody waits.
+            if self.orders.send(Order::Look(address)).is_ok() {
+                self.asked += 1;
+            }
+        }
+    }
+
+    fn has_service_id(&self, id: u32) -> bool {
+        self.services.values().any(|service| service.id == id)
+    }
+}
+
+impl Datapath for KernelDatapath {
+    fn service_capacity(&self) -> u32 {
+        self.runs.capacity()
+    }
+
+    fn server_capacity(&self) -> u32 {
+        lock(&self.servers).capacity()
+    }
+
+    fn set_service(&mut self, protocol: Protocol, address: IpAddr, port: u16, service: Service) -> Result<(), Error> {
+        let written = match address {
+            IpAddr::V4(_) => self.services_v4.insert(service_key(protocol, words(address)[0], port), service, 0),
+            IpAddr::V6(_) => self.services_v6.insert(service_key(protocol, words(address), port), service, 0),
+        };
+        if let Err(error) = written {
+            if self.services.len() as u32 >= self.runs.capacity() {
+                return Err(Error::Full {
+                    what: "the table of services",
+                    limit: self.runs.capacity(),
+                    advice: "remove services that are not needed",
+                });
+            }
+            return Err(kernel_error(format!("the service {protocol} {address} port {port} cannot be written"), error));
+        }
+        if self.services.insert((protocol, address, port), service).is_none() {
+            self.filter.add(address);
+        }
+        Ok(())
+    }
+
+    fn remove_service(&mut self, protocol: Protocol, address: IpAddr, port: u16) -> Result<(), Error> {
+        let Some(service) = self.services.remove(&(protocol, address, port)) else { return Ok(()) };
+        self.filter.remove(address);
+        let removed = match address {
+            IpAddr::V4(_) => self.services_v4.remove(&service_key(protocol, words(address)[0], port)),
+            IpAddr::V6(_) => self.services_v6.remove(&service_key(protocol, words(address), port)),
+        };
+        if !self.has_service_id(service.id) {
+            self.runs.withdraw(service.id);
+        }
+        removed.map_err(|error| kernel_error(format!("the service {protocol} {address} port {port} cannot be removed"), error))
+    }
+
+    fn publish(&mut self, service: u32, run: &Run) -> Result<(), Error> {
+        self.runs.publish(service, run)
+    }
+
+    fn cursor(&self, service: u32) -> u32 {
+        self.runs.cursor(service)
+    }
+
+    fn set_server(&mut self, index: u32, target: &Target) -> Result<(), Error> {
+        let concerned = lock(&self.servers).set(index, *target)?;
+        self.look(concerned);
+        Ok(())
+    }
+
+    fn retire_server(&mut self, index: u32) -> Result<(), Error> {
+        let concerned = lock(&self.servers).retire(index)?;
+        self.look(concerned);
+        Ok(())
+    }
+
+    fn free_server(&mut self, index: u32) -> Result<(), Error> {
+        let concerned = lock(&self.servers).free(index)?;
+        self.look(concerned);
+        self.counters.store(index, 0);
+        self.swept.store(index, 0);
+        let cpus = aya::util::nr_cpus().map_err(|(file, error)| kernel_error(format!("{file} cannot be read"), error))?;
+        let zeros = PerCpuValues::try_from(vec![Statistics::default(); cpus])
+            .map_err(|error| kernel_error("the number of CPUs is in doubt", error))?;
+        self.statistics
+            .set(index, zeros, 0)
+            .map_err(|error| kernel_error(format!("the statistics of real server {index} cannot be set to zero"), error))
+    }
+
+    fn reachability(&self, index: u32) -> Status {
+        lock(&self.servers).status(index)
+    }
+
+    fn counters(&self, index: u32) -> Counters {
+        Counters::from_word(self.counters.load(index))
+    }
+
+    fn statistics(&self, index: u32) -> Result<Statistics, Error> {
+        let values = self
+            .statistics
+            .get(&index, 0)
+            .map_err(|error| kernel_error(format!("the statistics of real server {index} cannot be read"), error))?;
+        Ok(values.iter().fold(Statistics::default(), |sum, value| Statistics {
+            connections: sum.connections + value.connections,
+            packets_in: sum.packets_in + value.packets_in,
+            bytes_in: sum.bytes_in + value.bytes_in,
+            packets_out: sum.packets_out + value.packets_out,
+            bytes_out: sum.bytes_out + value.bytes_out,
+        }))
+    }
+
+    /// The layout, the namespace's cookie and the clock rate are the datapath's own and stay as they are.
+    fn configure(&mut self, config: &Config) -> Result<(), Error> {
+        let config = Config { layout: LAYOUT, netns_cookie: self.config.netns_cookie, hz: self.config.hz, ..*config };
+        self.config_map.set(0, config, 0).map_err(|error| kernel_error("the settings cannot be written", error))?;
+        self.config = config;
+        Ok(())
+    }
+}
+
+/// Finds the clock rate, loads the programs for it, and writes the settings, which makes the instance one that can be
+/// taken over.
+fn make_instance(pins: &Pins, mut programs: Programs, options: &Options) -> anyhow::Result<(Programs, Config)> {
+    let hz = detect_hz(&Sweeper::open(pins)?)?;
+    if hz != LIKELY_HZ {
+        tracing::debug!(hz, "loading the programs again for this clock rate");
+        programs = Programs::load(pins, hz, options.max_connections)?;
+    }
+    let config = Config { netns_cookie: options.netns_cookie, hz, ..Config::DEFAULT };
+    let mut map: Array<MapData, Config> = pins.typed("CONFIG")?;
+    map.set(0, config, 0).context("the settings cannot be written")?;
+    Ok((programs, config))
+}
+
+/// The tables must still be empty: the programs were loaded with a guess.
+fn detect_hz(sweeper: &Sweeper) -> anyhow::Result<u32> {
+    let earlier = sweeper.walk()?;
+    if let Some(rate) = hz::from_start(&earlier) {
+        return Ok(rate);
+    }
+    thread::sleep(Duration::from_millis(200));
+    hz::from_two(&earlier, &sweeper.walk()?)
+        .ok_or_else(|| anyhow!("the kernel's clocks stand still, so its tick rate cannot be found; start bpfvs again"))
+}
+
+fn service_key<A>(protocol: Protocol, vip: A, port: u16) -> ServiceKey<A> {
+    ServiceKey { vip, port: port.to_be(), protocol: protocol.number(), zero: 0 }
+}
+
+fn read_services(pins: &Pins) -> anyhow::Result<HashMap<ServicePlace, Service>> {
+    let mut services = HashMap::new();
+    let protocol = |number| [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].into_iter().find(|protocol| protocol.number() == number);
+    let mut add = |number, address, port, service: &Service| {
+        if let Some(protocol) = protocol(number) {
+            services.insert((protocol, address, u16::from_be(port)), *service);
+        }
+    };
+    for_each_entry(&pins.data("SERVICES_V4")?, |key: &ServiceKey<Ipv4>, service: &Service| {
+        add(key.protocol, address([key.vip, 0, 0, 0], false), key.port, service);
+    })
+    .context("the table of services cannot be read")?;
+    for_each_entry(&pins.data("SERVICES_V6")?, |key: &ServiceKey<Ipv6>, service: &Service| {
+        add(key.protocol, address(key.vip, true), key.port, service);
+    })
+    .context("the table of services cannot be read")?;
+    Ok(services)
+}

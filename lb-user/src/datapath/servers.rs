@@ -1,0 +1,225 @@
+//! The real servers that the kernel knows: the director's targets joined with the ways that netlink found.
+//!
+//! Two sides write here: the director makes servers known, retires and frees them; the resolver
+//! ([`super::resolve`]) learns ways. Each time the entries of `SERVERS` and `NEXT_HOPS` are made anew from both. Several
+//! servers (of several services) may share an address, and then they share its way.
+//!
+//! A retired server stays [`Status::Removed`] whatever netlink says, and needs no way any more.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::IpAddr,
+};
+
+use aya::maps::{Array, MapData, MapError};
+use lb_common::server::{NextHop, Server, Status, flags};
+
+use super::{
+    Error, Target, kernel_error,
+    maps::Pins,
+    system::for_each_entry,
+    way::{self, Way},
+};
+
+/// The server array and what it is made of.
+pub struct Servers {
+    /// The same map twice: aya does not lend what batches need.
+    data: MapData,
+    entries: Array<MapData, Server>,
+    next_hops: Array<MapData, NextHop>,
+    /// The director's servers; nothing for one that was retired.
+    targets: BTreeMap<u32, Option<Target>>,
+    /// For each address in use: how many servers have it, and the way, once there was an answer.
+    ways: HashMap<IpAddr, (u32, Option<Way>)>,
+}
+
+impl Servers {
+    /// Opens the arrays.
+    pub fn open(pins: &Pins) -> anyhow::Result<Self> {
+        Ok(Self {
+            data: pins.data("SERVERS")?,
+            entries: pins.typed("SERVERS")?,
+            next_hops: pins.typed("NEXT_HOPS")?,
+            targets: BTreeMap::new(),
+            ways: HashMap::new(),
+        })
+    }
+
+    /// Servers that fit.
+    pub fn capacity(&self) -> u32 {
+        self.entries.len()
+    }
+
+    /// Makes a server known, or changes it. Returns the addresses that have to be looked at: the new one, and one that may
+    /// have lost its last server.
+    pub fn set(&mut self, index: u32, target: Target) -> Result<Vec<IpAddr>, Error> {
+        self.check(index)?;
+        let mut concerned = Vec::new();
+        let old = self.targets.insert(index, Some(target)).flatten().map(|old| old.address);
+        if old != Some(target.address) {
+            // First in, then out: an address that stays in use keeps its way.
+            self.enter(target.address);
+            if let Some(old) = old {
+                self.leave(old);
+                concerned.push(old);
+            }
+        }
+        concerned.push(target.address);
+        self.write(index)?;
+        Ok(concerned)
+    }
+
+    /// Marks a server as removed. Returns its address, which may need no way any more.
+    pub fn retire(&mut self, index: u32) -> Result<Option<IpAddr>, Error> {
+        self.check(index)?;
+        let old = self.targets.insert(index, None).flatten();
+        let mut entry = self.entry(index)?;
+        entry.status = Status::Removed as u8;
+        self.put(index, &entry)?;
+        Ok(old.map(|target| {
+            self.leave(target.address);
+            target.address
+        }))
+    }
+
+    /// Forgets a server. Returns its address, which may need no way any more.
+    pub fn free(&mut self, index: u32) -> Result<Option<IpAddr>, Error> {
+        self.check(index)?;
+        self.put(index, &Server::default())?;
+        self.put_next_hop(index, &NextHop::default())?;
+        Ok(self.targets.remove(&index).flatten().map(|target| {
+            self.leave(target.address);
+            target.address
+        }))
+    }
+
+    /// Takes over what the resolver found out about an address.
+    pub fn learn(&mut self, address: IpAddr, way: Way) -> Result<(), Error> {
+        let Some((_, known)) = self.ways.get_mut(&address) else { return Ok(()) };
+        if *known == Some(way) {
+            return Ok(());
+        }
+        tracing::debug!(%address, ?way, "the way to a real server");
+        *known = Some(way);
+        let has_address = |target: &Option<Target>| target.is_some_and(|target| target.address == address);
+        let indices: Vec<_> = self.targets.iter().filter(|(_, target)| has_address(target)).map(|(index, _)| *index).collect();
+        indices.into_iter().try_for_each(|index| self.write(index))
+    }
+
+    /// Whether a server has this address.
+    pub fn wants(&self, address: IpAddr) -> bool {
+        self.ways.contains_key(&address)
+    }
+
+    /// All addresses that servers have.
+    pub fn addresses(&self) -> Vec<IpAddr> {
+        self.ways.keys().copied().collect()
+    }
+
+    /// How a server can be reached now.
+    pub fn status(&self, index: u32) -> Status {
+        self.entry(index).map_or(Status::Free, |entry| status(entry.status))
+    }
+
+    /// The entry of a server, as the kernel has it.
+    pub fn entry(&self, index: u32) -> Result<Server, Error> {
+        self.entries.get(&index, 0).map_err(|error| failed("read", index, &error))
+    }
+
+    /// The entry of a server's next hop, as the kernel has it.
+    pub fn next_hop(&self, index: u32) -> Result<NextHop, Error> {
+        self.next_hops.get(&index, 0).map_err(|error| failed("read", index, &error))
+    }
+
+    /// Every entry in use, whoever made it.
+    pub fn in_use(&self) -> Result<Vec<(u32, Server)>, Error> {
+        let mut found = Vec::new();
+        for_each_entry(&self.data, |index: &u32, server: &Server| {
+            if server.status != Status::Free as u8 {
+                found.push((*index, *server));
+            }
+        })
+        .map_err(|error| kernel_error("the table of real servers cannot be read", error))?;
+        Ok(found)
+    }
+
+    fn enter(&mut self, address: IpAddr) {
+        self.ways.entry(address).or_default().0 += 1;
+    }
+
+    fn leave(&mut self, address: IpAddr) {
+        if let Some((count, _)) = self.ways.get_mut(&address) {
+            *count -= 1;
+            if *count == 0 {
+                self.ways.remove(&address);
+            }
+        }
+    }
+
+    /// Writes a server's entries from its target and the way to it.
+    fn write(&mut self, index: u32) -> Result<(), Error> {
+        let Some(Some(target)) = self.targets.get(&index).copied() else { return Ok(()) };
+        let way = self.ways.get(&target.address).and_then(|(_, way)| way.as_ref());
+        let mut server = way::server(&target, way);
+        if way.is_none() {
+            // Not asked yet. What an earlier daemon wrote is better than nothing, and likely still true.
+            let found = self.entry(index)?;
+            if same_target(&found, &server) && [Status::Ready, Status::Unresolved, Status::Local].contains(&status(found.status)) {
+                server = found;
+            }
+        } else {
+            let next_hop = way::next_hop(way);
+            self.put_next_hop(index, &next_hop)?;
+        }
+        self.put(index, &server)
+    }
+
+    fn put(&mut self, index: u32, entry: &Server) -> Result<(), Error> {
+        self.entries.set(index, entry, 0).map_err(|error| failed("written", index, &error))
+    }
+
+    fn put_next_hop(&mut self, index: u32, entry: &NextHop) -> Result<(), Error> {
+        self.next_hops.set(index, entry, 0).map_err(|error| failed("written", index, &error))
+    }
+
+    fn check(&self, index: u32) -> Result<(), Error> {
+        if index < self.capacity() {
+            return Ok(());
+        }
+        Err(Error::Full {
+            what: "the table of real servers",
+            limit: self.capacity(),
+            advice: "remove real servers that are not needed",
+        })
+    }
+}
+
+fn failed(what: &str, index: u32, error: &MapError) -> Error {
+    kernel_error(format!("entry {index} of the table of real servers cannot be {what}"), error)
+}
+
+fn same_target(one: &Server, other: &Server) -> bool {
+    let key = |server: &Server| {
+        (
+            server.method,
+            server.tunnel,
+            server.flags & (flags::IPV6 | flags::CHECKSUM),
+            server.address,
+            server.port,
+            server.tunnel_port,
+        )
+    };
+    key(one) == key(other)
+}
+
+/// Reads a status.
+pub const fn status(number: u8) -> Status {
+    match number {
+        1 => Status::NoRoute,
+        2 => Status::Ready,
+        3 => Status::Unresolved,
+        4 => Status::Local,
+        5 => Status::Removed,
+        _ => Status::Free,
+    }
+}

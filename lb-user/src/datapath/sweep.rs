@@ -1,0 +1,181 @@
+//! Runs the sweep, and corrects counters that have drifted.
+//!
+//! The sweep itself is a program in the kernel: it deletes the connections that are over and counts the others into `SWEPT`.
+//! The daemon runs it, and compares: what `SWEPT` says of a real server and what its live counter says should be the
+//! same. They differ for a moment because connections come and go during the walk, and they differ for good because two
+//! CPUs raced for the same connection. Only the second is drift:
+//!
+//! ```text
+//! run 1: live 105, counted 100 (3 came meanwhile)    a suspect, by -5
+//! run 2: live 121, counted 117 (2 came meanwhile)    again, by -4: corrected by -4
+//! ```
+//!
+//! A difference is corrected when two runs in succession saw it on the same side, by the smaller one, and only if it is larger than
+//! what came and went during the second.
+
+use std::{collections::HashMap, sync::atomic::Ordering, time::Duration, time::Instant};
+
+use anyhow::Context as _;
+use aya::{
+    maps::{Array, MapData, PerCpuArray},
+    programs::{RawTracePoint, RawTracePointRunOptions, TestRun as _},
+};
+use lb_common::{config::SweepReport, server::Counters, statistics::Statistics};
+
+use super::{maps::Pins, programs::Programs, shared::Words};
+
+/// What a run of the sweep did.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct SweepOutcome {
+    /// Connections looked at.
+    pub examined: u64,
+    /// Connections that were over, and are gone.
+    pub expired: u64,
+    /// Real servers whose counters were corrected.
+    pub corrected: Vec<u32>,
+    /// How long it took.
+    pub took: Duration,
+}
+
+/// A difference between counted and live connections: of all, and of the active ones.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+struct Drift {
+    total: i64,
+    active: i64,
+}
+
+impl Drift {
+    fn between(counted: u64, live: u64) -> Self {
+        let (counted, live) = (Counters::from_word(counted), Counters::from_word(live));
+        Self {
+            total: i64::from(counted.total.cast_signed()) - i64::from(live.total.cast_signed()),
+            active: i64::from(counted.active.cast_signed()) - i64::from(live.active.cast_signed()),
+        }
+    }
+
+    /// The part of this difference that an earlier one confirms, if it is beyond what came and went.
+    fn confirmed(self, earlier: Self, churn: i64) -> Self {
+        let agree = |now: i64, before: i64| {
+            if now.signum() == before.signum() && now.abs() > churn { now.signum() * now.abs().min(before.abs()) } else { 0 }
+        };
+        Self { total: agree(self.total, earlier.total), active: agree(self.active, earlier.active) }
+    }
+
+    /// What to add to the counters' word.
+    const fn word(self) -> u64 {
+        (self.active << 32).wrapping_add(self.total).cast_unsigned()
+    }
+}
+
+/// The sweep program and the tables that it needs. Can be run on any thread.
+pub struct Sweeper {
+    program: RawTracePoint,
+    report: Array<MapData, SweepReport>,
+    statistics: PerCpuArray<MapData, Statistics>,
+    counters: Words,
+    swept: Words,
+    suspects: HashMap<u32, Drift>,
+}
+
+impl Sweeper {
+    /// Opens the pinned program and tables.
+    pub fn open(pins: &Pins) -> anyhow::Result<Self> {
+        Ok(Self {
+            program: Programs::sweep(pins)?,
+            report: pins.typed("SWEEP")?,
+            statistics: pins.typed("STATISTICS")?,
+            counters: Words::open(&pins.map("COUNTERS"))?,
+            swept: Words::open(&pins.map("SWEPT"))?,
+            suspects: HashMap::new(),
+        })
+    }
+
+    /// Runs the program and does nothing else. Its report also tells the kernel's clocks.
+    pub fn walk(&self) -> anyhow::Result<SweepReport> {
+        self.program
+            .test_run(RawTracePointRunOptions::new())
+            .context("the kernel does not run the sweep; it needs version 5.10 and CAP_BPF")?;
+        self.report()
+    }
+
+    /// What the last run reported, whoever ran it.
+    pub fn report(&self) -> anyhow::Result<SweepReport> {
+        self.report.get(&0, 0).context("the report of the sweep cannot be read")
+    }
+
+    /// Deletes the connections that are over, and corrects counters.
+    pub fn run(&mut self) -> anyhow::Result<SweepOutcome> {
+        let begin = Instant::now();
+        for index in 0..self.swept.length() {
+            if self.swept.load(index) != 0 {
+                self.swept.store(index, 0);
+            }
+        }
+        let mut before = HashMap::new();
+        for index in self.suspects.keys() {
+            before.insert(*index, (self.opened(*index)?, self.counters.load(*index)));
+        }
+        let report = self.walk()?;
+        let mut corrected = Vec::new();
+        let earlier = std::mem::take(&mut self.suspects);
+        for index in 0..self.counters.length() {
+            let (counted, live) = (self.swept.load(index), self.counters.load(index));
+            let mut drift = Drift::between(counted, live);
+            if drift == Drift::default() {
+                continue;
+            }
+            if let (Some(suspicion), Some((opened, was))) = (earlier.get(&index), before.get(&index)) {
+                let change = Drift::between(live, *was);
+                let opened = i64::try_from(self.opened(index)?.wrapping_sub(*opened)).unwrap_or(i64::MAX);
+                let churn = opened.saturating_add(change.total.abs().max(change.active.abs()));
+                let correction = drift.confirmed(*suspicion, churn);
+                if correction != Drift::default()
+                    && let Some(word) = self.counters.word(index)
+                {
+                    word.fetch_add(correction.word(), Ordering::AcqRel);
+                    tracing::info!(server = index, ?correction, "connection counters had drifted");
+                    corrected.push(index);
+                    drift = Drift { total: drift.total - correction.total, active: drift.active - correction.active };
+                }
+            }
+            if drift != Drift::default() {
+                self.suspects.insert(index, drift);
+            }
+        }
+        Ok(SweepOutcome { examined: report.examined, expired: report.expired, corrected, took: begin.elapsed() })
+    }
+
+    /// Connections that were ever scheduled to a server.
+    fn opened(&self, index: u32) -> anyhow::Result<u64> {
+        let values =
+            self.statistics.get(&index, 0).with_context(|| format!("the statistics of real server {index} cannot be read"))?;
+        Ok(values.iter().map(|value| value.connections).sum())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn word(active: u32, total: u32) -> u64 {
+        u64::from(active) << 32 | u64::from(total)
+    }
+
+    #[test]
+    fn a_correction_makes_live_what_was_counted() {
+        let cases = [((3, 5), (4, 9)), ((0, 0), (2, 2)), ((7, 7), (0, 3)), ((1, 4), (2, 3)), ((5, 5), (u32::MAX, 4))];
+        for (counted, live) in cases.map(|(counted, live)| (word(counted.0, counted.1), word(live.0, live.1))) {
+            assert_eq!(live.wrapping_add(Drift::between(counted, live).word()), counted);
+        }
+    }
+
+    #[test]
+    fn only_what_two_runs_agree_on_is_drift() {
+        let drift = |total| Drift { total, active: 0 };
+        assert_eq!(drift(-4).confirmed(drift(-5), 2), drift(-4));
+        assert_eq!(drift(-5).confirmed(drift(-4), 2), drift(-4));
+        assert_eq!(drift(4).confirmed(drift(-5), 0), drift(0));
+        assert_eq!(drift(-4).confirmed(drift(-5), 4), drift(0));
+        assert_eq!(drift(-4).confirmed(drift(0), 0), drift(0));
+    }
+}

@@ -1,0 +1,87 @@
+//! System calls that no crate offers: reading a hash map in batches, and the cookie of a network namespace.
+//!
+//! Nothing else here; every call checks its result and returns an [`io::Error`].
+#![expect(unsafe_code, reason = "raw system calls")]
+
+use std::{
+    io,
+    os::fd::{AsFd as _, AsRawFd as _},
+};
+
+use aya::maps::MapData;
+use lb_common::Plain;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+
+const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
+const SO_NETNS_COOKIE: libc::c_int = 71;
+
+/// The cookie of this thread's network namespace: a number that is never used again, unlike its inode. Kernel 5.14.
+pub fn netns_cookie() -> io::Result<u64> {
+    let any = socket(AddressFamily::Unix, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    let mut cookie = 0_u64;
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes to `cookie`, which is that large.
+    let result =
+        unsafe { libc::getsockopt(any.as_raw_fd(), libc::SOL_SOCKET, SO_NETNS_COOKIE, (&raw mut cookie).cast(), &raw mut length) };
+    if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}
+
+/// The part of `union bpf_attr` that batches use.
+#[repr(C)]
+struct Batch {
+    from: u64,
+    to: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map_fd: u32,
+    element_flags: u64,
+    flags: u64,
+}
+
+/// Calls `visit` for every entry of a hash map, a thousand at a time.
+///
+/// An entry that comes or goes meanwhile may be missed or seen. `K` and `V` must be as large as the map's keys and values.
+pub fn for_each_entry<K: Plain, V: Plain>(map: &MapData, mut visit: impl FnMut(&K, &V)) -> io::Result<()> {
+    let mut capacity = 1024_usize;
+    let mut position = None::<u32>;
+    loop {
+        let mut keys: Vec<K> = vec![zeroed(); capacity];
+        let mut values: Vec<V> = vec![zeroed(); capacity];
+        let mut next = 0_u32;
+        let mut batch = Batch {
+            from: position.as_ref().map_or(0, |position| std::ptr::from_ref(position) as u64),
+            to: &raw mut next as u64,
+            keys: keys.as_mut_ptr() as u64,
+            values: values.as_mut_ptr() as u64,
+            count: capacity as u32,
+            map_fd: map.fd().as_fd().as_raw_fd().cast_unsigned(),
+            element_flags: 0,
+            flags: 0,
+        };
+        // SAFETY: all pointers lead to live memory of the sizes that the kernel derives from the map and from `count`;
+        // `Plain` types may be filled with any bytes.
+        let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_MAP_LOOKUP_BATCH, &raw mut batch, size_of::<Batch>()) };
+        let error = (result < 0).then(io::Error::last_os_error);
+        match error.as_ref().and_then(io::Error::raw_os_error) {
+            // One bucket alone holds more than there is room for.
+            Some(libc::ENOSPC) if batch.count == 0 || capacity < 1 << 20 => {
+                capacity *= 4;
+                continue;
+            }
+            Some(code) if code != libc::ENOENT => return Err(io::Error::from_raw_os_error(code)),
+            _ => {}
+        }
+        let count = (batch.count as usize).min(capacity);
+        keys[..count].iter().zip(&values[..count]).for_each(|(key, value)| visit(key, value));
+        if error.is_some() {
+            return Ok(());
+        }
+        position = Some(next);
+    }
+}
+
+fn zeroed<T: Plain>() -> T {
+    // SAFETY: every pattern of bits is a value of a `Plain` type.
+    unsafe { std::mem::zeroed() }
+}
