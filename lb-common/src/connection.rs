@@ -3,27 +3,21 @@
 //! The datapath makes entries, the sweep deletes them, userspace lists them. IPv4 and IPv6 have tables of their own, so
 //! that the common key stays at 16 bytes.
 
-use crate::wire::plain;
+use crate::{packet::transport::Ports, wire::plain};
 
-/// Who talks to whom: the key of the connection table. Addresses and ports in network order.
+/// Who talks to whom: the key of the connection table. Made of words, see [`Ports`].
 #[doc(alias = "ip_vs_conn_param")]
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 #[repr(C)]
 pub struct ConnectionKey<A> {
-    /// The client's address.
+    /// The client's address, in network order.
     pub client: A,
-    /// The virtual address.
+    /// The virtual address, in network order.
     pub vip: A,
-    /// The client's port.
-    pub client_port: u16,
-    /// The virtual port.
-    pub vip_port: u16,
+    /// The client's port (as source) and the virtual port (as destination).
+    pub ports: Ports,
     /// The IP protocol: TCP, UDP or SCTP.
-    pub protocol: u8,
-    /// Always zero; room for the second key that NAT needs.
-    pub direction: u8,
-    /// Always zero: map keys are compared as bytes.
-    pub zero: [u8; 2],
+    pub protocol: u32,
 }
 
 /// What the datapath knows of a connection.

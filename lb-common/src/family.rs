@@ -1,5 +1,7 @@
 //! IPv4 and IPv6, as types: every part of the datapath is written once and compiled for both.
 
+use core::net::{Ipv4Addr, Ipv6Addr};
+
 /// An address as it stands in a header.
 pub trait Address: Copy + Eq + 'static {
     /// IPVS's folding of an address into one number, in host order: the address itself for IPv4, the exclusive or of
@@ -16,6 +18,17 @@ pub type Ipv4 = u32;
 
 /// An IPv6 address: the sixteen bytes of the header as four words, in memory order.
 pub type Ipv6 = [u32; 4];
+
+/// An IPv4 address, as the datapath has it.
+pub const fn ipv4(address: Ipv4Addr) -> Ipv4 {
+    Ipv4::from_ne_bytes(address.octets())
+}
+
+/// An IPv6 address, as the datapath has it.
+pub const fn ipv6(address: Ipv6Addr) -> Ipv6 {
+    let bits = address.to_bits();
+    [((bits >> 96) as u32).to_be(), ((bits >> 64) as u32).to_be(), ((bits >> 32) as u32).to_be(), (bits as u32).to_be()]
+}
 
 impl Address for Ipv4 {
     #[inline(always)]

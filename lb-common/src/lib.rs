@@ -11,13 +11,17 @@
 //! | why a packet left | [`reason`] |
 //! | headers and their parsing | [`packet`] |
 //! | Internet checksums | [`checksum`] |
-//! | IPVS's hashes | [`hash`] |
+//! | IPVS's hashes, and picking by them | [`hash`], [`pick`] |
 //! | protocol state machines | [`tcp`], [`sctp`] |
 //! | the "may be ours" filter | [`filter`] |
+//! | what the datapath must do with a frame (on the host only) | `model` |
 //!
 //! Byte order: a field that mirrors a header is in network order and its documentation says so; all others are in host order.
 #![no_std]
 #![deny(unsafe_code)]
+
+#[cfg(any(test, feature = "user"))]
+extern crate std;
 
 pub mod checksum;
 pub mod config;
@@ -25,7 +29,10 @@ pub mod connection;
 pub mod family;
 pub mod filter;
 pub mod hash;
+#[cfg(any(test, feature = "user"))]
+pub mod model;
 pub mod packet;
+pub mod pick;
 pub mod reason;
 pub mod schedule;
 pub mod sctp;

@@ -55,7 +55,7 @@ reasons! {
     /// A TCP or SCTP packet that begins nothing and belongs to nothing.
     NoConnection = "no-connection", Passed, "to a service, but neither of a connection nor the start of one";
     /// There is no route to the real server.
-    NoRoute = "no-route", Dropped, "there is no route to the real server";
+    NoRoute = "no-route", Answered, "there is no route to the real server";
     /// No real server takes new connections.
     NoServer = "no-server", Answered, "no real server of the service takes new connections";
     /// The virtual address has no service on this protocol and port.

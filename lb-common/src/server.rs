@@ -25,10 +25,9 @@ pub struct Server {
     pub vlan: u16,
     /// The largest packet, in bytes from the (inner) IP header, that fits the way to the server.
     pub mtu: u16,
-    /// MAC address of the next hop.
-    pub next_hop: [u16; 3],
-    /// MAC address of the device that frames leave by.
-    pub source: [u16; 3],
+    /// How frames to the server begin: the MAC addresses of the next hop and of the device that they leave by. See
+    /// [`link_addresses`].
+    pub link: [u32; 3],
     /// Source address of a tunnel's outer header; IPv4 in the first word.
     pub outer_source: [u32; 4],
     /// The real server's address, which is where tunnels end; IPv4 in the first word.
@@ -37,6 +36,13 @@ pub struct Server {
     pub tunnel_port: u16,
     /// The real server's port.
     pub port: u16,
+}
+
+/// The first twelve bytes of an Ethernet header, as words.
+pub const fn link_addresses(next_hop: [u8; 6], source: [u8; 6]) -> [u32; 3] {
+    let [a, b, c, d, e, f] = next_hop;
+    let [g, h, i, j, k, l] = source;
+    [u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h]), u32::from_ne_bytes([i, j, k, l])]
 }
 
 /// [`Server::vlan`]: leave the tags of the packet as they are.

@@ -17,6 +17,10 @@ macro_rules! primitive {
 }
 primitive!(u8, u16, u32, u64);
 
+#[expect(unsafe_code, reason = "an array of plain values has no padding of its own")]
+// SAFETY: as the reason says.
+unsafe impl<T: Plain, const N: usize> Plain for [T; N] {}
+
 /// Promises [`Plain`] for layouts of this crate and checks their size at compile time.
 macro_rules! plain {
     ($($type:ty = $size:expr),+ $(,)?) => {$(

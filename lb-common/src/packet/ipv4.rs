@@ -1,6 +1,6 @@
 //! IPv4, with options and fragments.
 
-use super::{Bytes, Fragment, IpHeader, Network, Payload, ethernet, protocol};
+use super::{Bytes, Carriage, Fragment, IpHeader, Network, Payload, ethernet, protocol};
 use crate::{reason::Reason, wire::plain};
 
 /// An IPv4 header without options; every field in network order.
@@ -81,10 +81,14 @@ impl Network for V4 {
             destination: header.destination,
             offset,
             length,
-            traffic_class: header.tos,
-            ttl: header.ttl,
-            dont_fragment: header.fragment & DONT_FRAGMENT.to_be() != 0,
         })
+    }
+
+    #[inline(always)]
+    fn carriage<B: Bytes + ?Sized>(bytes: &B, offset: usize) -> Option<Carriage> {
+        let header: Ipv4Header = bytes.read(offset)?;
+        let dont_fragment = header.fragment & DONT_FRAGMENT.to_be() != 0;
+        Some(Carriage { traffic_class: header.tos, ttl: header.ttl, dont_fragment })
     }
 
     #[inline(always)]

@@ -1,6 +1,6 @@
 //! IPv6, with extension headers and fragments.
 
-use super::{Bytes, Fragment, IpHeader, Network, Payload, ethernet, protocol};
+use super::{Bytes, Carriage, Fragment, IpHeader, Network, Payload, ethernet, protocol};
 use crate::{family::Ipv6, reason::Reason, wire::plain};
 
 /// An IPv6 header; every field in network order.
@@ -52,6 +52,9 @@ const DESTINATION_OPTIONS: u8 = 60;
 /// Extension headers that are looked behind; a packet with more is not ours to judge.
 const EXTENSIONS: usize = 6;
 
+/// How far into a frame the walk goes: a bound that the verifier needs, far beyond what routers let through.
+const REACH: usize = 2047;
+
 /// IP version 6.
 #[derive(Clone, Copy, Debug)]
 pub struct V6;
@@ -62,6 +65,10 @@ fn walk<B: Bytes + ?Sized>(bytes: &B, mut protocol: u8, mut offset: usize) -> Op
     let mut fragment = Fragment::Whole;
     let mut fragment_id = 0;
     for _ in 0..EXTENSIONS {
+        offset = bytes.opaque(offset);
+        if offset > REACH {
+            return None;
+        }
         match protocol {
             FRAGMENT => {
                 let header: FragmentHeader = bytes.read(offset)?;
@@ -119,10 +126,14 @@ impl Network for V6 {
             destination: header.destination,
             offset,
             length,
-            traffic_class: (word >> 20) as u8,
-            ttl: header.hop_limit,
-            dont_fragment: true,
         })
+    }
+
+    #[inline(always)]
+    fn carriage<B: Bytes + ?Sized>(bytes: &B, offset: usize) -> Option<Carriage> {
+        let header: Ipv6Header = bytes.read(offset)?;
+        let traffic_class = (u32::from_be(header.version_class_flow) >> 20) as u8;
+        Some(Carriage { traffic_class, ttl: header.hop_limit, dont_fragment: true })
     }
 
     #[inline(always)]

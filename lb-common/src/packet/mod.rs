@@ -38,6 +38,13 @@ pub trait Bytes {
     /// Bytes from the beginning to the end.
     fn len(&self) -> usize;
 
+    /// The same value, as one that the kernel's verifier knows nothing about: without it, the verifier follows every way
+    /// that could have led to the value on its own, hundreds of thousands of steps for IPv6's extension headers.
+    #[inline(always)]
+    fn opaque(&self, value: usize) -> usize {
+        value
+    }
+
     /// Whether there is no byte at all.
     fn is_empty(&self) -> bool {
         self.len() == 0
@@ -68,6 +75,11 @@ pub struct IpHeader<A> {
     pub offset: usize,
     /// Length of the whole packet from the first byte of this header.
     pub length: usize,
+}
+
+/// What an IP header says of the packet's way. Read only where it is needed.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Carriage {
     /// Type of service or traffic class, with the ECN bits.
     pub traffic_class: u8,
     /// Time to live or hop limit.
@@ -117,6 +129,9 @@ pub trait Network: 'static {
 
     /// Reads and checks the IP header at `offset`.
     fn parse<B: Bytes + ?Sized>(bytes: &B, offset: usize) -> Result<IpHeader<Self::Address>, Reason>;
+
+    /// Reads how the packet whose header begins at `offset` wants to be carried.
+    fn carriage<B: Bytes + ?Sized>(bytes: &B, offset: usize) -> Option<Carriage>;
 
     /// Finds the transport header behind options or extension headers.
     fn transport<B: Bytes + ?Sized>(bytes: &B, header: &IpHeader<Self::Address>) -> Result<Payload, Reason>;

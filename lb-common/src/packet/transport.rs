@@ -1,16 +1,42 @@
 //! TCP, UDP and SCTP, as far as balancing needs them: ports, and what moves the connection's state.
 
 use super::{Bytes, Payload, protocol};
-use crate::{reason::Reason, sctp, wire::plain};
+use crate::{reason::Reason, sctp, tcp::flags, wire::plain};
 
-/// The ports, which TCP, UDP and SCTP have in the same place; in network order.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-#[repr(C)]
-pub struct Ports {
-    /// Source port.
-    pub source: u16,
-    /// Destination port.
-    pub destination: u16,
+/// The ports, which TCP, UDP and SCTP have in the same place: source, then destination, each in network order. One word,
+/// because a key that is written by halves and read by words stalls the processor's store buffer.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+#[repr(transparent)]
+pub struct Ports(u32);
+
+impl Ports {
+    /// Two ports in network order.
+    #[inline(always)]
+    pub const fn new(source: u16, destination: u16) -> Self {
+        let [a, b] = source.to_ne_bytes();
+        let [c, d] = destination.to_ne_bytes();
+        Self(u32::from_ne_bytes([a, b, c, d]))
+    }
+
+    /// The source port, in network order.
+    #[inline(always)]
+    pub const fn source(self) -> u16 {
+        let [a, b, _, _] = self.0.to_ne_bytes();
+        u16::from_ne_bytes([a, b])
+    }
+
+    /// The destination port, in network order.
+    #[inline(always)]
+    pub const fn destination(self) -> u16 {
+        let [_, _, c, d] = self.0.to_ne_bytes();
+        u16::from_ne_bytes([c, d])
+    }
+
+    /// The same ports, seen from the other side.
+    #[inline(always)]
+    pub const fn reversed(self) -> Self {
+        Self(self.0.rotate_left(16))
+    }
 }
 
 /// A TCP header without options; every field in network order.
@@ -36,13 +62,11 @@ pub struct TcpHeader {
 }
 
 /// A UDP header; every field in network order.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[repr(C)]
 pub struct UdpHeader {
-    /// Source port.
-    pub source: u16,
-    /// Destination port.
-    pub destination: u16,
+    /// The ports.
+    pub ports: Ports,
     /// Length of header and data.
     pub length: u16,
     /// Checksum, or 0 for none.
@@ -76,6 +100,20 @@ pub struct Segment {
     pub event: u8,
 }
 
+impl Segment {
+    /// Whether the segment can neither begin nor end anything: a bare TCP acknowledgement (with or without data), any UDP
+    /// datagram.
+    #[inline(always)]
+    pub const fn is_quiet(&self, protocol: u8) -> bool {
+        const MOVING: u8 = flags::FIN | flags::SYN | flags::RST;
+        match protocol {
+            protocol::TCP => self.event & (MOVING | flags::ACK) == flags::ACK,
+            protocol::UDP => true,
+            _ => false,
+        }
+    }
+}
+
 /// Reads the transport header. Any protocol but the three is not ours.
 #[inline(always)]
 pub fn parse<B: Bytes + ?Sized>(bytes: &B, payload: &Payload) -> Result<Segment, Reason> {
@@ -86,7 +124,7 @@ pub fn parse<B: Bytes + ?Sized>(bytes: &B, payload: &Payload) -> Result<Segment,
         }
         protocol::UDP => {
             let header: UdpHeader = bytes.read(payload.offset).ok_or(Reason::Malformed)?;
-            Ok(Segment { ports: Ports { source: header.source, destination: header.destination }, event: 0 })
+            Ok(Segment { ports: header.ports, event: 0 })
         }
         protocol::SCTP => {
             let header: SctpHeader = bytes.read(payload.offset).ok_or(Reason::Malformed)?;
@@ -100,8 +138,10 @@ pub fn parse<B: Bytes + ?Sized>(bytes: &B, payload: &Payload) -> Result<Segment,
 #[inline(always)]
 fn sctp_event<B: Bytes + ?Sized>(bytes: &B, offset: usize, header: &SctpHeader) -> u8 {
     if matches!(header.chunk, sctp::chunk::COOKIE_ECHO | sctp::chunk::COOKIE_ACK) {
-        let length = (u16::from_be(header.chunk_length) as usize + 3) & 0xfffc;
-        if bytes.read::<u8>(offset + 12 + length) == Some(sctp::chunk::ABORT) {
+        // The mask also bounds the offset for the verifier, far beyond any cookie.
+        let length = (u16::from_be(header.chunk_length) as usize + 3) & 0x3ffc;
+        // Type and flags: the verifier follows no single-byte read behind a variable offset.
+        if let Some([sctp::chunk::ABORT, _]) = bytes.read::<[u8; 2]>(offset + 12 + length) {
             return sctp::chunk::ABORT;
         }
     }

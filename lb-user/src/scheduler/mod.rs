@@ -1,4 +1,50 @@
 //! Schedulers: pure functions from real servers to the run that the kernel indexes.
+//!
+//! The kernel knows no algorithm. A [`Scheduler`] compiles the real servers of one service ([`Candidate`], newest first,
+//! which is the order in which IPVS visits them) into a [`Run`]; the kernel takes pick after pick of it, or hashes into
+//! it, and the choice is IPVS's, pick for pick. No scheduler does I/O, asks a clock or draws a random number.
+//!
+//! What a scheduler remembers between runs (rr: whom it chose last) is small and serialisable, and names servers by
+//! their index in the datapath, so the sequence goes on exactly when the daemon comes back. This is how it is driven:
+//!
+//! ```
+//! # use bpfvs::{director::model::Family, scheduler::{Candidate, Change, Scheduler}};
+//! # let candidate = |index| Candidate {
+//! #     index, address: [192, 0, 2, index as u8].into(), port: 80, weight: 1, last_weight: 1, overloaded: false,
+//! # };
+//! let mut scheduler = Scheduler::from_name("rr", 0, Family::Ipv4).unwrap();
+//! let mut servers = vec![candidate(7)];
+//! scheduler.servers_changed(&servers, Change::Added);
+//! let run = scheduler.compile(&servers, 0); // published; the kernel takes picks 0..5
+//!
+//! scheduler.advance(&servers, 5 - run.base); // first the past, with the servers as they were compiled
+//! servers.insert(0, candidate(8)); // then the change
+//! scheduler.servers_changed(&servers, Change::Added);
+//! assert_eq!(scheduler.compile(&servers, 5).picks, [8, 7]);
+//! ```
+//!
+//! To add a scheduler: write its file, and name it in the list at the end of this one.
+
+mod dh;
+mod mh;
+mod none;
+#[cfg(test)]
+mod properties;
+mod rr;
+mod sh;
+#[cfg(test)]
+mod vectors;
+mod wrr;
+
+use std::net::IpAddr;
+
+use lb_common::service::Mode;
+use serde::{Deserialize, Serialize};
+
+use crate::director::model::Family;
+
+/// The most picks in a run, unless the service has more servers than that.
+pub const MAX_PICKS: usize = 65_536;
 
 /// A compiled schedule. See [`lb_common::schedule`] for the shape in memory.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
@@ -9,4 +55,243 @@ pub struct Run {
     pub head: u32,
     /// Indices of real servers, [`lb_common::schedule::NOBODY`] where there is none; empty if nobody takes connections.
     pub picks: Vec<u32>,
+    /// The sequence goes on, but the run was cut off at [`MAX_PICKS`]. The kernel repeats it until it gets a fresh one,
+    /// which it should before the cursor has passed `base + picks`.
+    pub truncated: bool,
+}
+
+/// A real server, as schedulers see it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Candidate {
+    /// Its index in the datapath's server array.
+    pub index: u32,
+    /// Its address.
+    pub address: IpAddr,
+    /// Its port.
+    pub port: u16,
+    /// Its weight; 0 takes no new connections.
+    pub weight: u32,
+    /// The weight with which it was added, or the last one since then that was not 0: Maglev keeps a server's place with it.
+    #[doc(alias = "ip_vs_dest.last_weight")]
+    pub last_weight: u32,
+    /// It has reached its upper threshold and not yet fallen below the lower one.
+    #[doc(alias = "IP_VS_DEST_F_OVERLOAD")]
+    pub overloaded: bool,
+}
+
+impl Candidate {
+    /// Whether it takes new connections.
+    pub const fn eligible(&self) -> bool {
+        self.weight > 0 && !self.overloaded
+    }
+}
+
+/// What happened to the servers of a service. The servers that come with it are those afterwards.
+///
+/// A change of [`Candidate::overloaded`] alone is none of these: it only asks for a new run.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Change {
+    /// The service got this scheduler, and may have servers already.
+    Started,
+    /// The first server is new.
+    Added,
+    /// A server is gone.
+    Removed {
+        /// Where it stood.
+        position: usize,
+        /// Its [`Candidate::index`].
+        index: u32,
+    },
+    /// The server at this position was edited.
+    Edited {
+        /// Where it stands.
+        position: usize,
+    },
+}
+
+/// Why a service cannot have a scheduler.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum Unavailable {
+    /// IPVS has it, this version does not.
+    #[error("scheduler \"{0}\" cannot be used: IPVS has it, but this version of bpfvs does not yet; use one of {names}", names = listed())]
+    NotYet(String),
+    /// There is no such scheduler.
+    #[error("scheduler \"{0}\" cannot be used: there is no scheduler of this name; use one of {names}", names = listed())]
+    Unknown(String),
+}
+
+/// The names in [`Scheduler::NAMES`], for people.
+fn listed() -> String {
+    Scheduler::NAMES.join(", ")
+}
+
+/// IPVS's schedulers that are still to come.
+const NOT_YET: [&str; 9] = ["fo", "lblc", "lblcr", "lc", "nq", "ovf", "sed", "twos", "wlc"];
+
+/// What every scheduler does. The public face is [`Scheduler`], which documents each of these.
+trait Algorithm {
+    /// The scheduler of a new service. The flags are bits of [`crate::director::model::service_flags`].
+    fn new(flags: u8, family: Family) -> Self
+    where
+        Self: Sized;
+
+    fn mode(&self) -> Mode {
+        Mode::Cursor
+    }
+
+    fn service_flags(&self) -> u8 {
+        0
+    }
+
+    fn set_flags(&mut self, _flags: u8) {}
+
+    fn servers_changed(&mut self, _servers: &[Candidate], _change: Change) {}
+
+    fn advance(&mut self, _servers: &[Candidate], _taken: u32) {}
+
+    fn compile(&mut self, servers: &[Candidate], base: u32) -> Run;
+}
+
+/// Defines [`Scheduler`] from the list of all schedulers: name, type, and what it does in a few words.
+macro_rules! schedulers {
+    ($($name:literal = $module:ident::$variant:ident, $doc:literal;)+) => {
+        /// The scheduler of a service, with what it remembers.
+        #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+        #[serde(tag = "name")]
+        pub enum Scheduler {$(
+            #[doc = $doc]
+            #[serde(rename = $name)]
+            $variant($module::$variant),
+        )+}
+
+        impl Scheduler {
+            /// Every scheduler's name.
+            pub const NAMES: &[&str] = &[$($name),+];
+
+            /// The scheduler of this name, as it starts. The flags are bits of
+            /// [`crate::director::model::service_flags`]; the family is that of the service.
+            pub fn from_name(name: &str, flags: u8, family: Family) -> Result<Self, Unavailable> {
+                match name {
+                    $($name => Ok(Self::$variant(Algorithm::new(flags, family))),)+
+                    _ if NOT_YET.contains(&name) => Err(Unavailable::NotYet(name.to_owned())),
+                    _ => Err(Unavailable::Unknown(name.to_owned())),
+                }
+            }
+
+            /// Its name, as IPVS spells it.
+            pub const fn name(&self) -> &'static str {
+                match self { $(Self::$variant(_) => $name),+ }
+            }
+
+            fn algorithm(&self) -> &dyn Algorithm {
+                match self { $(Self::$variant(algorithm) => algorithm),+ }
+            }
+
+            fn algorithm_mut(&mut self) -> &mut dyn Algorithm {
+                match self { $(Self::$variant(algorithm) => algorithm),+ }
+            }
+        }
+    };
+}
+
+impl Scheduler {
+    /// How the kernel indexes the runs.
+    pub fn mode(&self) -> Mode {
+        self.algorithm().mode()
+    }
+
+    /// What else the kernel must know to index the runs: bits of [`lb_common::service::flags`].
+    pub fn service_flags(&self) -> u8 {
+        self.algorithm().service_flags()
+    }
+
+    /// The service was edited and kept its scheduler, but has these flags now (bits of
+    /// [`crate::director::model::service_flags`]).
+    pub fn set_flags(&mut self, flags: u8) {
+        self.algorithm_mut().set_flags(flags);
+    }
+
+    /// The servers of the service changed, and are these now.
+    pub fn servers_changed(&mut self, servers: &[Candidate], change: Change) {
+        self.algorithm_mut().servers_changed(servers, change);
+    }
+
+    /// The kernel has taken so many picks (of the run that was compiled last) since the last call. The servers are those
+    /// for which the run was compiled, with the overload flags of then.
+    ///
+    /// Costs no more than compiling the run did, however large the number is.
+    pub fn advance(&mut self, servers: &[Candidate], taken: u32) {
+        self.algorithm_mut().advance(servers, taken);
+    }
+
+    /// The run for the next connections. `base` is where the cursor stands.
+    pub fn compile(&mut self, servers: &[Candidate], base: u32) -> Run {
+        self.algorithm_mut().compile(servers, base)
+    }
+}
+
+schedulers! {
+    "rr" = rr::RoundRobin, "Round robin: one after the other.";
+    "wrr" = wrr::WeightedRoundRobin, "Weighted round robin: one after the other, the heavy ones more often.";
+    "sh" = sh::SourceHash, "Source hash: by the client's address.";
+    "dh" = dh::DestinationHash, "Destination hash: by the address that the packet is sent to.";
+    "mh" = mh::Maglev, "Maglev hash: by the client's address, and little moves when a server comes or goes.";
+    "none" = none::Nobody, "No scheduler: nobody is ever chosen.";
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Candidates with these weights in IPVS's order; the first has the highest index, as the newest.
+    pub(super) fn candidates(weights: &[u32]) -> Vec<Candidate> {
+        let count = weights.len() as u32;
+        (0..count)
+            .zip(weights)
+            .map(|(position, &weight)| {
+                let index = count - 1 - position;
+                Candidate {
+                    index,
+                    address: (0x0a01_0001 + index).to_be_bytes().into(),
+                    port: 8080,
+                    weight,
+                    last_weight: weight,
+                    overloaded: false,
+                }
+            })
+            .collect()
+    }
+
+    #[test]
+    fn every_scheduler_of_ipvs_is_known_and_no_other() {
+        for name in Scheduler::NAMES {
+            let scheduler = Scheduler::from_name(name, 0, Family::Ipv4).expect("it is in the list");
+            assert_eq!(scheduler.name(), *name);
+        }
+        assert_eq!(Scheduler::from_name("wlc", 0, Family::Ipv4), Err(Unavailable::NotYet("wlc".to_owned())));
+        let error = Scheduler::from_name("rrr", 0, Family::Ipv4).expect_err("there is no such scheduler");
+        assert_eq!(
+            error.to_string(),
+            "scheduler \"rrr\" cannot be used: there is no scheduler of this name; use one of rr, wrr, sh, dh, mh, none"
+        );
+    }
+
+    #[test]
+    fn without_servers_nobody_is_chosen() {
+        for name in Scheduler::NAMES {
+            let mut scheduler = Scheduler::from_name(name, 0, Family::Ipv6).expect("it is in the list");
+            scheduler.servers_changed(&[], Change::Started);
+            let run = scheduler.compile(&[], 3);
+            assert!(run.picks.iter().all(|&pick| pick == lb_common::schedule::NOBODY), "{name}");
+            scheduler.advance(&[], u32::MAX);
+        }
+    }
+
+    #[test]
+    fn the_kernel_learns_what_it_needs() {
+        let flags = |name, flags| Scheduler::from_name(name, flags, Family::Ipv4).expect("it exists").service_flags();
+        assert_eq!(flags("mh", 3), 3);
+        assert_eq!(flags("sh", 3), lb_common::service::flags::PORT, "the fallback of sh is worked into its table");
+        assert_eq!(flags("rr", 3), 0);
+    }
 }

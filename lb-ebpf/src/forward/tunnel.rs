@@ -1,0 +1,266 @@
+//! Tunnels: the packet travels to its real server inside another one. IP in IP, GUE and GRE, in all four combinations of
+//! families. `ipvs-semantics.md`, section 5.3.
+
+use aya_ebpf::{cty::c_void, helpers::generated::bpf_get_prandom_u32};
+use lb_common::{
+    checksum,
+    family::{Address, Ipv6},
+    hash,
+    packet::{
+        DONT_FRAGMENT, IpHeader, Ipv4Header, Ipv6Header, Network, V4, V6, ethernet::Link, protocol,
+        transport::{Ports, UdpHeader},
+    },
+    reason::Reason,
+    server::{Server, Tunnel, flags},
+};
+use lb_ebpf::packet::{Packet, Room};
+
+use crate::maps::Family;
+
+/// Bytes of a GUE header (version 0, no flags).
+const GUE: usize = 4;
+/// Bytes of a GRE header without, and of its checksum with the reserved field.
+const GRE: usize = 4;
+const GRE_CHECKSUM: usize = 4;
+/// The GRE flag that says that there is a checksum.
+const GRE_CHECKSUM_PRESENT: u16 = 0x8000;
+/// ECN: congestion experienced, and the field's mask.
+const CONGESTION: u8 = 3;
+/// ECN: capable of it.
+const ECT_0: u8 = 2;
+
+/// The outer IP header, as far as both families have it in common.
+struct Outer {
+    protocol: u8,
+    traffic_class: u8,
+    ttl: u8,
+    dont_fragment: bool,
+    /// Bytes behind the IP header.
+    length: usize,
+}
+
+/// Wraps the packet, and addresses the frame to the server's next hop.
+#[inline(always)]
+pub fn wrap<P: Packet, F: Family>(
+    packet: &mut P,
+    link: &Link,
+    header: &IpHeader<F::Address>,
+    server: *const Server,
+) -> Result<(), Reason> {
+    // SAFETY: an element of the server array.
+    let (tunnel, server_flags) = unsafe { ((*server).tunnel, (*server).flags) };
+    if tunnel != Tunnel::Ipip as u8 {
+        return wrap_with_header::<P, F>(packet.context(), link.payload as u32, link.vlan as u32, server);
+    }
+    let outer = Outer::of::<P, F>(packet, header)?;
+    let at = envelope(packet, link, server, server_flags, 0, &outer)?;
+    write_ip(packet, at, server, server_flags, &outer)
+}
+
+/// GUE and GRE, which have a header of their own behind the outer IP header.
+#[inline(never)]
+fn wrap_with_header<P: Packet, F: Family>(context: *mut c_void, link: u32, vlan: u32, server: *const Server) -> Result<(), Reason> {
+    // SAFETY: the context is the kernel's own.
+    let mut packet = unsafe { P::view(context) };
+    // The parser's offset, in a form that the verifier can bound.
+    let link = Link { ethertype: F::ETHERTYPE, payload: link as usize & 0x1f, vlan: vlan as u16 };
+    let header = F::parse(&packet, link.payload)?;
+    // SAFETY: an element of the server array.
+    let (tunnel, server_flags) = unsafe { ((*server).tunnel, (*server).flags) };
+    let inner = if server_flags & flags::CHECKSUM != 0 && !packet.is_segmented() { inner_sum::<P, F>(&packet, &header) } else { None };
+    let mut outer = Outer::of::<P, F>(&packet, &header)?;
+    if tunnel == Tunnel::Gue as u8 {
+        let source = source_port(&packet, &header);
+        outer.protocol = protocol::UDP;
+        outer.length += size_of::<UdpHeader>() + GUE;
+        let at = envelope(&mut packet, &link, server, server_flags, size_of::<UdpHeader>() + GUE, &outer)?;
+        write_ip(&mut packet, at, server, server_flags, &outer)?;
+        write_gue::<P, F>(&mut packet, at + ip_length(server_flags), server, server_flags, source, outer.length as u16, inner)
+    } else {
+        let extra = if inner.is_some() { GRE + GRE_CHECKSUM } else { GRE };
+        outer.protocol = protocol::GRE;
+        outer.length += extra;
+        let at = envelope(&mut packet, &link, server, server_flags, extra, &outer)?;
+        write_ip(&mut packet, at, server, server_flags, &outer)?;
+        write_gre::<P, F>(&mut packet, at + ip_length(server_flags), inner)
+    }
+}
+
+impl Outer {
+    /// What the inner header, whose time to live is down by one already, says of the outer one.
+    #[inline(always)]
+    fn of<P: Packet, F: Family>(packet: &P, inner: &IpHeader<F::Address>) -> Result<Self, Reason> {
+        let carriage = F::carriage(packet, inner.offset).ok_or(Reason::Malformed)?;
+        Ok(Self {
+            protocol: F::TUNNELLED,
+            traffic_class: outer_class(carriage.traffic_class),
+            ttl: carriage.ttl,
+            dont_fragment: carriage.dont_fragment && F::HEADER == V4::HEADER,
+            length: inner.length,
+        })
+    }
+}
+
+/// IPVS lets no "congestion experienced" out: the outer header only says that the flow is capable.
+#[inline(always)]
+const fn outer_class(inner: u8) -> u8 {
+    if inner & CONGESTION == CONGESTION { inner & !CONGESTION | ECT_0 } else { inner }
+}
+
+#[inline(always)]
+const fn ip_length(server_flags: u8) -> usize {
+    if server_flags & flags::IPV6 != 0 { V6::HEADER } else { V4::HEADER }
+}
+
+/// Makes room for the outer IP header and `extra` bytes, and addresses the frame.
+#[inline(always)]
+fn envelope<P: Packet>(
+    packet: &mut P,
+    link: &Link,
+    server: *const Server,
+    server_flags: u8,
+    extra: usize,
+    outer: &Outer,
+) -> Result<usize, Reason> {
+    let ethertype = if server_flags & flags::IPV6 != 0 { V6::ETHERTYPE } else { V4::ETHERTYPE };
+    packet.address(link, server, Room { bytes: ip_length(server_flags) + extra, ethertype, protocol: outer.protocol })
+}
+
+/// Writes the outer IP header.
+#[inline(always)]
+fn write_ip<P: Packet>(packet: &mut P, at: usize, server: *const Server, server_flags: u8, outer: &Outer) -> Result<(), Reason> {
+    if server_flags & flags::IPV6 != 0 {
+        // SAFETY: an element of the server array.
+        let (source, destination) = unsafe { ((*server).outer_source, (*server).address) };
+        return packet.write(
+            at,
+            Ipv6Header {
+                version_class_flow: (6 << 28 | u32::from(outer.traffic_class) << 20).to_be(),
+                payload_length: (outer.length as u16).to_be(),
+                next_header: outer.protocol,
+                hop_limit: outer.ttl,
+                source,
+                destination,
+            },
+        );
+    }
+    // SAFETY: as above.
+    let (source, destination) = unsafe { ((*server).outer_source[0], (*server).address[0]) };
+    let length = ((outer.length + V4::HEADER) as u16).to_be();
+    let (id, fragment) = if outer.dont_fragment {
+        (0, DONT_FRAGMENT.to_be())
+    } else {
+        // SAFETY: a helper without arguments.
+        (unsafe { bpf_get_prandom_u32() } as u16, 0)
+    };
+    let sum = u64::from(u16::from_ne_bytes([0x45, outer.traffic_class]))
+        + u64::from(length)
+        + u64::from(id)
+        + u64::from(fragment)
+        + u64::from(u16::from_ne_bytes([outer.ttl, outer.protocol]))
+        + u64::from(source)
+        + u64::from(destination);
+    packet.write(
+        at,
+        Ipv4Header {
+            version_length: 0x45,
+            tos: outer.traffic_class,
+            length,
+            id,
+            fragment,
+            ttl: outer.ttl,
+            protocol: outer.protocol,
+            checksum: checksum::finish(sum),
+            source,
+            destination,
+        },
+    )
+}
+
+/// Writes UDP and GUE headers. Without an inner sum the checksum stays 0, which means none.
+#[inline(always)]
+fn write_gue<P: Packet, F: Family>(
+    packet: &mut P,
+    at: usize,
+    server: *const Server,
+    server_flags: u8,
+    source: u16,
+    length: u16,
+    inner: Option<u16>,
+) -> Result<(), Reason> {
+    // SAFETY: an element of the server array.
+    let destination = unsafe { (*server).tunnel_port };
+    let gue = u32::from_ne_bytes([0, F::TUNNELLED, 0, 0]);
+    let mut udp = UdpHeader { ports: Ports::new(source, destination), length: length.to_be(), checksum: 0 };
+    if let Some(inner) = inner {
+        let mut sum = u64::from(inner)
+            + u64::from(gue)
+            + u64::from(source)
+            + u64::from(destination)
+            // Once for the header, once for the pseudo header.
+            + 2 * u64::from(udp.length)
+            + u64::from(u16::from(protocol::UDP).to_be());
+        // SAFETY: as above.
+        let (from, to) = unsafe { (&raw const (*server).outer_source, &raw const (*server).address) };
+        // SAFETY: as above.
+        sum += unsafe { if server_flags & flags::IPV6 != 0 { sum_words(&*from) + sum_words(&*to) } else { u64::from((*from)[0]) + u64::from((*to)[0]) } };
+        udp.checksum = match checksum::finish(sum) {
+            0 => 0xffff,
+            checksum => checksum,
+        };
+    }
+    packet.write(at, udp)?;
+    packet.write(at + size_of::<UdpHeader>(), gue)
+}
+
+/// Writes a GRE header, with a checksum if there is an inner sum.
+#[inline(always)]
+fn write_gre<P: Packet, F: Family>(packet: &mut P, at: usize, inner: Option<u16>) -> Result<(), Reason> {
+    let ethertype = F::ETHERTYPE.to_be();
+    let Some(inner) = inner else {
+        packet.write(at, 0u16)?;
+        return packet.write(at + 2, ethertype);
+    };
+    let present = GRE_CHECKSUM_PRESENT.to_be();
+    packet.write(at, present)?;
+    packet.write(at + 2, ethertype)?;
+    packet.write(at + 4, checksum::finish(u64::from(inner) + u64::from(present) + u64::from(ethertype)))?;
+    packet.write(at + 6, 0u16)
+}
+
+/// A stable port for each flow, from the usual ephemeral range, so that networks can spread flows by it.
+#[inline(always)]
+fn source_port<P: Packet, A: Address>(packet: &P, header: &IpHeader<A>) -> u16 {
+    let header_length = if size_of::<A>() == size_of::<Ipv6>() { V6::HEADER } else { V4::HEADER };
+    // With options or extension headers these are not the ports, but still the same for each packet of a flow, as a rule.
+    let ports: u32 = packet.read(header.offset + header_length).unwrap_or(0);
+    let flow = header.source.fold() ^ header.destination.fold().rotate_left(16) ^ ports;
+    (0x8000 | hash::hash_32(flow, 14) as u16).to_be()
+}
+
+#[inline(always)]
+fn sum_words(address: &Ipv6) -> u64 {
+    u64::from(address[0]) + u64::from(address[1]) + u64::from(address[2]) + u64::from(address[3])
+}
+
+/// The sum of all bytes of the inner packet, from its headers alone: a TCP or UDP segment together with its pseudo header
+/// sums to all ones if its checksum is right, and so does an IPv4 header. (The kernel calls this local checksum offload.)
+/// That holds as well for a segment whose checksum is still to be filled in by a device. `None`: no way to know.
+#[inline(always)]
+fn inner_sum<P: Packet, F: Family>(packet: &P, header: &IpHeader<F::Address>) -> Option<u16> {
+    let (protocol, offset) = F::plain_payload(packet, header.offset)?;
+    match protocol {
+        protocol::TCP => {}
+        protocol::UDP if packet.read::<UdpHeader>(offset)?.checksum != 0 => {}
+        _ => return None,
+    }
+    let addresses = sum_words(&header.source.words()) + sum_words(&header.destination.words());
+    let segment = (header.length + header.offset - offset) as u16;
+    let pseudo = addresses + u64::from(segment.to_be()) + u64::from(u16::from(protocol).to_be());
+    let ip = if F::HEADER == V4::HEADER {
+        0
+    } else {
+        addresses + u64::from(packet.read::<u32>(header.offset)?) + u64::from(packet.read::<u32>(header.offset + 4)?)
+    };
+    Some(checksum::fold(ip + u64::from(!checksum::fold(pseudo))))
+}

@@ -1,0 +1,238 @@
+//! The maps: who writes, who reads, how big, and what happens when they are full.
+//!
+//! Sizes are defaults; userspace may load other ones. Array elements are addressed by the indices that userspace deals.
+
+use aya_ebpf::{
+    Global,
+    bindings::BPF_F_NO_PREALLOC,
+    macros::map,
+    cty::c_void,
+    maps::{Array, HashMap, LruHashMap, PerCpuArray},
+};
+use lb_common::{
+    config::{Config, SweepReport},
+    connection::{Connection, ConnectionKey, FragmentKey},
+    family::{Ipv4, Ipv6},
+    filter,
+    packet::{Fragment, IpHeader, Ipv6Header, Network, Payload, V4, V6, protocol},
+    reason::Reason,
+    schedule::Pair,
+    server::{NextHop, Server},
+    service::{Service, ServiceKey},
+    statistics::Statistics,
+};
+use lb_ebpf::packet::Packet;
+
+/// `BPF_F_MMAPABLE`: userspace reads and writes the array without system calls.
+const MMAPABLE: u32 = 1 << 10;
+const SERVICE_COUNT: u32 = 1 << 16;
+const SERVER_COUNT: u32 = 1 << 17;
+const CONNECTION_COUNT: u32 = 1 << 20;
+const FRAGMENT_COUNT: u32 = 1 << 14;
+
+/// Kernel clock ticks in a second; userspace writes it before it loads the programs.
+#[unsafe(no_mangle)]
+pub static HZ: Global<u32> = Global::new(250);
+
+/// Settings. Userspace writes, the slow paths read.
+#[map]
+pub static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
+
+/// One bit for each hashed virtual address. Userspace writes, every packet reads.
+#[map]
+pub static FILTER: Array<u64> = Array::with_max_entries(filter::WORDS, MMAPABLE);
+
+/// Virtual services. Userspace writes, new connections read.
+#[map]
+static SERVICES_V4: HashMap<ServiceKey<Ipv4>, Service> = HashMap::with_max_entries(SERVICE_COUNT, BPF_F_NO_PREALLOC);
+#[map]
+static SERVICES_V6: HashMap<ServiceKey<Ipv6>, Service> = HashMap::with_max_entries(SERVICE_COUNT, BPF_F_NO_PREALLOC);
+
+/// Where each service's run of picks stands: a [`lb_common::schedule::Pointer`] as one word. Userspace publishes, new
+/// connections read.
+#[map]
+pub static SCHEDULES: Array<u64> = Array::with_max_entries(SERVICE_COUNT, MMAPABLE);
+
+/// How many picks each service has dealt (the low 32 bits). New connections advance it, userspace reads.
+#[map]
+pub static CURSORS: Array<u64> = Array::with_max_entries(SERVICE_COUNT, MMAPABLE);
+
+/// All runs of picks. Userspace writes, new connections read.
+#[map]
+pub static RUNS: Array<Pair> = Array::with_max_entries(1 << 21, MMAPABLE);
+
+/// Real servers. Userspace writes, every packet of a connection reads.
+#[map]
+pub static SERVERS: Array<Server> = Array::with_max_entries(SERVER_COUNT, 0);
+
+/// Next hops of real servers whose MAC address is not known yet. Userspace writes, tc reads.
+#[map]
+pub static NEXT_HOPS: Array<NextHop> = Array::with_max_entries(SERVER_COUNT, 0);
+
+/// Live connection counters of real servers: [`lb_common::server::Counters`]. Changes of connections write, userspace
+/// reads.
+#[map]
+pub static COUNTERS: Array<u64> = Array::with_max_entries(SERVER_COUNT, MMAPABLE);
+
+/// The sweep's recount of `COUNTERS`. The sweep adds, userspace clears and compares.
+#[map]
+pub static SWEPT: Array<u64> = Array::with_max_entries(SERVER_COUNT, MMAPABLE);
+
+/// Traffic of real servers. Every forwarded packet writes, userspace reads.
+#[map]
+pub static STATISTICS: PerCpuArray<Statistics> = PerCpuArray::with_max_entries(SERVER_COUNT, 0);
+
+/// Packets that left without being forwarded, by [`Reason`]. Each of them writes, userspace reads.
+#[map]
+pub static REASONS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Reason::ALL.len() as u32, 0);
+
+/// Connections. New connections insert, the sweep deletes. Full: new connections are refused and counted; none that
+/// exists is ever pushed out.
+#[map]
+static CONNECTIONS_V4: HashMap<ConnectionKey<Ipv4>, Connection> = HashMap::with_max_entries(CONNECTION_COUNT, 0);
+#[map]
+static CONNECTIONS_V6: HashMap<ConnectionKey<Ipv6>, Connection> = HashMap::with_max_entries(CONNECTION_COUNT, 0);
+
+/// Servers of fragmented packets that are under way. First fragments insert, later ones read. Full: the oldest go.
+#[map]
+static FRAGMENTS_V4: LruHashMap<FragmentKey<Ipv4>, u32> = LruHashMap::with_max_entries(FRAGMENT_COUNT, 0);
+#[map]
+static FRAGMENTS_V6: LruHashMap<FragmentKey<Ipv6>, u32> = LruHashMap::with_max_entries(FRAGMENT_COUNT, 0);
+
+/// What the last run of the sweep found.
+#[map]
+pub static SWEEP: Array<SweepReport> = Array::with_max_entries(1, 0);
+
+/// ICMP errors that this CPU has sent in the present second: when it began (jiffies), and how many.
+#[map]
+pub static ANSWERS: PerCpuArray<[u32; 2]> = PerCpuArray::with_max_entries(1, 0);
+
+/// A family's own maps.
+pub trait Family: Network {
+    fn services() -> &'static HashMap<ServiceKey<Self::Address>, Service>;
+    fn connections() -> &'static HashMap<ConnectionKey<Self::Address>, Connection>;
+    fn fragments() -> &'static LruHashMap<FragmentKey<Self::Address>, u32>;
+    /// Finds the transport header; what is rare is looked for in a function of its own.
+    fn locate<P: Packet>(packet: &P, header: &IpHeader<Self::Address>) -> Result<Payload, Reason>;
+    /// Protocol and offset of the transport header if nothing stands in between and the packet is whole.
+    fn plain_payload<P: Packet>(packet: &P, offset: usize) -> Option<(u8, usize)>;
+    /// Takes one off the time to live of the packet whose header begins at `offset`, if there is more than one left.
+    fn age<P: Packet>(packet: &mut P, offset: usize) -> Result<(), Reason>;
+}
+
+impl Family for V4 {
+    #[inline(always)]
+    fn locate<P: Packet>(packet: &P, header: &IpHeader<Ipv4>) -> Result<Payload, Reason> {
+        Self::transport(packet, header)
+    }
+
+    #[inline(always)]
+    fn plain_payload<P: Packet>(packet: &P, offset: usize) -> Option<(u8, usize)> {
+        let (_, _, payload) = Self::quoted(packet, offset)?;
+        (payload.fragment == Fragment::Whole).then_some((payload.protocol, payload.offset))
+    }
+
+    #[inline(always)]
+    fn services() -> &'static HashMap<ServiceKey<Ipv4>, Service> {
+        &SERVICES_V4
+    }
+
+    #[inline(always)]
+    fn connections() -> &'static HashMap<ConnectionKey<Ipv4>, Connection> {
+        &CONNECTIONS_V4
+    }
+
+    #[inline(always)]
+    fn fragments() -> &'static LruHashMap<FragmentKey<Ipv4>, u32> {
+        &FRAGMENTS_V4
+    }
+
+    #[inline(always)]
+    fn age<P: Packet>(packet: &mut P, offset: usize) -> Result<(), Reason> {
+        let header = packet.pointer::<lb_common::packet::Ipv4Header>(offset).ok_or(Reason::Malformed)?;
+        // SAFETY: `pointer` checked the bounds.
+        unsafe {
+            let ttl = (*header).ttl;
+            if ttl <= 1 {
+                return Err(Reason::TtlExpired);
+            }
+            (*header).ttl = ttl - 1;
+            // RFC 1624 for a word whose high byte lost one: the checksum gains it, with the carry around the end.
+            let sum = u32::from((*header).checksum) + u32::from(0x0100_u16.to_be());
+            (*header).checksum = (sum + (sum >= 0xffff) as u32) as u16;
+        }
+        Ok(())
+    }
+}
+
+impl Family for V6 {
+    #[inline(always)]
+    fn locate<P: Packet>(packet: &P, header: &IpHeader<Ipv6>) -> Result<Payload, Reason> {
+        if let Some((protocol, offset)) = Self::plain_payload(packet, header.offset) {
+            return Ok(Payload { offset, protocol, fragment_id: 0, fragment: Fragment::Whole });
+        }
+        // One word of 64 bits is what a function can return without memory.
+        let found = walk_extensions::<P>(packet.context(), header.offset as u32);
+        let fragment = match (found >> 24) as u8 {
+            0 => Fragment::Whole,
+            1 => Fragment::First,
+            2 => Fragment::Later,
+            _ => return Err(Reason::Malformed),
+        };
+        Ok(Payload { offset: found as usize & 0xfff, protocol: (found >> 16) as u8, fragment_id: (found >> 32) as u32, fragment })
+    }
+
+    #[inline(always)]
+    fn plain_payload<P: Packet>(packet: &P, offset: usize) -> Option<(u8, usize)> {
+        let header: Ipv6Header = packet.read(offset)?;
+        matches!(header.next_header, protocol::TCP | protocol::UDP).then_some((header.next_header, offset + Self::HEADER))
+    }
+
+    #[inline(always)]
+    fn services() -> &'static HashMap<ServiceKey<Ipv6>, Service> {
+        &SERVICES_V6
+    }
+
+    #[inline(always)]
+    fn connections() -> &'static HashMap<ConnectionKey<Ipv6>, Connection> {
+        &CONNECTIONS_V6
+    }
+
+    #[inline(always)]
+    fn fragments() -> &'static LruHashMap<FragmentKey<Ipv6>, u32> {
+        &FRAGMENTS_V6
+    }
+
+    #[inline(always)]
+    fn age<P: Packet>(packet: &mut P, offset: usize) -> Result<(), Reason> {
+        let header = packet.pointer::<lb_common::packet::Ipv6Header>(offset).ok_or(Reason::Malformed)?;
+        // SAFETY: `pointer` checked the bounds.
+        unsafe {
+            let hop_limit = (*header).hop_limit;
+            if hop_limit <= 1 {
+                return Err(Reason::TtlExpired);
+            }
+            (*header).hop_limit = hop_limit - 1;
+        }
+        Ok(())
+    }
+}
+
+/// Looks behind IPv6's extension headers: offset (16 bits), protocol (8), kind of fragment (8; 3 for none), identification.
+#[inline(never)]
+fn walk_extensions<P: Packet>(context: *mut c_void, offset: u32) -> u64 {
+    // SAFETY: the context is the kernel's own.
+    let packet = unsafe { P::view(context) };
+    // The parser's offset, in a form that the verifier can bound.
+    match V6::quoted(&packet, offset as usize & 0x1f) {
+        Some((_, _, payload)) => {
+            let fragment = match payload.fragment {
+                Fragment::Whole => 0,
+                Fragment::First => 1,
+                Fragment::Later => 2,
+            };
+            payload.offset as u64 | u64::from(payload.protocol) << 16 | fragment << 24 | u64::from(payload.fragment_id) << 32
+        }
+        None => 3 << 24,
+    }
+}

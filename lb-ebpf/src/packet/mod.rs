@@ -1,0 +1,107 @@
+//! A packet in the kernel: an XDP frame or a tc buffer, behind one trait.
+//!
+//! Every access is checked against the end of the data, in the form that the verifier understands. Helpers of the
+//! kernel that move data make all earlier pointers void; the implementations read both ends anew after each.
+
+mod tc;
+mod xdp;
+
+use aya_ebpf::cty::c_void;
+use lb_common::{
+    Plain,
+    packet::{Bytes, ethernet::Link},
+    reason::Reason,
+    server::Server,
+};
+pub use tc::TcBuffer;
+pub use xdp::XdpFrame;
+
+/// What a hook can do with a packet.
+pub trait Packet: Bytes {
+    /// Verdict: the kernel's own stack goes on with the packet.
+    const PASS: i32;
+    /// Verdict: the packet ends here.
+    const DROP: i32;
+    /// Whether the hook can leave the next hop's MAC address to the kernel's neighbour code.
+    const RESOLVES: bool;
+
+    /// The packet of a program's context, with its headers where they can be read.
+    unsafe fn new(context: *mut c_void) -> Self;
+
+    /// The packet of a program's context, as it is. Unlike `new` it never moves data, which would make the caller's
+    /// pointers void.
+    unsafe fn view(context: *mut c_void) -> Self;
+
+    /// The context, to hand to functions of their own stack frame.
+    fn context(&self) -> *mut c_void;
+
+    /// A pointer into the packet, or nothing if the value would reach beyond the end.
+    fn pointer<T: Plain>(&self, offset: usize) -> Option<*mut T>;
+
+    /// Writes a value, or says that it would reach beyond the end.
+    #[inline(always)]
+    fn write<T: Plain>(&mut self, offset: usize, value: T) -> Result<(), Reason> {
+        let pointer = self.pointer::<T>(offset).ok_or(Reason::Malformed)?;
+        // SAFETY: `pointer` checked the bounds; BPF's memory accesses need no alignment on the targets that we build for.
+        unsafe { pointer.write(value) };
+        Ok(())
+    }
+
+    /// Whether a packet whose IP length is above `mtu` still fits because it will be cut into segments that do.
+    fn fits_in_segments(&self, headers: usize, mtu: u16) -> bool;
+
+    /// Whether the packet will be cut into segments behind us.
+    fn is_segmented(&self) -> bool;
+
+    /// Makes `room` bytes for outer headers between the Ethernet and the IP header, and addresses the frame to the
+    /// server's next hop, with the VLAN tag that its way wants. Returns where the (outer) IP header begins.
+    fn address(&mut self, link: &Link, server: *const Server, room: Room) -> Result<usize, Reason>;
+
+    /// Sends the packet out of the server's device.
+    fn send(&self, server: *const Server) -> i32;
+
+    /// Sends the packet out of the server's device, to a next hop that the kernel has to resolve first.
+    fn send_unresolved(&self, server: *const Server, next_hop: *const lb_common::server::NextHop) -> i32;
+
+    /// Cuts the packet to `keep` bytes behind its Ethernet header of `link` bytes, and makes `grow` bytes of room in
+    /// between; the Ethernet header has to be written again.
+    fn reshape(&mut self, link: usize, keep: usize, grow: usize) -> Result<(), Reason>;
+
+    /// Sends the packet back out of the device that it came in by.
+    fn bounce(&self) -> i32;
+}
+
+/// Room for outer headers, and what they will be: tc has to know, so that big packets are cut right.
+#[derive(Clone, Copy)]
+pub struct Room {
+    /// Bytes; 0 for none.
+    pub bytes: usize,
+    /// Ethernet type of the outer header, in host order.
+    pub ethertype: u16,
+    /// IP protocol behind the outer IP header.
+    pub protocol: u8,
+}
+
+impl Room {
+    /// No outer header.
+    pub const NONE: Self = Self { bytes: 0, ethertype: 0, protocol: 0 };
+}
+
+/// A value as one that the verifier knows nothing about: exclusive-or with something unknown, twice.
+#[cfg(target_arch = "bpf")]
+#[inline(always)]
+fn opaque(value: usize, unknown: usize) -> usize {
+    let mut value = value;
+    // SAFETY: arithmetic on registers.
+    unsafe {
+        core::arch::asm!("{value} ^= {unknown}", "{value} ^= {unknown}", value = inout(reg) value, unknown = in(reg) unknown,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    value
+}
+
+/// On the host the crate is only checked.
+#[cfg(not(target_arch = "bpf"))]
+const fn opaque(value: usize, _unknown: usize) -> usize {
+    value
+}

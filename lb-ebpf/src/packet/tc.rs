@@ -1,0 +1,196 @@
+//! tc buffers: what XDP cannot do, or what arrives where XDP costs more than it gives.
+//!
+//! The kernel has taken a frame's outer VLAN tag off by now; it stands beside the data. A packet may be larger than any
+//! frame (TSO, GRO); it is cut into segments behind us.
+
+use aya_ebpf::{
+    bindings::{
+        __sk_buff, BPF_F_ADJ_ROOM_ENCAP_L3_IPV4, BPF_F_ADJ_ROOM_ENCAP_L3_IPV6, BPF_F_ADJ_ROOM_ENCAP_L4_GRE,
+        BPF_F_ADJ_ROOM_ENCAP_L4_UDP, BPF_F_ADJ_ROOM_FIXED_GSO, TC_ACT_SHOT, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC, bpf_redir_neigh,
+    },
+    cty::c_void,
+    helpers::generated::{
+        bpf_redirect, bpf_redirect_neigh, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_pull_data, bpf_skb_vlan_pop,
+    },
+};
+use lb_common::{
+    Plain,
+    packet::{
+        Bytes,
+        ethernet::{self, Link},
+        protocol,
+    },
+    reason::Reason,
+    server::{KEEP_VLAN, NextHop, Server},
+};
+
+use super::{Packet, Room};
+
+/// A socket buffer at the tc hook.
+pub struct TcBuffer {
+    context: *mut __sk_buff,
+    start: usize,
+    end: usize,
+}
+
+/// Headers that must lie in the linear part of a buffer: Ethernet, two tags, the largest IPv4 or a plain IPv6 header,
+/// TCP. Longer chains of IPv6 extensions are pulled in by the kernel long before; if not, they count as cut off.
+const HEADERS: usize = 14 + 8 + 60 + 20;
+
+impl TcBuffer {
+    #[inline(always)]
+    fn reload(&mut self) {
+        // SAFETY: the kernel gave us the context. Volatile for the reason given in `XdpFrame::reload`.
+        unsafe {
+            self.start = (&raw const (*self.context).data).read_volatile() as usize;
+            self.end = (&raw const (*self.context).data_end).read_volatile() as usize;
+        }
+    }
+}
+
+impl Bytes for TcBuffer {
+    #[inline(always)]
+    fn read<T: Plain>(&self, offset: usize) -> Option<T> {
+        // SAFETY: `pointer` checked the bounds.
+        self.pointer::<T>(offset).map(|pointer| unsafe { pointer.read() })
+    }
+
+    #[inline(always)]
+    fn opaque(&self, value: usize) -> usize {
+        super::opaque(value, self.len())
+    }
+
+    /// The whole packet, not only the linear part.
+    #[inline(always)]
+    fn len(&self) -> usize {
+        // SAFETY: the context is the kernel's.
+        unsafe { (*self.context).len as usize }
+    }
+}
+
+impl Packet for TcBuffer {
+    const PASS: i32 = -1; // TC_ACT_UNSPEC: the next program on this hook goes on
+    const DROP: i32 = TC_ACT_SHOT as i32;
+    const RESOLVES: bool = true;
+
+    #[inline(always)]
+    unsafe fn new(context: *mut c_void) -> Self {
+        // SAFETY: the caller's promise.
+        let mut buffer = unsafe { Self::view(context) };
+        let linear = buffer.end - buffer.start;
+        if linear < HEADERS && linear < buffer.len() {
+            // SAFETY: the context is the kernel's; if it refuses, the bounds checks say so later.
+            unsafe { bpf_skb_pull_data(buffer.context, HEADERS.min(buffer.len()) as u32) };
+            buffer.reload();
+        }
+        buffer
+    }
+
+    #[inline(always)]
+    unsafe fn view(context: *mut c_void) -> Self {
+        let mut buffer = Self { context: context.cast(), start: 0, end: 0 };
+        buffer.reload();
+        buffer
+    }
+
+    #[inline(always)]
+    fn context(&self) -> *mut c_void {
+        self.context.cast()
+    }
+
+    #[inline(always)]
+    fn pointer<T: Plain>(&self, offset: usize) -> Option<*mut T> {
+        let pointer = self.start + offset;
+        if pointer + size_of::<T>() > self.end { None } else { Some(pointer as *mut T) }
+    }
+
+    #[inline(always)]
+    fn fits_in_segments(&self, headers: usize, mtu: u16) -> bool {
+        // SAFETY: the context is the kernel's.
+        let segment = unsafe { (*self.context).gso_size } as usize;
+        segment != 0 && headers + segment <= mtu as usize
+    }
+
+    #[inline(always)]
+    fn is_segmented(&self) -> bool {
+        // SAFETY: the context is the kernel's.
+        unsafe { (*self.context).gso_size != 0 }
+    }
+
+    #[inline(always)]
+    fn address(&mut self, link: &Link, server: *const Server, room: Room) -> Result<usize, Reason> {
+        // SAFETY: `server` is an element of the server array, which lives as long as the program; the context is the kernel's.
+        let (vlan, tagged) = unsafe { ((*server).vlan, (*self.context).vlan_present != 0) };
+        if tagged && vlan != KEEP_VLAN {
+            // SAFETY: the context is the kernel's. The VLAN's own device puts the right tag on.
+            if unsafe { bpf_skb_vlan_pop(self.context) } != 0 {
+                return Err(Reason::Failed);
+            }
+            self.reload();
+        }
+        if room.bytes != 0 {
+            // Room is made directly behind the Ethernet header: a tag within the data would end up inside the tunnel.
+            if link.payload != ethernet::HEADER {
+                return Err(Reason::Vlan);
+            }
+            let outer = if room.ethertype == ethernet::IPV4 { BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 } else { BPF_F_ADJ_ROOM_ENCAP_L3_IPV6 };
+            let transport = match room.protocol {
+                protocol::UDP => BPF_F_ADJ_ROOM_ENCAP_L4_UDP,
+                protocol::GRE => BPF_F_ADJ_ROOM_ENCAP_L4_GRE,
+                _ => 0,
+            };
+            let flags = BPF_F_ADJ_ROOM_FIXED_GSO | outer | transport;
+            // SAFETY: the context is the kernel's; a refusal changes nothing.
+            if unsafe { bpf_skb_adjust_room(self.context, room.bytes as i32, BPF_ADJ_ROOM_MAC, flags as u64) } != 0 {
+                return Err(Reason::Failed);
+            }
+            self.reload();
+            self.write(12, room.ethertype.to_be())?;
+        }
+        // SAFETY: as above.
+        self.write(0, unsafe { (*server).link })?;
+        Ok(link.payload)
+    }
+
+    #[inline(always)]
+    fn send(&self, server: *const Server) -> i32 {
+        // SAFETY: as in `address`.
+        unsafe { bpf_redirect((*server).ifindex, 0) as i32 }
+    }
+
+    #[inline(always)]
+    fn send_unresolved(&self, server: *const Server, next_hop: *const NextHop) -> i32 {
+        // SAFETY: `next_hop` is an element of an array map, `server` as in `address`; the kernel reads `to` and forgets it.
+        unsafe {
+            let mut to: bpf_redir_neigh = core::mem::zeroed();
+            to.nh_family = (*next_hop).family;
+            to.__bindgen_anon_1.ipv6_nh = (*next_hop).address;
+            bpf_redirect_neigh((*server).ifindex, &raw mut to, size_of::<bpf_redir_neigh>() as i32, 0) as i32
+        }
+    }
+
+    #[inline(always)]
+    fn reshape(&mut self, link: usize, keep: usize, grow: usize) -> Result<(), Reason> {
+        if link != ethernet::HEADER {
+            return Err(Reason::Vlan);
+        }
+        // SAFETY: the context is the kernel's; a refusal changes nothing that matters, the packet is dropped.
+        unsafe {
+            if bpf_skb_change_tail(self.context, (link + keep) as u32, 0) != 0 {
+                return Err(Reason::Failed);
+            }
+            if bpf_skb_adjust_room(self.context, grow as i32, BPF_ADJ_ROOM_MAC, 0) != 0 {
+                return Err(Reason::Failed);
+            }
+            bpf_skb_pull_data(self.context, (link + grow + keep) as u32);
+        }
+        self.reload();
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn bounce(&self) -> i32 {
+        // SAFETY: the context is the kernel's.
+        unsafe { bpf_redirect((*self.context).ingress_ifindex, 0) as i32 }
+    }
+}

@@ -1,0 +1,194 @@
+//! XDP frames.
+
+use aya_ebpf::{
+    bindings::{xdp_action, xdp_md},
+    cty::c_void,
+    helpers::generated::{bpf_redirect, bpf_xdp_adjust_head, bpf_xdp_adjust_tail},
+};
+use lb_common::{
+    Plain,
+    packet::{
+        Bytes,
+        ethernet::{self, Link},
+    },
+    reason::Reason,
+    server::{KEEP_VLAN, NextHop, Server},
+};
+
+use super::{Packet, Room};
+
+/// A frame at the XDP hook.
+pub struct XdpFrame {
+    context: *mut xdp_md,
+    start: usize,
+    end: usize,
+}
+
+impl XdpFrame {
+    #[inline(always)]
+    fn reload(&mut self) {
+        // SAFETY: the kernel gave us the context. Volatile, because otherwise LLVM keeps both ends as 32-bit numbers
+        // across calls, and the verifier then no longer knows them as packet pointers.
+        unsafe {
+            self.start = (&raw const (*self.context).data).read_volatile() as usize;
+            self.end = (&raw const (*self.context).data_end).read_volatile() as usize;
+        }
+    }
+
+    /// Moves the beginning of the frame: outward for positive numbers.
+    #[inline(always)]
+    fn grow(&mut self, bytes: i32) -> Result<(), Reason> {
+        // SAFETY: the context is the kernel's; a refusal changes nothing.
+        if unsafe { bpf_xdp_adjust_head(self.context, -bytes) } != 0 {
+            return Err(Reason::Failed);
+        }
+        self.reload();
+        Ok(())
+    }
+}
+
+impl Bytes for XdpFrame {
+    #[inline(always)]
+    fn read<T: Plain>(&self, offset: usize) -> Option<T> {
+        // SAFETY: `pointer` checked the bounds.
+        self.pointer::<T>(offset).map(|pointer| unsafe { pointer.read() })
+    }
+
+    #[inline(always)]
+    fn opaque(&self, value: usize) -> usize {
+        super::opaque(value, self.len())
+    }
+
+    #[inline(always)]
+    fn len(&self) -> usize {
+        self.end - self.start
+    }
+}
+
+impl Packet for XdpFrame {
+    const PASS: i32 = xdp_action::XDP_PASS as i32;
+    const DROP: i32 = xdp_action::XDP_DROP as i32;
+    const RESOLVES: bool = false;
+
+    #[inline(always)]
+    unsafe fn new(context: *mut c_void) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe { Self::view(context) }
+    }
+
+    #[inline(always)]
+    unsafe fn view(context: *mut c_void) -> Self {
+        let mut frame = Self { context: context.cast(), start: 0, end: 0 };
+        frame.reload();
+        frame
+    }
+
+    #[inline(always)]
+    fn context(&self) -> *mut c_void {
+        self.context.cast()
+    }
+
+    #[inline(always)]
+    fn pointer<T: Plain>(&self, offset: usize) -> Option<*mut T> {
+        let pointer = self.start + offset;
+        if pointer + size_of::<T>() > self.end { None } else { Some(pointer as *mut T) }
+    }
+
+    /// A frame at this hook is never larger than a device takes.
+    #[inline(always)]
+    fn fits_in_segments(&self, _headers: usize, _mtu: u16) -> bool {
+        false
+    }
+
+    #[inline(always)]
+    fn is_segmented(&self) -> bool {
+        false
+    }
+
+    #[inline(always)]
+    fn address(&mut self, link: &Link, server: *const Server, room: Room) -> Result<usize, Reason> {
+        // SAFETY: `server` is an element of the server array, which lives as long as the program.
+        let vlan = unsafe { (*server).vlan };
+        let keeps_tags = vlan == KEEP_VLAN || (vlan == link.vlan && link.payload <= ethernet::HEADER + ethernet::TAG);
+        let payload = if room.bytes == 0 && keeps_tags {
+            link.payload
+        } else if link.payload == ethernet::HEADER && keeps_tags {
+            self.grow(room.bytes as i32)?;
+            self.write(12, room.ethertype.to_be())?;
+            ethernet::HEADER
+        } else {
+            let tags = if keeps_tags { KEEP_VLAN } else { vlan };
+            let ethertype = if room.bytes == 0 { link.ethertype } else { room.ethertype };
+            let payload = retag(self.context, link.payload as u32, tags, room.bytes as u32, ethertype);
+            self.reload();
+            if payload == 0 {
+                return Err(Reason::Failed);
+            }
+            payload as usize & 0x1f
+        };
+        // SAFETY: as above.
+        self.write(0, unsafe { (*server).link })?;
+        Ok(payload)
+    }
+
+    #[inline(always)]
+    fn send(&self, server: *const Server) -> i32 {
+        // SAFETY: as in `address`; the context is the kernel's.
+        unsafe {
+            let port = (*server).port_ifindex;
+            if port == (*self.context).ingress_ifindex { xdp_action::XDP_TX as i32 } else { bpf_redirect(port, 0) as i32 }
+        }
+    }
+
+    #[inline(always)]
+    fn send_unresolved(&self, _server: *const Server, _next_hop: *const NextHop) -> i32 {
+        Self::PASS
+    }
+
+    #[inline(always)]
+    fn reshape(&mut self, link: usize, keep: usize, grow: usize) -> Result<(), Reason> {
+        let cut = (link + keep) as i32 - self.len() as i32;
+        // SAFETY: the context is the kernel's; a refusal changes nothing.
+        if cut < 0 && unsafe { bpf_xdp_adjust_tail(self.context, cut) } != 0 {
+            return Err(Reason::Failed);
+        }
+        self.grow(grow as i32)
+    }
+
+    #[inline(always)]
+    fn bounce(&self) -> i32 {
+        xdp_action::XDP_TX as i32
+    }
+}
+
+/// The slow part of `address`: the frame has tags to keep, to change, to add or to remove. Returns where the IP header
+/// begins, or 0 if it was refused.
+#[inline(never)]
+fn retag(context: *mut xdp_md, link: u32, vlan: u16, room: u32, ethertype: u16) -> u32 {
+    // SAFETY: the context is the kernel's own.
+    let mut frame = unsafe { XdpFrame::view(context.cast()) };
+    let link = link as usize & 0x1f;
+    retag_frame(&mut frame, link, vlan, room as usize & 0x3f, ethertype).unwrap_or(0) as u32
+}
+
+#[inline(always)]
+fn retag_frame(frame: &mut XdpFrame, link: usize, vlan: u16, room: usize, ethertype: u16) -> Result<usize, Reason> {
+    let mut tags: [u32; 2] = [frame.read(12).ok_or(Reason::Malformed)?, frame.read(16).ok_or(Reason::Malformed)?];
+    let payload = match vlan {
+        KEEP_VLAN => link,
+        0 => ethernet::HEADER,
+        _ => ethernet::HEADER + ethernet::TAG,
+    };
+    if vlan != KEEP_VLAN {
+        tags[0] = (u32::from(ethernet::VLAN) << 16 | u32::from(vlan)).to_be();
+    }
+    frame.grow((payload + room) as i32 - link as i32)?;
+    if payload > ethernet::HEADER {
+        frame.write(12, tags[0])?;
+    }
+    if payload > ethernet::HEADER + ethernet::TAG {
+        frame.write(16, tags[1])?;
+    }
+    frame.write(payload - 2, ethertype.to_be())?;
+    Ok(payload)
+}

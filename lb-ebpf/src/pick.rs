@@ -1,0 +1,109 @@
+//! Which real server takes a new connection? The kernel knows no algorithm: userspace has compiled the answer into a run
+//! of picks, and the service says how to index it ([`Mode`]).
+
+use aya_ebpf::{cty::c_void, helpers::generated::bpf_loop};
+use lb_common::{
+    family::Address,
+    hash,
+    schedule::{self, INELIGIBLE, NOBODY, Pointer},
+    service::{Mode, Service, flags},
+};
+
+use crate::{
+    atomic,
+    maps::{CURSORS, RUNS, SCHEDULES},
+};
+
+/// Picks a real server's index for a client, or nobody.
+#[inline(always)]
+pub fn pick<A: Address>(service: *const Service, client: &A, client_port: u16, vip: &A) -> Option<u32> {
+    // SAFETY: an element of the service map.
+    let service = unsafe { *service };
+    let run = pointer(service.id)?;
+    let port = if service.flags & flags::PORT != 0 { u32::from(u16::from_be(client_port)) } else { 0 };
+    let hashed = client.fold().wrapping_add(port);
+    let picked = if service.mode == Mode::SourceHash as u8 {
+        at(run.offset, hash::hash_32(hashed, hash::TABLE_BITS))?
+    } else if service.mode == Mode::DestinationHash as u8 {
+        at(run.offset, hash::hash_32(vip.fold(), hash::TABLE_BITS))?
+    } else if service.mode == Mode::Maglev as u8 {
+        maglev(&run, hashed, service.flags & flags::FALLBACK != 0)?
+    } else {
+        at(run.offset, next(service.id, &run)?)?
+    };
+    (picked != NOBODY && picked & INELIGIBLE == 0).then_some(picked)
+}
+
+/// The service's run. One read of eight bytes: userspace publishes it by one store.
+#[inline(always)]
+fn pointer(service: u32) -> Option<Pointer> {
+    let word = SCHEDULES.get_ptr(service)?;
+    // SAFETY: an element of the array.
+    let word = unsafe { word.read_volatile() };
+    let pointer = Pointer { offset: word as u32, picks: (word >> 32) as u32 };
+    (pointer.picks != 0).then_some(pointer)
+}
+
+/// A pick of a run.
+#[inline(always)]
+fn at(run: u32, position: u32) -> Option<u32> {
+    let pair = RUNS.get_ptr(run + schedule::HEADER + position / 2)?;
+    // SAFETY: an element of the array.
+    let [even, odd] = unsafe { pair.read() };
+    Some(if position & 1 == 0 { even } else { odd })
+}
+
+/// Advances the cursor, and finds its position in the run.
+#[inline(always)]
+fn next(service: u32, run: &Pointer) -> Option<u32> {
+    let cursor = CURSORS.get_ptr_mut(service)?;
+    // SAFETY: an element of the array.
+    let cursor = unsafe { atomic::fetch_add(cursor, 1) } as u32;
+    let header = RUNS.get_ptr(run.offset)?;
+    // SAFETY: as above.
+    let [base, head] = unsafe { header.read() };
+    let period = run.picks.saturating_sub(head);
+    schedule::position(cursor, base, head, period)
+}
+
+/// Looks a client up in a Maglev table. With fallback, an ineligible server sends it on along a walk that depends on
+/// the client alone.
+#[inline(always)]
+fn maglev(run: &Pointer, hashed: u32, fallback: bool) -> Option<u32> {
+    let slot = hash::maglev(hash::MAGLEV_KEY_1, hashed) % hash::MAGLEV_SLOTS;
+    let picked = at(run.offset, slot)?;
+    if picked & INELIGIBLE == 0 || picked == NOBODY || !fallback {
+        return Some(picked);
+    }
+    let mut walk = Walk { run: run.offset, hashed, first: slot, picked: NOBODY };
+    // SAFETY: the callback takes the context that is handed over here.
+    unsafe { bpf_loop(hash::MAGLEV_SLOTS, step as *mut c_void, (&raw mut walk).cast(), 0) };
+    Some(walk.picked)
+}
+
+/// A walk through a Maglev table.
+#[repr(C)]
+struct Walk {
+    run: u32,
+    hashed: u32,
+    first: u32,
+    picked: u32,
+}
+
+/// One step of the walk; 1 ends it.
+unsafe extern "C" fn step(k: u32, walk: *mut Walk) -> i64 {
+    // SAFETY: the kernel hands over what `bpf_loop` was given.
+    unsafe {
+        let offset = (k + (*walk).first) % hash::MAGLEV_SLOTS;
+        let slot = hash::maglev(hash::MAGLEV_KEY_1, (*walk).hashed.wrapping_add(offset)) % hash::MAGLEV_SLOTS;
+        let Some(picked) = at((*walk).run, slot) else { return 1 };
+        if picked == NOBODY {
+            return 1;
+        }
+        if picked & INELIGIBLE == 0 {
+            (*walk).picked = picked;
+            return 1;
+        }
+    }
+    0
+}

@@ -1,0 +1,71 @@
+//! The sweep: deletes the connections that are over, and counts the others anew.
+//!
+//! Userspace runs it by `BPF_PROG_TEST_RUN`; it is attached to nothing. It walks the tables within the kernel, so that
+//! millions of entries never cross into userspace.
+
+use aya_ebpf::{
+    cty::c_void,
+    helpers::generated::{bpf_for_each_map_elem, bpf_jiffies64, bpf_ktime_get_ns},
+    macros::raw_tracepoint,
+    programs::RawTracePointContext,
+};
+use lb_common::{
+    config::SweepReport,
+    connection::{Connection, ConnectionKey, flags},
+    packet::{V4, V6},
+    server::Counters,
+};
+
+use crate::{
+    atomic,
+    maps::{CONFIG, Family, SWEEP, SWEPT},
+    track,
+};
+
+/// The walk through both tables.
+#[raw_tracepoint]
+pub fn sweep(_context: RawTracePointContext) -> i32 {
+    // SAFETY: helpers without arguments.
+    let (jiffies, monotonic_ns) = unsafe { (bpf_jiffies64(), bpf_ktime_get_ns()) };
+    let mut report = SweepReport { jiffies, monotonic_ns, examined: 0, expired: 0 };
+    walk::<V4>(&mut report);
+    walk::<V6>(&mut report);
+    let _ = SWEEP.set(0, &report, 0);
+    0
+}
+
+#[inline(always)]
+fn walk<F: Family>(report: &mut SweepReport) {
+    let map = core::ptr::from_ref(F::connections()).cast_mut().cast::<c_void>();
+    // SAFETY: `visit` takes what the kernel hands to a callback for this map, and the report as its context.
+    unsafe { bpf_for_each_map_elem(map, visit::<F> as *mut c_void, core::ptr::from_mut(report).cast(), 0) };
+}
+
+/// Looks at one connection.
+unsafe extern "C" fn visit<F: Family>(
+    _map: *mut c_void,
+    key: *const ConnectionKey<F::Address>,
+    connection: *const Connection,
+    report: *mut SweepReport,
+) -> i64 {
+    let Some(config) = CONFIG.get(0) else { return 1 };
+    // SAFETY: the kernel hands over an element of the map, and the context that `walk` gave it.
+    unsafe {
+        (*report).examined += 1;
+        let known = *connection;
+        let idle = ((*report).jiffies as u32).wrapping_sub(known.last_seen);
+        // A connection that was seen after the sweep began has a negative idle time.
+        if (idle as i32) >= 0 && idle >= track::lifetime(config, (*key).protocol as u8, known.state) {
+            if F::connections().remove(&*key).is_ok() {
+                track::forget(&known);
+                (*report).expired += 1;
+            }
+            return 0;
+        }
+        let share = if known.flags & flags::ACTIVE == 0 { Counters::TOTAL } else { Counters::TOTAL + Counters::ACTIVE };
+        if let Some(counter) = SWEPT.get_ptr_mut(known.server) {
+            atomic::add(counter, share);
+        }
+    }
+    0
+}
