@@ -4,8 +4,8 @@
 //! | --- | --- | --- |
 //! | `fmt` | the formatting | user |
 //! | `clippy` | lints of the whole workspace, `lb-ebpf` among it, compiled for the host | user |
-//! | `unit` | tests of `lb-common`, `bpfvs` and `xtask` | user |
-//! | `netns` | black-box tests in network namespaces: all of `tests/tests` that belongs to no other part | root |
+//! | `unit` | tests and examples inside `lb-common`, `bpfvs` and `xtask` | user |
+//! | `netns` | tests in network namespaces: all of `tests/tests` and `lb-user/tests` that belongs to no other part | root |
 //! | `budget` | the verifier's work: `tests/tests/verifier_budget.rs` | root |
 //! | `demo` | `cargo xtask demo --once` | root |
 //! | `vm` | other kernels in a virtual machine: `tests/tests/vm*.rs` | root |
@@ -83,8 +83,8 @@ impl Part {
         self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
     }
 
-    /// Whether it calls the finished program.
-    fn is_black_box(self) -> bool {
+    /// Whether it runs as root, with the finished program.
+    fn needs_root(self) -> bool {
         self >= Self::Netns
     }
 
@@ -131,7 +131,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 pub(crate) fn budget(options: BudgetOptions) -> Result<()> {
     prepare(&[Part::Budget])?;
     let environment: &[_] = if options.update { &["BPFVS_BUDGET_UPDATE=1"] } else { &[] };
-    watched(black_box(&[BUDGET.to_owned()], environment)?.args(["--", "--nocapture"]), &mut Vec::new())
+    watched(with_root(&[BUDGET.to_owned()], environment)?.args(["--", "--nocapture"]), &mut Vec::new())
 }
 
 /// Installs what the parts need, and builds the program that they test.
@@ -142,7 +142,7 @@ fn prepare(parts: &[Part]) -> Result<()> {
     if parts.iter().any(|part| *part != Part::Fmt) {
         setup::toolchain()?;
     }
-    if let Some(last) = parts.iter().max().filter(|part| part.is_black_box()) {
+    if let Some(last) = parts.iter().max().filter(|part| part.needs_root()) {
         setup::programs(if *last == Part::Vm { Purpose::Machine } else { Purpose::Test })?;
         build::bpfvs(Profile::Debug)?;
     }
@@ -158,27 +158,36 @@ fn run_part(part: Part, options: &Options, closing_lines: &mut Vec<String>) -> R
             watched(cargo().args(arguments), closing_lines)
         }
         Part::Unit => {
-            let arguments = ["test", "--package", "lb-common", "--package", "bpfvs", "--package", "xtask", "--"];
-            watched(cargo().args(arguments).args(filter), closing_lines)
+            let libraries = ["--package", "lb-common", "--package", "bpfvs"];
+            let mut tests = cargo();
+            tests.arg("test").args(libraries).args(["--package", "xtask", "--lib", "--bins", "--no-fail-fast", "--"]);
+            let mut examples = cargo();
+            examples.args(["test", "--doc"]).args(libraries).arg("--");
+            watched(tests.args(filter), closing_lines)?;
+            watched(examples.args(filter), closing_lines)
         }
         Part::Netns | Part::Budget | Part::Vm => {
-            let tests: Vec<_> = black_box_tests()?.into_iter().filter(|name| Part::of_test(name) == part).collect();
+            let tests: Vec<_> = root_tests()?.into_iter().filter(|name| Part::of_test(name) == part).collect();
             if tests.is_empty() {
-                bail!("tests/tests has no file for this part");
+                bail!("there is no file of tests for this part");
             }
             let environment: &[_] = if options.allow_skips { &[] } else { &["BPFVS_TESTS_MUST_RUN=1"] };
-            watched(black_box(&tests, environment)?.arg("--").args(filter), closing_lines)
+            watched(with_root(&tests, environment)?.arg("--").args(filter), closing_lines)
         }
         Part::Demo => watched(&mut demo::once()?, closing_lines),
     }
 }
 
-/// The files of black-box tests.
-fn black_box_tests() -> Result<Vec<String>> {
-    let directory = repository().join("tests/tests");
-    let entries = fs::read_dir(&directory).with_context(|| format!("the tests in {} cannot be listed", directory.display()))?;
-    let mut names: Vec<String> = entries.map_while(Result::ok).filter_map(|entry| test_name(&entry.path())).collect();
+/// The files of tests that need root.
+fn root_tests() -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for directory in ["tests/tests", "lb-user/tests"].map(|directory| repository().join(directory)) {
+        let entries = fs::read_dir(&directory);
+        let entries = entries.with_context(|| format!("the tests in {} cannot be listed", directory.display()))?;
+        names.extend(entries.map_while(Result::ok).filter_map(|entry| test_name(&entry.path())));
+    }
     names.sort();
+    names.dedup();
     Ok(names)
 }
 
@@ -188,10 +197,10 @@ fn test_name(path: &Path) -> Option<String> {
     is_test.then(|| path.file_stem().map(|stem| stem.to_string_lossy().into_owned())).flatten()
 }
 
-/// The command that builds black-box tests as this user and runs them as root, with further assignments of variables.
-fn black_box(tests: &[String], environment: &[&str]) -> Result<Command> {
+/// The command that builds tests as this user and runs them as root, with further assignments of variables.
+fn with_root(tests: &[String], environment: &[&str]) -> Result<Command> {
     let mut command = cargo();
-    command.args(["test", "--package", "bpfvs-tests", "--no-fail-fast"]);
+    command.args(["test", "--package", "bpfvs-tests", "--package", "bpfvs", "--no-fail-fast"]);
     for name in tests {
         command.args(["--test", name]);
     }
