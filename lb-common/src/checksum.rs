@@ -21,8 +21,8 @@ pub const fn finish(sum: u64) -> u16 {
 
 /// The checksum after one 16-bit word changed from `old` to `new` (RFC 1624, equation 3).
 #[inline(always)]
-pub const fn update(checksum: u16, old: u16, new: u16) -> u16 {
-    finish(!checksum as u16 as u64 + !old as u16 as u64 + new as u64)
+pub fn update(checksum: u16, old: u16, new: u16) -> u16 {
+    finish(u64::from(!checksum) + u64::from(!old) + u64::from(new))
 }
 
 /// The sum of a block; an odd last byte counts as if a zero followed.

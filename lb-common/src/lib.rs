@@ -28,6 +28,7 @@ pub mod config;
 pub mod connection;
 pub mod family;
 pub mod filter;
+pub mod floor;
 pub mod hash;
 #[cfg(any(test, feature = "user"))]
 pub mod model;

@@ -89,7 +89,7 @@ impl Model {
         if payload.protocol == N::ICMP {
             return Err(icmp::<N>(frame, &payload));
         }
-        let segment = transport::parse(frame, &payload)?;
+        let segment = transport::parse(frame, &payload, header.offset + header.length)?;
         let port = u16::from_be(segment.ports.destination());
         let service = self.find::<N>(&header, payload.protocol, port).ok_or(Reason::NoService)?;
         if !self.may_begin(payload.protocol, segment.event) || u16::from_be(segment.ports.source()) == FTP_DATA {
@@ -137,8 +137,14 @@ impl Model {
 /// Source port of FTP's data connections, which are never scheduled.
 const FTP_DATA: u16 = 20;
 
+/// How far into a frame the datapath looks for an ICMP header.
+const ICMP_REACH: usize = 0x7ff;
+
 /// An ICMP packet to a virtual address: without a connection there is nothing that it could be about.
 fn icmp<N: Network>(frame: &[u8], payload: &Payload) -> Reason {
+    if payload.offset > ICMP_REACH {
+        return Reason::Malformed;
+    }
     let Some(header) = frame.read::<IcmpHeader>(payload.offset) else { return Reason::Malformed };
     if !N::is_error(header.kind) {
         return Reason::NotTransport;

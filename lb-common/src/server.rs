@@ -40,9 +40,10 @@ pub struct Server {
 
 /// The first twelve bytes of an Ethernet header, as words.
 pub const fn link_addresses(next_hop: [u8; 6], source: [u8; 6]) -> [u32; 3] {
-    let [a, b, c, d, e, f] = next_hop;
-    let [g, h, i, j, k, l] = source;
-    [u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h]), u32::from_ne_bytes([i, j, k, l])]
+    let first = u32::from_ne_bytes([next_hop[0], next_hop[1], next_hop[2], next_hop[3]]);
+    let second = u32::from_ne_bytes([next_hop[4], next_hop[5], source[0], source[1]]);
+    let third = u32::from_ne_bytes([source[2], source[3], source[4], source[5]]);
+    [first, second, third]
 }
 
 /// [`Server::vlan`]: leave the tags of the packet as they are.

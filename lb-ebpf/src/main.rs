@@ -12,6 +12,7 @@
 //! connection), one array read (the real server), the rewrite, one per-CPU counter. All else is marked cold and stands
 //! in functions of its own, so that it costs the common packet neither registers nor cache.
 #![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]
+#![allow(missing_docs, reason = "the macros of aya-ebpf add functions of their own to each program")]
 
 mod account;
 mod answer;
@@ -23,6 +24,7 @@ mod pick;
 mod sweep;
 mod track;
 
+use answer::{Answer, answer};
 use aya_ebpf::{
     EbpfContext,
     macros::{classifier, xdp},
@@ -36,7 +38,6 @@ use lb_common::{
     reason::{Fate, Reason},
 };
 use lb_ebpf::packet::{Packet, TcBuffer, XdpFrame};
-use answer::{Answer, answer};
 
 /// The fast way in, at the driver.
 #[xdp]

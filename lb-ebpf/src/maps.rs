@@ -5,8 +5,8 @@
 use aya_ebpf::{
     Global,
     bindings::BPF_F_NO_PREALLOC,
-    macros::map,
     cty::c_void,
+    macros::map,
     maps::{Array, HashMap, LruHashMap, PerCpuArray},
 };
 use lb_common::{
@@ -14,7 +14,7 @@ use lb_common::{
     connection::{Connection, ConnectionKey, FragmentKey},
     family::{Ipv4, Ipv6},
     filter,
-    packet::{Fragment, IpHeader, Ipv6Header, Network, Payload, V4, V6, protocol},
+    packet::{Fragment, IpHeader, Ipv4Header, Ipv6Header, Network, Payload, V4, V6, protocol},
     reason::Reason,
     schedule::Pair,
     server::{NextHop, Server},
@@ -149,7 +149,7 @@ impl Family for V4 {
 
     #[inline(always)]
     fn age<P: Packet>(packet: &mut P, offset: usize) -> Result<(), Reason> {
-        let header = packet.pointer::<lb_common::packet::Ipv4Header>(offset).ok_or(Reason::Malformed)?;
+        let header = packet.pointer::<Ipv4Header>(offset).ok_or(Reason::Malformed)?;
         // SAFETY: `pointer` checked the bounds.
         unsafe {
             let ttl = (*header).ttl;
@@ -205,7 +205,7 @@ impl Family for V6 {
 
     #[inline(always)]
     fn age<P: Packet>(packet: &mut P, offset: usize) -> Result<(), Reason> {
-        let header = packet.pointer::<lb_common::packet::Ipv6Header>(offset).ok_or(Reason::Malformed)?;
+        let header = packet.pointer::<Ipv6Header>(offset).ok_or(Reason::Malformed)?;
         // SAFETY: `pointer` checked the bounds.
         unsafe {
             let hop_limit = (*header).hop_limit;

@@ -4,7 +4,7 @@
 use aya_ebpf::{cty::c_void, helpers::generated::bpf_loop};
 use lb_common::{
     family::Address,
-    hash,
+    pick,
     schedule::{self, INELIGIBLE, NOBODY, Pointer},
     service::{Mode, Service, flags},
 };
@@ -20,14 +20,13 @@ pub fn pick<A: Address>(service: *const Service, client: &A, client_port: u16, v
     // SAFETY: an element of the service map.
     let service = unsafe { *service };
     let run = pointer(service.id)?;
-    let port = if service.flags & flags::PORT != 0 { u32::from(u16::from_be(client_port)) } else { 0 };
-    let hashed = client.fold().wrapping_add(port);
+    let value = pick::client_value(client, client_port, service.flags);
     let picked = if service.mode == Mode::SourceHash as u8 {
-        at(run.offset, hash::hash_32(hashed, hash::TABLE_BITS))?
+        at(run.offset, pick::source_bucket(value))?
     } else if service.mode == Mode::DestinationHash as u8 {
-        at(run.offset, hash::hash_32(vip.fold(), hash::TABLE_BITS))?
+        at(run.offset, pick::destination_bucket(vip))?
     } else if service.mode == Mode::Maglev as u8 {
-        maglev(&run, hashed, service.flags & flags::FALLBACK != 0)?
+        maglev(&run, value, service.flags & flags::FALLBACK != 0)?
     } else {
         at(run.offset, next(service.id, &run)?)?
     };
@@ -69,15 +68,15 @@ fn next(service: u32, run: &Pointer) -> Option<u32> {
 /// Looks a client up in a Maglev table. With fallback, an ineligible server sends it on along a walk that depends on
 /// the client alone.
 #[inline(always)]
-fn maglev(run: &Pointer, hashed: u32, fallback: bool) -> Option<u32> {
-    let slot = hash::maglev(hash::MAGLEV_KEY_1, hashed) % hash::MAGLEV_SLOTS;
-    let picked = at(run.offset, slot)?;
+fn maglev(run: &Pointer, value: u32, fallback: bool) -> Option<u32> {
+    let first = pick::maglev_first(value);
+    let picked = at(run.offset, first)?;
     if picked & INELIGIBLE == 0 || picked == NOBODY || !fallback {
         return Some(picked);
     }
-    let mut walk = Walk { run: run.offset, hashed, first: slot, picked: NOBODY };
+    let mut walk = Walk { run: run.offset, value, first, picked: NOBODY };
     // SAFETY: the callback takes the context that is handed over here.
-    unsafe { bpf_loop(hash::MAGLEV_SLOTS, step as *mut c_void, (&raw mut walk).cast(), 0) };
+    unsafe { bpf_loop(pick::MAGLEV_ATTEMPTS, step as *mut c_void, (&raw mut walk).cast(), 0) };
     Some(walk.picked)
 }
 
@@ -85,7 +84,7 @@ fn maglev(run: &Pointer, hashed: u32, fallback: bool) -> Option<u32> {
 #[repr(C)]
 struct Walk {
     run: u32,
-    hashed: u32,
+    value: u32,
     first: u32,
     picked: u32,
 }
@@ -94,8 +93,7 @@ struct Walk {
 unsafe extern "C" fn step(k: u32, walk: *mut Walk) -> i64 {
     // SAFETY: the kernel hands over what `bpf_loop` was given.
     unsafe {
-        let offset = (k + (*walk).first) % hash::MAGLEV_SLOTS;
-        let slot = hash::maglev(hash::MAGLEV_KEY_1, (*walk).hashed.wrapping_add(offset)) % hash::MAGLEV_SLOTS;
+        let slot = pick::maglev_next((*walk).value, (*walk).first, k);
         let Some(picked) = at((*walk).run, slot) else { return 1 };
         if picked == NOBODY {
             return 1;

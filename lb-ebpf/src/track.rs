@@ -68,7 +68,7 @@ pub fn track<P: Packet, F: Family>(packet: &P, header: &IpHeader<F::Address>, pa
     if payload.protocol == F::ICMP {
         return icmp_error::<P, F>(packet.context(), payload.offset as u32).map(Tracked::stateless);
     }
-    let segment = transport::parse(packet, payload)?;
+    let segment = transport::parse(packet, payload, header.offset + header.length)?;
     let quiet = segment.is_quiet(payload.protocol);
     let key = ConnectionKey {
         client: header.source,
@@ -259,16 +259,19 @@ fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8) -> Result<u32, R
 fn may_begin(protocol: u8, event: u8, sloppy: u32) -> bool {
     match protocol {
         protocol::TCP => event & tcp::flags::RST == 0 && (event & tcp::flags::SYN != 0 || sloppy & settings::SLOPPY_TCP != 0),
-        protocol::SCTP => {
-            event == sctp::chunk::INIT || (sloppy & settings::SLOPPY_SCTP != 0 && event != sctp::chunk::ABORT)
-        }
+        protocol::SCTP => event == sctp::chunk::INIT || (sloppy & settings::SLOPPY_SCTP != 0 && event != sctp::chunk::ABORT),
         _ => true,
     }
 }
 
 /// The key of a fragmented packet, read once more from its headers.
 #[inline(always)]
-fn fragment_key<P: Packet, F: Family>(context: *mut c_void, offset: u32, id: u32, protocol: u32) -> Option<FragmentKey<F::Address>> {
+fn fragment_key<P: Packet, F: Family>(
+    context: *mut c_void,
+    offset: u32,
+    id: u32,
+    protocol: u32,
+) -> Option<FragmentKey<F::Address>> {
     // SAFETY: the context is the kernel's own.
     let packet = unsafe { P::view(context) };
     // The parser's offset, in a form that the verifier can bound.
@@ -293,13 +296,18 @@ fn later_fragment<P: Packet, F: Family>(context: *mut c_void, offset: u32, id: u
     F::fragments().get_ptr(&key).map_or(u64::MAX, |server| u64::from(unsafe { *server }))
 }
 
+/// How far into a frame an ICMP header may begin: a bound that the verifier needs.
+const REACH: usize = 0x7ff;
+
 /// Finds the real server that an ICMP error is about: the packet that it quotes went from there to the client.
 #[inline(never)]
 fn icmp_error<P: Packet, F: Family>(context: *mut c_void, offset: u32) -> Result<u32, Reason> {
     // SAFETY: the context is the kernel's own.
     let packet = unsafe { P::view(context) };
-    // The parser's offset, in a form that the verifier can bound.
-    let offset = offset as usize & 0x3ff;
+    let offset = offset as usize;
+    if offset > REACH {
+        return Err(Reason::Malformed);
+    }
     let icmp: IcmpHeader = packet.read(offset).ok_or(Reason::Malformed)?;
     if !F::is_error(icmp.kind) {
         return Err(Reason::NotTransport);

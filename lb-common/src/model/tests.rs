@@ -222,10 +222,10 @@ fn parse_everything(bytes: &[u8], offset: usize) {
             N::transport(bytes, &header)
         });
         if let Ok(payload) = found {
-            let _ = transport::parse(bytes, &payload);
+            let _ = transport::parse(bytes, &payload, bytes.len());
         }
         if let Some((.., payload)) = N::quoted(bytes, offset) {
-            let _ = transport::parse(bytes, &payload);
+            let _ = transport::parse(bytes, &payload, bytes.len());
         }
     }
     family::<V4>(bytes, offset);

@@ -2,7 +2,7 @@
 
 use crate::wire::plain;
 
-/// An ICMP or ICMPv6 header; the quoted packet follows.
+/// An ICMP or `ICMPv6` header; the quoted packet follows.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 #[repr(C)]
 pub struct IcmpHeader {

@@ -76,12 +76,7 @@ impl Network for V4 {
         if length < header_length || offset + length > bytes.len() {
             return Err(Reason::Malformed);
         }
-        Ok(IpHeader {
-            source: header.source,
-            destination: header.destination,
-            offset,
-            length,
-        })
+        Ok(IpHeader { source: header.source, destination: header.destination, offset, length })
     }
 
     #[inline(always)]

@@ -121,12 +121,7 @@ impl Network for V6 {
         if word >> 28 != 6 || offset + length > bytes.len() {
             return Err(Reason::Malformed);
         }
-        Ok(IpHeader {
-            source: header.source,
-            destination: header.destination,
-            offset,
-            length,
-        })
+        Ok(IpHeader { source: header.source, destination: header.destination, offset, length })
     }
 
     #[inline(always)]

@@ -32,6 +32,7 @@ impl Ports {
         u16::from_ne_bytes([c, d])
     }
 
+    #[must_use]
     /// The same ports, seen from the other side.
     #[inline(always)]
     pub const fn reversed(self) -> Self {
@@ -81,7 +82,7 @@ pub struct SctpHeader {
     pub ports: Ports,
     /// Verification tag.
     pub tag: u32,
-    /// Checksum (CRC32c).
+    /// Checksum (CRC-32C).
     pub checksum: u32,
     /// Type of the first chunk.
     pub chunk: u8,
@@ -114,10 +115,15 @@ impl Segment {
     }
 }
 
-/// Reads the transport header. Any protocol but the three is not ours.
+/// Reads the transport header, which must lie before `end`, the end of the IP packet: what stands behind is padding. Any
+/// protocol but the three is not ours.
 #[inline(always)]
-pub fn parse<B: Bytes + ?Sized>(bytes: &B, payload: &Payload) -> Result<Segment, Reason> {
+pub fn parse<B: Bytes + ?Sized>(bytes: &B, payload: &Payload, end: usize) -> Result<Segment, Reason> {
+    let room = end.saturating_sub(payload.offset);
     match payload.protocol {
+        protocol::TCP if room < size_of::<TcpHeader>() => Err(Reason::Malformed),
+        protocol::UDP if room < size_of::<UdpHeader>() => Err(Reason::Malformed),
+        protocol::SCTP if room < size_of::<SctpHeader>() => Err(Reason::Malformed),
         protocol::TCP => {
             let header: TcpHeader = bytes.read(payload.offset).ok_or(Reason::Malformed)?;
             Ok(Segment { ports: header.ports, event: header.flags })

@@ -1,4 +1,181 @@
-//! Floors: the smallest programs that do a part of a director's work. The bench measures them beside the datapath.
+//! Floors, and the harness that measures them beside the datapath.
+//!
+//! A floor is the smallest program that does a part of a director's work: what no director can go below. The bench
+//! (`cargo xtask bench`) runs floors and the director's programs in one go and prints the ratio.
+//!
+//! `BPF_PROG_TEST_RUN` with a repeat count hands a program its own output again, so that a second round would see a packet
+//! that was forwarded already. The `wrap` programs undo the change, walk through as many flows as asked for, and then
+//! tail-call the program under test; their own cost is that of a run with `nothing` as the target.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
+#![allow(missing_docs, reason = "the macros of aya-ebpf add functions of their own to each program")]
+
+use aya_ebpf::{
+    EbpfContext,
+    bindings::{BPF_F_NO_PREALLOC, xdp_action},
+    helpers::generated::bpf_xdp_adjust_head,
+    macros::{classifier, map, xdp},
+    maps::{Array, HashMap, ProgramArray},
+    programs::{TcContext, XdpContext},
+};
+use lb_common::{
+    connection::{Connection, ConnectionKey},
+    family::{Ipv4, Ipv6},
+    floor::Round,
+    packet::{
+        Ipv4Header, Ipv6Header, ethernet,
+        ethernet::EthernetHeader,
+        protocol,
+        transport::{Ports, TcpHeader},
+    },
+    server::Server,
+};
+use lb_ebpf::packet::{Packet, TcBuffer, XdpFrame};
+
+/// What the wrapper does in each round. Userspace writes it, the wrapper counts in it.
+#[map]
+static ROUND: Array<Round> = Array::with_max_entries(1, 0);
+/// The program under test: 0 for XDP.
+#[map]
+static UNDER_TEST_XDP: ProgramArray = ProgramArray::with_max_entries(1, 0);
+/// The program under test: 0 for tc.
+#[map]
+static UNDER_TEST_TC: ProgramArray = ProgramArray::with_max_entries(1, 0);
+/// The floor's connections: as many as the bench has flows.
+#[map]
+static FLOOR_V4: HashMap<ConnectionKey<Ipv4>, Connection> = HashMap::with_max_entries(1 << 20, BPF_F_NO_PREALLOC);
+#[map]
+static FLOOR_V6: HashMap<ConnectionKey<Ipv6>, Connection> = HashMap::with_max_entries(1 << 20, BPF_F_NO_PREALLOC);
+/// The floor's real servers.
+#[map]
+static FLOOR_SERVERS: Array<Server> = Array::with_max_entries(16, 0);
+
+const TX: i32 = xdp_action::XDP_TX as i32;
+
+/// The target of a calibration: what the harness itself costs.
+#[xdp]
+pub fn nothing_xdp(_context: XdpContext) -> u32 {
+    TX as u32
+}
+
+/// The target of a calibration for tc.
+#[classifier]
+pub fn nothing_tc(_context: TcContext) -> i32 {
+    TX
+}
+
+/// Parse, one hash hit, the next hop's MAC address, out.
+#[xdp]
+pub fn floor_xdp(context: XdpContext) -> u32 {
+    // SAFETY: the context is the kernel's own.
+    floor(&mut unsafe { XdpFrame::new(context.as_ptr()) }).unwrap_or(xdp_action::XDP_PASS as i32) as u32
+}
+
+/// The same at the tc hook.
+#[classifier]
+pub fn floor_tc(context: TcContext) -> i32 {
+    // SAFETY: the context is the kernel's own.
+    floor(&mut unsafe { TcBuffer::new(context.as_ptr()) }).unwrap_or(-1)
+}
+
+#[inline(always)]
+fn floor<P: Packet>(packet: &mut P) -> Option<i32> {
+    const TCP_V4: usize = ethernet::HEADER + size_of::<Ipv4Header>();
+    const TCP_V6: usize = ethernet::HEADER + size_of::<Ipv6Header>();
+    let ethernet: EthernetHeader = packet.read(0)?;
+    let known = if ethernet.ethertype == ethernet::IPV4.to_be() {
+        packet.read::<TcpHeader>(TCP_V4)?;
+        let ip: Ipv4Header = packet.read(ethernet::HEADER)?;
+        let ports: Ports = packet.read(TCP_V4)?;
+        if ip.version_length != 0x45 || ip.fragment & 0x3fff_u16.to_be() != 0 || ip.protocol != protocol::TCP {
+            return None;
+        }
+        hit(&FLOOR_V4, &ConnectionKey { client: ip.source, vip: ip.destination, ports, protocol: protocol::TCP as u32 })?
+    } else {
+        packet.read::<TcpHeader>(TCP_V6)?;
+        let ip: Ipv6Header = packet.read(ethernet::HEADER)?;
+        let ports: Ports = packet.read(TCP_V6)?;
+        if ip.next_header != protocol::TCP {
+            return None;
+        }
+        hit(&FLOOR_V6, &ConnectionKey { client: ip.source, vip: ip.destination, ports, protocol: protocol::TCP as u32 })?
+    };
+    let server = FLOOR_SERVERS.get_ptr(known)?;
+    // SAFETY: an element of the array.
+    packet.write(0, unsafe { (*server).link }).ok()?;
+    Some(TX)
+}
+
+/// The server of a connection; a connection that is not there yet is made, so that a first run fills the table.
+#[inline(always)]
+fn hit<K>(connections: &HashMap<K, Connection>, key: &K) -> Option<u32> {
+    match connections.get_ptr(key) {
+        // SAFETY: an element of the map.
+        Some(known) => Some(unsafe { (*known).server }),
+        None => connections.insert(key, &Connection::default(), 0).ok().map(|()| 0),
+    }
+}
+
+/// Undoes what the last round did to a frame, goes on to the next flow, and runs the XDP program under test.
+#[xdp]
+pub fn wrap_xdp(context: XdpContext) -> u32 {
+    let Some(round) = ROUND.get_ptr_mut(0) else { return xdp_action::XDP_ABORTED };
+    // SAFETY: an element of the array; the context is the kernel's own.
+    unsafe {
+        let grown = context.data_end() as i32 - context.data() as i32 - (*round).length as i32;
+        if grown != 0 && bpf_xdp_adjust_head(context.as_ptr().cast(), grown) != 0 {
+            return xdp_action::XDP_ABORTED;
+        }
+        if restore(&mut XdpFrame::new(context.as_ptr()), round).is_some() {
+            let _ = UNDER_TEST_XDP.tail_call(&context, 0);
+        }
+    }
+    xdp_action::XDP_ABORTED
+}
+
+/// The same for tc. Outer headers cannot be taken off here: only programs that change nothing but bytes can be measured.
+#[classifier]
+pub fn wrap_tc(context: TcContext) -> i32 {
+    let Some(round) = ROUND.get_ptr_mut(0) else { return 0 };
+    // SAFETY: an element of the array; the context is the kernel's own.
+    unsafe {
+        if restore(&mut TcBuffer::new(context.as_ptr()), round).is_some() {
+            let _ = UNDER_TEST_TC.tail_call(&context, 0);
+        }
+    }
+    0
+}
+
+/// Writes the template's headers, with the client of the next flow in them.
+#[inline(always)]
+unsafe fn restore<P: Packet>(packet: &mut P, round: *mut Round) -> Option<()> {
+    // SAFETY: the caller's element of the array.
+    unsafe {
+        let headers = packet.pointer::<[u64; 7]>(0)?;
+        headers.write((*round).headers);
+        if (*round).is_v6 != 0 {
+            packet.pointer::<[u64; 3]>(56)?.write((*round).more_headers);
+        }
+        let flow = (*round).flow;
+        (*round).flow = flow + 1;
+        // Scattered by a multiplication, so that neighbours in time are no neighbours in the table.
+        let client = (flow.wrapping_mul(0x9e37_79b1) % (*round).flows.max(1)) as u32;
+        let (address, port) = if (*round).is_v6 != 0 { (34, 54) } else { (26, 34) };
+        packet.write(address, ((*round).first_client.wrapping_add(client >> 14)).to_be()).ok()?;
+        packet.write(port, (10_000 + (client & 0x3fff) as u16).to_be()).ok()?;
+        Some(())
+    }
+}
+
+#[cfg(target_arch = "bpf")]
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+/// On the host the crate is only checked.
 #[cfg(not(target_arch = "bpf"))]
 fn main() {}
+
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -9,9 +9,7 @@ use lb_common::{
 };
 use lb_ebpf::packet::{Packet, Room};
 
-use crate::{
-    maps::{Family, NEXT_HOPS, SERVERS},
-};
+use crate::maps::{Family, NEXT_HOPS, SERVERS};
 
 /// A real server that packets can be sent to.
 pub struct Reachable {

@@ -7,7 +7,9 @@ use lb_common::{
     family::{Address, Ipv6},
     hash,
     packet::{
-        DONT_FRAGMENT, IpHeader, Ipv4Header, Ipv6Header, Network, V4, V6, ethernet::Link, protocol,
+        DONT_FRAGMENT, IpHeader, Ipv4Header, Ipv6Header, Network, V4, V6,
+        ethernet::Link,
+        protocol,
         transport::{Ports, UdpHeader},
     },
     reason::Reason,
@@ -67,7 +69,8 @@ fn wrap_with_header<P: Packet, F: Family>(context: *mut c_void, link: u32, vlan:
     let header = F::parse(&packet, link.payload)?;
     // SAFETY: an element of the server array.
     let (tunnel, server_flags) = unsafe { ((*server).tunnel, (*server).flags) };
-    let inner = if server_flags & flags::CHECKSUM != 0 && !packet.is_segmented() { inner_sum::<P, F>(&packet, &header) } else { None };
+    let inner =
+        if server_flags & flags::CHECKSUM != 0 && !packet.is_segmented() { inner_sum::<P, F>(&packet, &header) } else { None };
     let mut outer = Outer::of::<P, F>(&packet, &header)?;
     if tunnel == Tunnel::Gue as u8 {
         let source = source_port(&packet, &header);
@@ -203,7 +206,13 @@ fn write_gue<P: Packet, F: Family>(
         // SAFETY: as above.
         let (from, to) = unsafe { (&raw const (*server).outer_source, &raw const (*server).address) };
         // SAFETY: as above.
-        sum += unsafe { if server_flags & flags::IPV6 != 0 { sum_words(&*from) + sum_words(&*to) } else { u64::from((*from)[0]) + u64::from((*to)[0]) } };
+        sum += unsafe {
+            if server_flags & flags::IPV6 != 0 {
+                sum_words(&*from) + sum_words(&*to)
+            } else {
+                u64::from((*from)[0]) + u64::from((*to)[0])
+            }
+        };
         udp.checksum = match checksum::finish(sum) {
             0 => 0xffff,
             checksum => checksum,

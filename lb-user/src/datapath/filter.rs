@@ -69,3 +69,42 @@ fn place(address: IpAddr) -> (u32, u64) {
 const fn bit(index: u32, mask: u64) -> usize {
     (index * 64 + mask.trailing_zeros()) as usize
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn address(text: &str) -> IpAddr {
+        text.parse().expect("an address")
+    }
+
+    #[test]
+    fn a_bit_stays_until_its_last_service_goes() {
+        let mut filter = Filter::new(Words::anonymous(WORDS), std::iter::empty());
+        for vip in ["10.0.0.200", "2001:db8::200"].map(address) {
+            assert!(!filter.contains(vip));
+            filter.add(vip);
+            filter.add(vip);
+            filter.remove(vip);
+            assert!(filter.contains(vip));
+            filter.remove(vip);
+            assert!(!filter.contains(vip));
+            filter.remove(vip);
+            assert!(!filter.contains(vip), "removing too often does no harm");
+        }
+    }
+
+    #[test]
+    fn a_bitmap_that_is_taken_over_says_what_the_services_say() {
+        let bitmap = Words::anonymous(WORDS);
+        for index in 0..WORDS {
+            bitmap.store(index, u64::MAX);
+        }
+        let (known, unknown) = (address("10.0.0.200"), address("10.0.0.201"));
+        let mut filter = Filter::new(bitmap, [known, known].into_iter());
+        assert!(filter.contains(known));
+        assert!(!filter.contains(unknown));
+        filter.remove(known);
+        assert!(filter.contains(known));
+    }
+}

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 
 use futures_util::TryStreamExt as _;
+use lb_common::server::KEEP_VLAN;
 use rtnetlink::{
     Handle,
     packet_route::{
@@ -125,6 +126,21 @@ fn vlan(data: &[InfoVlan]) -> Vlan {
     vlan
 }
 
+/// Which device frames leave by that are sent to `link`, and what [`lb_common::server::Server::vlan`] they carry there.
+///
+/// Nothing if they carry two tags, or leave by a device of another network namespace.
+pub fn port(links: &Links, link: &Link) -> Option<(u32, u16)> {
+    match link.vlan {
+        Some(vlan) => {
+            let parent = links.get(&vlan.parent?)?;
+            (vlan.ordinary && parent.vlan.is_none()).then_some((parent.index, vlan.id))
+        }
+        // A packet that came by a VLAN of this port and leaves untagged has to lose its tag.
+        None if links.values().any(|other| other.vlan.is_some_and(|vlan| vlan.parent == Some(link.index))) => Some((link.index, 0)),
+        None => Some((link.index, KEEP_VLAN)),
+    }
+}
+
 /// The devices of the network namespace, by index.
 pub type Links = BTreeMap<u32, Link>;
 
@@ -132,4 +148,38 @@ pub type Links = BTreeMap<u32, Link>;
 pub async fn list(handle: &Handle) -> Result<Links, rtnetlink::Error> {
     let messages: Vec<_> = handle.link().get().execute().try_collect().await?;
     Ok(messages.iter().filter_map(Link::parse).map(|link| (link.index, link)).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn link(index: u32, vlan: Option<Vlan>) -> Link {
+        let name = format!("eth{index}");
+        Link { index, name, up: true, loopback: false, virtual_device: false, mac: None, mtu: 1500, vlan, generic_xdp: None }
+    }
+
+    #[test]
+    fn frames_leave_by_the_parent_of_a_vlan() {
+        let vlan = |parent, id| Some(Vlan { parent, id, ordinary: true });
+        let provider = Some(Vlan { parent: Some(1), id: 12, ordinary: false });
+        let devices = [
+            link(1, None),
+            link(2, None),
+            link(10, vlan(Some(1), 7)),
+            link(11, vlan(Some(10), 8)),
+            link(12, provider),
+            link(13, vlan(None, 9)),
+            link(14, vlan(Some(99), 9)),
+        ];
+        let links: Links = devices.into_iter().map(|link| (link.index, link)).collect();
+        let port = |index| port(&links, &links[&index]);
+        assert_eq!(port(1), Some((1, 0)), "a port with VLANs");
+        assert_eq!(port(2), Some((2, KEEP_VLAN)), "a port without");
+        assert_eq!(port(10), Some((1, 7)), "a VLAN");
+        assert_eq!(port(11), None, "a VLAN in a VLAN");
+        assert_eq!(port(12), None, "a provider's VLAN");
+        assert_eq!(port(13), None, "a VLAN of a device elsewhere");
+        assert_eq!(port(14), None, "a VLAN of a device that is gone");
+    }
 }

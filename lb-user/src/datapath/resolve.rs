@@ -314,17 +314,10 @@ impl Resolver {
             mac: link.mac.and_then(|_| self.neighbours.get(&(ifindex, next_hop))?.mac),
             preferred_source,
         };
-        match link.vlan {
-            Some(vlan) => match vlan.parent.and_then(|parent| self.links.get(&parent)) {
-                Some(parent) if vlan.ordinary && parent.vlan.is_none() => {
-                    hop.port_ifindex = parent.index;
-                    hop.vlan = vlan.id;
-                }
-                // Two tags, or a device of another namespace: only the kernel's own VLAN code can send.
-                _ => hop.mac = None,
-            },
-            None if self.links.values().any(|other| other.vlan.is_some_and(|vlan| vlan.parent == Some(ifindex))) => hop.vlan = 0,
-            None => {}
+        match links::port(&self.links, link) {
+            Some((port_ifindex, vlan)) => (hop.port_ifindex, hop.vlan) = (port_ifindex, vlan),
+            // Only the kernel's own VLAN code can send.
+            None => hop.mac = None,
         }
         Way::Through(hop)
     }

@@ -237,6 +237,60 @@ mod tests {
         assert!(space.free.is_empty());
     }
 
+    fn runs(schedules: Words, pairs: Words) -> Runs {
+        Runs::new(schedules, Words::anonymous(8), pairs)
+    }
+
+    /// The run of a service as the kernel reads it: base, head, period, picks.
+    fn read(runs: &Runs, service: u32) -> (u32, u32, u32, Vec<u32>) {
+        let (offset, count) = halves(runs.schedules.load(service));
+        let ((base, head), (period, _)) = (halves(runs.pairs.load(offset)), halves(runs.pairs.load(offset + 1)));
+        let pick = |position| halves(runs.pairs.load(offset + HEADER + position / 2));
+        let picks = (0..count).map(|position| if position % 2 == 0 { pick(position).0 } else { pick(position).1 });
+        (base, head, period, picks.collect())
+    }
+
+    #[test]
+    fn a_run_is_published_as_the_kernel_reads_it() {
+        let mut runs = runs(Words::anonymous(8), Words::anonymous(64));
+        runs.publish(3, &Run { base: 17, head: 2, picks: vec![9, 8, 7, 6, 5] }).expect("there is room");
+        assert_eq!(read(&runs, 3), (17, 2, 3, vec![9, 8, 7, 6, 5]));
+        runs.publish(3, &Run { base: 18, head: 0, picks: vec![4] }).expect("there is room");
+        assert_eq!(read(&runs, 3), (18, 0, 1, vec![4]));
+        runs.publish(3, &Run::default()).expect("an empty run needs no room");
+        assert_eq!(runs.schedules.load(3), 0);
+        assert!(runs.publish(8, &Run::default()).is_err(), "there is no such service");
+    }
+
+    #[test]
+    fn an_old_run_is_not_written_over_at_once() {
+        let mut runs = runs(Words::anonymous(8), Words::anonymous(16));
+        let run = |pick| Run { base: 0, head: 0, picks: vec![pick; 8] };
+        runs.publish(0, &run(1)).expect("there is room");
+        let (first, _) = halves(runs.schedules.load(0));
+        runs.publish(0, &run(2)).expect("there is room");
+        assert_eq!(halves(runs.pairs.load(first + HEADER)), (1, 1), "somebody may still be reading it");
+        let begin = Instant::now();
+        runs.publish(0, &run(3)).expect("the first run makes room");
+        assert!(begin.elapsed() >= GRACE / 2, "but not before its time");
+        assert_eq!(read(&runs, 0).3, vec![3; 8]);
+    }
+
+    #[test]
+    fn runs_that_are_found_are_kept() {
+        let schedules = Words::anonymous(8);
+        schedules.store(1, pair(10, 8));
+        schedules.store(2, pair(60, 100)); // beyond the end
+        let mut runs = runs(schedules, Words::anonymous(64));
+        assert_eq!(runs.schedules.load(1), pair(10, 8));
+        assert_eq!(runs.schedules.load(2), 0);
+        for service in 3..8 {
+            runs.publish(service, &Run { base: 0, head: 0, picks: vec![1; 8] }).expect("there is room");
+            let (offset, _) = halves(runs.schedules.load(service));
+            assert!(offset + 6 <= 10 || offset >= 16, "the found run at 10 is not written over by one at {offset}");
+        }
+    }
+
     proptest! {
         /// Whatever is taken and given back: regions never overlap, and in the end all room is one region again.
         #[test]

@@ -48,6 +48,14 @@ impl Words {
         Ok(Self { memory, length })
     }
 
+    /// Memory that no kernel shares, for tests of what is done with it.
+    #[cfg(test)]
+    pub(crate) fn anonymous(length: u32) -> Self {
+        let bytes = (length as usize * size_of::<u64>()).next_multiple_of(page_size());
+        let memory = MmapOptions::new().len(bytes).map_anon().expect("there is memory").into();
+        Self { memory, length }
+    }
+
     /// How many words there are.
     pub const fn length(&self) -> u32 {
         self.length

@@ -434,6 +434,18 @@ pub struct ConnectionView {
     pub server_port: u16,
     /// Whether it counts as active.
     pub active: bool,
+    /// What a persistence engine found, for the templates that one made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine: Option<EngineData>,
+}
+
+/// What a persistence engine tells connections apart by.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct EngineData {
+    /// The engine's name.
+    pub name: String,
+    /// What it found in the packet, as text.
+    pub data: String,
 }
 
 /// One reason counter.
