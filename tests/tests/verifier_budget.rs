@@ -30,8 +30,10 @@ fn programs_stay_within_their_budget() -> Result<()> {
         let text = serde_json::to_string_pretty(&measured)? + "\n";
         return fs::write(FILE, text).with_context(|| format!("{FILE} cannot be written"));
     }
-    let text = fs::read_to_string(FILE).with_context(|| format!("{FILE} cannot be read: `cargo xtask budget --update` writes it"))?;
-    let budget = serde_json::from_str(&text).with_context(|| format!("{FILE} is damaged: `cargo xtask budget --update` writes it"))?;
+    let text =
+        fs::read_to_string(FILE).with_context(|| format!("{FILE} cannot be read: `cargo xtask budget --update` writes it"))?;
+    let budget =
+        serde_json::from_str(&text).with_context(|| format!("{FILE} is damaged: `cargo xtask budget --update` writes it"))?;
     let complaints = compare(&budget, &measured);
     ensure!(
         complaints.is_empty(),
@@ -69,7 +71,8 @@ fn compare(budget: &Budget, measured: &Budget) -> Vec<String> {
             Some(_) => {}
         }
     }
-    complaints.extend(budget.keys().filter(|program| !measured.contains_key(*program)).map(|program| format!("{program} is not loaded")));
+    complaints
+        .extend(budget.keys().filter(|program| !measured.contains_key(*program)).map(|program| format!("{program} is not loaded")));
     complaints
 }
 
@@ -78,8 +81,5 @@ fn growth_of_more_than_five_per_cent_is_told() {
     let budget = Budget::from([("a".to_owned(), 1000), ("b".to_owned(), 1000)]);
     assert!(compare(&budget, &Budget::from([("a".to_owned(), 1050), ("b".to_owned(), 10)])).is_empty());
     let complaints = compare(&budget, &Budget::from([("a".to_owned(), 1051), ("c".to_owned(), 1)]));
-    assert_eq!(
-        complaints,
-        ["a takes 1051 verified instructions, over 5 % more than 1000", "c has no budget", "b is not loaded"]
-    );
+    assert_eq!(complaints, ["a takes 1051 verified instructions, over 5 % more than 1000", "c has no budget", "b is not loaded"]);
 }
