@@ -14,7 +14,10 @@ use std::{
     process::{Command, ExitCode},
 };
 
-const TARGET: &str = "bpfel-unknown-none";
+use toolchain::{TARGET, Toolchain};
+
+#[path = "../lb-ebpf/toolchain.rs"]
+mod toolchain;
 
 /// The objects, and where their sources begin. One whose source does not exist is left empty.
 const OBJECTS: [(&str, &str); 3] =
@@ -50,12 +53,12 @@ fn build() -> Result<(), String> {
     let out = PathBuf::from(variable("OUT_DIR")?);
     // One directory for all profiles of the outer build, which would otherwise build the programs once each.
     let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), |given| root.join(given)).join("ebpf");
-    let compiler = Compiler::find()?;
-    let linker = find_linker()?;
+    let toolchain = Toolchain::find()
+        .map_err(|missing| format!("the datapath cannot be compiled: {missing}. `cargo xtask setup` installs what is missing"))?;
 
     for (object, source) in OBJECTS {
         let built = if root.join(source).is_file() {
-            compiler.compile(root, &target, &linker, object)?;
+            compile(&toolchain, root, &target, object)?;
             fs::read(target.join(TARGET).join("release").join(object))
         } else {
             Ok(Vec::new())
@@ -67,97 +70,36 @@ fn build() -> Result<(), String> {
     Ok(())
 }
 
-/// A compiler that can make BPF programs.
-struct Compiler {
-    rustc: PathBuf,
-    cargo: PathBuf,
-    /// Whether `core` has to be built, too.
-    build_core: bool,
-}
-
-impl Compiler {
-    fn find() -> Result<Self, String> {
-        let mut candidates: Vec<PathBuf> = env::var_os("BPFVS_EBPF_RUSTC").map(PathBuf::from).into_iter().collect();
-        if candidates.is_empty() {
-            for toolchain in ["nightly", "stable"] {
-                let rustc = output(Command::new("rustup").args(["which", "--toolchain", toolchain, "rustc"]));
-                candidates.extend(rustc.map(PathBuf::from));
-            }
-            candidates.push(variable("RUSTC")?.into());
-            candidates.push("/usr/bin/rustc".into());
-        }
-        for candidate in &candidates {
-            if let Some(compiler) = Self::probe(candidate)? {
-                return Ok(compiler);
-            }
-        }
-        let tried: Vec<_> = candidates.iter().map(|candidate| candidate.display().to_string()).collect();
-        Err(format!(
-            "no Rust compiler here can build eBPF programs: none of {} has `core` for {TARGET} or the sources of `core`; run `cargo xtask setup`",
-            tried.join(", ")
-        ))
+/// Compiles one object.
+fn compile(toolchain: &Toolchain, root: &Path, target: &Path, object: &str) -> Result<(), String> {
+    let Toolchain { compiler, linker } = toolchain;
+    let mut flags = RUSTFLAGS.map(str::to_owned).to_vec();
+    flags.push(format!("-Clinker={}", linker.path.display()));
+    // To build `core` takes the toolchain's own cargo; a distribution's in /usr/bin may be far too old.
+    let own = compiler.sysroot.join("bin/cargo");
+    let cargo = if own.is_file() && compiler.sysroot != Path::new("/usr") { own } else { variable("CARGO")?.into() };
+    let mut command = Command::new(&cargo);
+    command
+        .current_dir(root)
+        .args(["build", "--package", "lb-ebpf", "--bin", object, "--release", "--target", TARGET, "--quiet"])
+        .arg("--target-dir")
+        .arg(target)
+        .env("RUSTC", &compiler.rustc)
+        .env("RUSTC_BOOTSTRAP", "1") // aya-ebpf needs `asm_experimental_arch`
+        .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f")); // beats RUSTFLAGS and every configuration file
+    // `cargo clippy` sets the first, rustup's proxy the last.
+    for variable in ["RUSTC_WORKSPACE_WRAPPER", "RUSTC_WRAPPER", "RUSTFLAGS", "CARGO_BUILD_TARGET", "RUSTUP_TOOLCHAIN"] {
+        command.env_remove(variable);
     }
-
-    /// Accepts a compiler that has a prebuilt `core` for BPF, or the sources of `core`.
-    fn probe(rustc: &Path) -> Result<Option<Self>, String> {
-        let Some(sysroot) = output(Command::new(rustc).args(["--print", "sysroot"])).map(PathBuf::from) else { return Ok(None) };
-        let libraries = sysroot.join("lib/rustlib");
-        let prebuilt = libraries.join(TARGET).join("lib").is_dir();
-        if !prebuilt && !libraries.join("src/rust/library/Cargo.lock").is_file() {
-            return Ok(None);
-        }
-        // To build `core` takes the toolchain's own cargo; a distribution's in /usr/bin may be far too old.
-        let own = sysroot.join("bin/cargo");
-        let cargo = if own.is_file() && sysroot != Path::new("/usr") { own } else { variable("CARGO")?.into() };
-        Ok(Some(Self { rustc: rustc.to_owned(), cargo, build_core: !prebuilt }))
+    if !compiler.has_compiled_core() {
+        command.args(["-Z", "build-std=core"]);
     }
-
-    fn compile(&self, root: &Path, target: &Path, linker: &Path, object: &str) -> Result<(), String> {
-        let mut flags = RUSTFLAGS.map(str::to_owned).to_vec();
-        flags.push(format!("-Clinker={}", linker.display()));
-        let mut command = Command::new(&self.cargo);
-        command
-            .current_dir(root)
-            .args(["build", "--package", "lb-ebpf", "--bin", object, "--release", "--target", TARGET, "--quiet"])
-            .arg("--target-dir")
-            .arg(target)
-            .env("RUSTC", &self.rustc)
-            .env("RUSTC_BOOTSTRAP", "1") // aya-ebpf needs `asm_experimental_arch`
-            .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f")); // beats RUSTFLAGS and every configuration file
-        // `cargo clippy` sets the first, rustup's proxy the last.
-        for variable in ["RUSTC_WORKSPACE_WRAPPER", "RUSTC_WRAPPER", "RUSTFLAGS", "CARGO_BUILD_TARGET", "RUSTUP_TOOLCHAIN"] {
-            command.env_remove(variable);
-        }
-        if self.build_core {
-            command.args(["-Z", "build-std=core"]);
-        }
-        let status = command.status().map_err(|error| format!("{} cannot be run: {error}", self.cargo.display()))?;
-        if status.success() {
-            Ok(())
-        } else {
-            Err(format!("the eBPF object `{object}` does not build with {}: see the messages above", self.rustc.display()))
-        }
+    let status = command.status().map_err(|error| format!("{} cannot be run: {error}", cargo.display()))?;
+    if status.success() {
+        Ok(())
+    } else {
+        Err(format!("the eBPF object `{object}` does not build with {}: see the messages above", compiler.rustc.display()))
     }
-}
-
-/// Looks for bpf-linker on the path, then where `cargo install` puts it.
-fn find_linker() -> Result<PathBuf, String> {
-    let path = env::var_os("PATH").unwrap_or_default();
-    let home = env::var_os("CARGO_HOME")
-        .map(PathBuf::from)
-        .or_else(|| env::var_os("HOME").map(|home| Path::new(&home).join(".cargo")))
-        .map(|home| home.join("bin"));
-    env::split_paths(&path)
-        .chain(home)
-        .map(|directory| directory.join("bpf-linker"))
-        .find(|file| file.is_file())
-        .ok_or_else(|| "bpf-linker is neither on the path nor in ~/.cargo/bin: run `cargo xtask setup`".to_owned())
-}
-
-/// What a command prints, if it succeeds.
-fn output(command: &mut Command) -> Option<String> {
-    let output = command.output().ok().filter(|output| output.status.success())?;
-    Some(String::from_utf8(output.stdout).ok()?.trim().to_owned())
 }
 
 /// A variable that cargo sets for build scripts.

@@ -1,1 +1,32 @@
-//! x
+//! Black-box tests of bpfvs.
+//!
+//! This crate knows bpfvs as its users do: by its command line, by its API on a Unix socket, and by its pinned maps and
+//! programs. Nothing here is linked with the daemon, and no part of the kernel is imitated: packets travel through
+//! network namespaces, programs are run by the kernel, other kernels run in a virtual machine.
+//!
+//! | subject | module |
+//! | --- | --- |
+//! | namespaces, and commands in them | [`netns`] |
+//! | the layouts of the LVS how-to's | [`lab`] |
+//! | nginx, curl, socat, iperf3, tcpdump | [`programs`] |
+//! | bpfvs itself | [`bpfvs`] |
+//! | frames, byte by byte | [`frame`] |
+//! | pinned programs, run on one frame | [`test_run`] |
+//! | a program for the far end of a veth pair | [`pass`] |
+//! | other kernels | [`vm`] |
+//! | conditions with a deadline | [`wait`] |
+//! | tests that cannot run here | [`skip`] |
+//!
+//! The tests need root, and they run beside each other: whatever a test makes has a name or a namespace of its own, and
+//! goes away when its owner is dropped.
+
+pub mod bpfvs;
+pub mod frame;
+pub mod lab;
+pub mod netns;
+pub mod pass;
+pub mod programs;
+pub mod skip;
+pub mod test_run;
+pub mod vm;
+pub mod wait;

@@ -1,0 +1,186 @@
+//! The loaded programs, run by the kernel on one frame (`BPF_PROG_TEST_RUN`): what comes out, and what was counted.
+//!
+//! Everything is opened from the pins, as any other program on the machine could. A run takes place inside the director's
+//! namespace; the frame comes in by its `lo`, interface 1, and nothing is really sent: a verdict of "redirect" is as far as
+//! it goes.
+//!
+//! ```no_run
+//! use bpfvs_tests::{bpfvs::Bpfvs, netns::Namespace, test_run::{Hook, Pinned}};
+//!
+//! let director = Namespace::new("director")?;
+//! let bpfvs = Bpfvs::start(&director, &[])?;
+//! let pinned = Pinned::open(bpfvs.pins())?;
+//! let result = director.enter(|| pinned.run(Hook::Xdp, &[0; 64]))?;
+//! println!("{:?}: {:02x?}", result.verdict, result.frame);
+//! # anyhow::Ok(())
+//! ```
+//!
+//! What this does not show: that the frame arrives. The namespace tests show it.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use aya::{
+    Pod, TestRun, TestRunOptions,
+    maps::{Array, HashMap, Map, MapData, PerCpuArray},
+    programs::{SchedClassifier, Xdp},
+};
+use aya_obj::programs::XdpAttachType;
+use lb_common::{
+    connection::{Connection, ConnectionKey},
+    family::{Ipv4, Ipv6},
+    reason::Reason,
+    server::Counters,
+    statistics::Statistics,
+};
+
+/// Where the datapath takes frames.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[expect(missing_docs, reason = "the names are the kernel's own")]
+pub enum Hook {
+    Xdp,
+    Tc,
+}
+
+impl Hook {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Xdp, Self::Tc];
+}
+
+/// What a program decided, in one language for both hooks.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Verdict {
+    /// The kernel's own stack has it.
+    Pass,
+    /// It is dropped.
+    Drop,
+    /// It leaves by the interface that it came in by, or by another: XDP tells the two apart, tc does not.
+    Send,
+    /// Something that the datapath never answers.
+    Other(u32),
+}
+
+impl Verdict {
+    fn new(hook: Hook, value: u32) -> Self {
+        match (hook, value) {
+            (Hook::Xdp, 2) | (Hook::Tc, 0 | u32::MAX) => Self::Pass,
+            (Hook::Xdp, 1) | (Hook::Tc, 2) => Self::Drop,
+            (Hook::Xdp, 3 | 4) | (Hook::Tc, 7) => Self::Send,
+            (_, other) => Self::Other(other),
+        }
+    }
+}
+
+/// What a run gave.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Run {
+    /// The verdict.
+    pub verdict: Verdict,
+    /// The frame afterwards.
+    pub frame: Vec<u8>,
+}
+
+/// Programs and maps of an instance, opened from its pins.
+#[derive(Debug)]
+pub struct Pinned {
+    xdp: Xdp,
+    tc: SchedClassifier,
+    maps: PathBuf,
+}
+
+impl Pinned {
+    /// Opens the programs; maps are opened when they are asked for.
+    pub fn open(pins: &Path) -> Result<Self> {
+        let program = |name: &str| pins.join("programs").join(name);
+        let xdp = Xdp::from_pin(program("xdp_director"), XdpAttachType::Interface).context("open the pinned XDP program")?;
+        let tc = SchedClassifier::from_pin(program("tc_director")).context("open the pinned tc program")?;
+        Ok(Self { xdp, tc, maps: pins.join("maps") })
+    }
+
+    /// Runs a program on a frame, in the namespace of the calling thread.
+    pub fn run(&self, hook: Hook, frame: &[u8]) -> Result<Run> {
+        let mut buffer = vec![0; 4096];
+        let (verdict, length) = self.run_into(hook, frame, &mut buffer)?;
+        buffer.truncate(length);
+        Ok(Run { verdict, frame: buffer })
+    }
+
+    /// As [`run`](Self::run), into a buffer of the caller: for millions of frames.
+    pub fn run_into(&self, hook: Hook, frame: &[u8], buffer: &mut [u8]) -> Result<(Verdict, usize)> {
+        let options = TestRunOptions { data_in: Some(frame), data_out: Some(buffer), ..TestRunOptions::new() };
+        let result = match hook {
+            Hook::Xdp => self.xdp.test_run(options),
+            Hook::Tc => self.tc.test_run(options),
+        };
+        let result = result.with_context(|| format!("run the {hook:?} program on {} bytes", frame.len()))?;
+        Ok((Verdict::new(hook, result.return_value), result.data_size_out as usize))
+    }
+
+    fn map<T: TryFrom<Map>>(&self, name: &str, kind: fn(MapData) -> Map) -> Result<T>
+    where
+        T::Error: Into<anyhow::Error>,
+    {
+        let path = self.maps.join(name);
+        let data = MapData::from_pin(&path).with_context(|| format!("open the pinned map {}", path.display()))?;
+        T::try_from(kind(data)).map_err(Into::into).with_context(|| format!("the pinned map {name} is of another kind"))
+    }
+
+    /// All reason counters, over all CPUs, in the order of [`Reason::ALL`].
+    pub fn reasons(&self) -> Result<Vec<u64>> {
+        let map: PerCpuArray<MapData, u64> = self.map("REASONS", Map::PerCpuArray)?;
+        (0..Reason::ALL.len()).map(|index| Ok(map.get(&(index as u32), 0)?.iter().sum())).collect()
+    }
+
+    /// What went to the real server with this index, over all CPUs.
+    pub fn statistics(&self, server: u32) -> Result<Statistics> {
+        let map: PerCpuArray<MapData, Statistics> = self.map("STATISTICS", Map::PerCpuArray)?;
+        let mut total = Statistics::default();
+        for cpu in map.get(&server, 0)?.iter() {
+            total.connections += cpu.connections;
+            total.packets_in += cpu.packets_in;
+            total.bytes_in += cpu.bytes_in;
+            total.packets_out += cpu.packets_out;
+            total.bytes_out += cpu.bytes_out;
+        }
+        Ok(total)
+    }
+
+    /// Connections of the real server with this index.
+    pub fn counters(&self, server: u32) -> Result<Counters> {
+        let map: Array<MapData, u64> = self.map("COUNTERS", Map::Array)?;
+        Ok(Counters::from_word(map.get(&server, 0)?))
+    }
+
+    /// The IPv4 connections.
+    pub fn connections_v4(&self) -> Result<Vec<(ConnectionKey<Ipv4>, Connection)>> {
+        entries(&self.map("CONNECTIONS_V4", Map::HashMap)?)
+    }
+
+    /// The IPv6 connections.
+    pub fn connections_v6(&self) -> Result<Vec<(ConnectionKey<Ipv6>, Connection)>> {
+        entries(&self.map("CONNECTIONS_V6", Map::HashMap)?)
+    }
+
+    /// Takes all connections out of the tables, so that recordings that use the same ports can follow each other. The
+    /// counters of real servers do not notice until the next sweep.
+    pub fn forget_connections(&self) -> Result<()> {
+        clear::<ConnectionKey<Ipv4>>(&mut self.map("CONNECTIONS_V4", Map::HashMap)?)?;
+        clear::<ConnectionKey<Ipv6>>(&mut self.map("CONNECTIONS_V6", Map::HashMap)?)
+    }
+}
+
+fn entries<K: Pod>(map: &HashMap<MapData, K, Connection>) -> Result<Vec<(K, Connection)>> {
+    map.iter().map(|entry| entry.context("read a connection")).collect()
+}
+
+fn clear<K: Pod>(map: &mut HashMap<MapData, K, Connection>) -> Result<()> {
+    let keys: Vec<K> = map.keys().collect::<Result<_, _>>()?;
+    for key in keys {
+        match map.remove(&key) {
+            // The sweep may have been faster.
+            Ok(()) | Err(aya::maps::MapError::KeyNotFound) => {}
+            Err(error) => bail!("take a connection out of its table: {error}"),
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,301 @@
+//! `cargo xtask test`: all checks and tests, in an order in which the cheap ones fail first.
+//!
+//! | part | what | as |
+//! | --- | --- | --- |
+//! | `fmt` | the formatting | user |
+//! | `clippy` | lints of the whole workspace, `lb-ebpf` among it, compiled for the host | user |
+//! | `unit` | tests and examples inside `lb-common`, `bpfvs` and `xtask` | user |
+//! | `netns` | tests in network namespaces: all of `tests/tests` and `lb-user/tests` that belongs to no other part | root |
+//! | `budget` | the verifier's work: `tests/tests/verifier_budget.rs` | root |
+//! | `demo` | `cargo xtask demo --once` | root |
+//! | `vm` | other kernels in a virtual machine: `tests/tests/vm*.rs` | root |
+//!
+//! `cargo xtask test unit netns` runs these two. A part that fails does not keep the next from running: at the end stand the
+//! closing lines of all, with what was skipped. As everything that the tests call was installed before, a test that
+//! skips itself fails; `--allow-skips` is for machines where something cannot be had.
+//!
+//! Tests are built as the user: it is cargo that runs the finished test through sudo.
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader},
+    path::Path,
+    process::{Command, ExitCode, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail};
+use clap::ValueEnum;
+
+use crate::{
+    build::{self, Profile},
+    command::{announce, as_root, assignment, cargo, repository, say, shown, target_directory},
+    demo,
+    setup::{self, Purpose},
+};
+
+/// The file with the test of the budget, and what it is called among the tests.
+const BUDGET: &str = "verifier_budget";
+
+/// What to test.
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// The parts to run; without any: all
+    #[arg(value_enum, value_name = "PART")]
+    parts: Vec<Part>,
+    /// Lets a test skip itself that cannot run on this machine
+    #[arg(long)]
+    allow_skips: bool,
+    /// Runs only black-box and unit tests whose name contains this
+    #[arg(long, value_name = "TEXT")]
+    filter: Option<String>,
+}
+
+/// What to do about the budget.
+#[derive(Clone, Copy, clap::Args)]
+pub(crate) struct BudgetOptions {
+    /// Writes what was measured to tests/data/verifier-budget.json
+    #[arg(long)]
+    update: bool,
+}
+
+/// A part of the tests. The order is the one in which they run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+enum Part {
+    /// The formatting
+    Fmt,
+    /// Lints of the whole workspace
+    Clippy,
+    /// Tests of the libraries, on the host
+    Unit,
+    /// Black-box tests in network namespaces
+    Netns,
+    /// The verifier's work for each program
+    Budget,
+    /// The demo
+    Demo,
+    /// Other kernels, in a virtual machine
+    Vm,
+}
+
+impl Part {
+    fn name(self) -> String {
+        self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+
+    /// Whether it runs as root, with the finished program.
+    fn needs_root(self) -> bool {
+        self >= Self::Netns
+    }
+
+    /// The part that a file of black-box tests belongs to.
+    fn of_test(name: &str) -> Self {
+        match name {
+            BUDGET => Self::Budget,
+            _ if name == "vm" || name.starts_with("vm_") => Self::Vm,
+            _ => Self::Netns,
+        }
+    }
+}
+
+/// What is left of a part when it is over.
+struct Report {
+    part: Part,
+    error: Option<anyhow::Error>,
+    closing_lines: Vec<String>,
+    duration: Duration,
+}
+
+/// Runs the parts and prints their closing lines.
+pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    let mut parts = if options.parts.is_empty() { Part::value_variants().to_vec() } else { options.parts.clone() };
+    parts.sort_unstable();
+    parts.dedup();
+    prepare(&parts)?;
+
+    let mut reports = Vec::new();
+    for part in parts {
+        say(&format!("\n{}", part.name()));
+        let begin = Instant::now();
+        let mut closing_lines = Vec::new();
+        let error = run_part(part, options, &mut closing_lines).err();
+        if let Some(error) = &error {
+            say(&format!("{} failed: {error:#}", part.name()));
+        }
+        reports.push(Report { part, error, closing_lines, duration: begin.elapsed() });
+    }
+    Ok(summary(&reports))
+}
+
+/// Measures the verifier's work and compares it with the committed file, or writes that file.
+pub(crate) fn budget(options: BudgetOptions) -> Result<()> {
+    prepare(&[Part::Budget])?;
+    let environment: &[_] = if options.update { &["BPFVS_BUDGET_UPDATE=1"] } else { &[] };
+    watched(with_root(&[BUDGET.to_owned()], environment)?.args(["--", "--nocapture"]), &mut Vec::new())
+}
+
+/// Installs what the parts need, and builds the program that they test.
+fn prepare(parts: &[Part]) -> Result<()> {
+    if parts.iter().any(|part| *part <= Part::Clippy) {
+        setup::lints()?;
+    }
+    if parts.iter().any(|part| *part != Part::Fmt) {
+        setup::toolchain()?;
+    }
+    if let Some(last) = parts.iter().max().filter(|part| part.needs_root()) {
+        setup::programs(if *last == Part::Vm { Purpose::Machine } else { Purpose::Test })?;
+        build::bpfvs(Profile::Debug)?;
+    }
+    Ok(())
+}
+
+fn run_part(part: Part, options: &Options, closing_lines: &mut Vec<String>) -> Result<()> {
+    let filter = options.filter.as_slice();
+    match part {
+        Part::Fmt => watched(cargo().args(["fmt", "--all", "--check"]), closing_lines),
+        Part::Clippy => {
+            let arguments = ["clippy", "--workspace", "--all-targets", "--quiet", "--", "--deny", "warnings"];
+            watched(cargo().args(arguments), closing_lines)
+        }
+        Part::Unit => {
+            let libraries = ["--package", "lb-common", "--package", "bpfvs"];
+            let mut tests = cargo();
+            tests.arg("test").args(libraries).args(["--package", "xtask", "--lib", "--bins", "--no-fail-fast", "--"]);
+            let mut examples = cargo();
+            examples.args(["test", "--doc"]).args(libraries).arg("--");
+            watched(tests.args(filter), closing_lines)?;
+            watched(examples.args(filter), closing_lines)
+        }
+        Part::Netns | Part::Budget | Part::Vm => {
+            let tests: Vec<_> = root_tests()?.into_iter().filter(|name| Part::of_test(name) == part).collect();
+            if tests.is_empty() {
+                bail!("there is no file of tests for this part");
+            }
+            let environment: &[_] = if options.allow_skips { &[] } else { &["BPFVS_TESTS_MUST_RUN=1"] };
+            watched(with_root(&tests, environment)?.arg("--").args(filter), closing_lines)
+        }
+        Part::Demo => watched(&mut demo::once()?, closing_lines),
+    }
+}
+
+/// The files of tests that need root.
+fn root_tests() -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for directory in ["tests/tests", "lb-user/tests"].map(|directory| repository().join(directory)) {
+        let entries = fs::read_dir(&directory);
+        let entries = entries.with_context(|| format!("the tests in {} cannot be listed", directory.display()))?;
+        names.extend(entries.map_while(Result::ok).filter_map(|entry| test_name(&entry.path())));
+    }
+    names.sort();
+    names.dedup();
+    Ok(names)
+}
+
+/// What cargo calls a file of tests: `tests/NAME.rs` or `tests/NAME/main.rs`.
+fn test_name(path: &Path) -> Option<String> {
+    let is_test = path.extension().is_some_and(|extension| extension == "rs") || path.join("main.rs").is_file();
+    is_test.then(|| path.file_stem().map(|stem| stem.to_string_lossy().into_owned())).flatten()
+}
+
+/// The command that builds tests as this user and runs them as root, with further assignments of variables.
+fn with_root(tests: &[String], environment: &[&str]) -> Result<Command> {
+    let mut command = cargo();
+    command.args(["test", "--package", "bpfvs-tests", "--package", "bpfvs", "--no-fail-fast"]);
+    for name in tests {
+        command.args(["--test", name]);
+    }
+    // sudo hands on no variables, so the runner has to name them.
+    let program = target_directory().join("debug/bpfvs");
+    let mut runner = as_root("env")?;
+    runner.arg(assignment("BPFVS_BIN", program.as_os_str())).args(environment);
+    let words = std::iter::once(runner.get_program()).chain(runner.get_args());
+    let words: Vec<_> = words.map(|word| format!("{:?}", word.to_string_lossy())).collect();
+    command.arg("--config").arg(format!("target.'cfg(all())'.runner=[{}]", words.join(",")));
+    Ok(command)
+}
+
+/// Runs a command, passes on what it prints, and keeps the lines that belong to the end.
+fn watched(command: &mut Command, closing_lines: &mut Vec<String>) -> Result<()> {
+    announce(command);
+    // One pipe for both, so that the lines stay in their order.
+    let (reader, writer) = std::io::pipe().context("no pipe for the output of the tests: too many files are open")?;
+    let error_writer = writer.try_clone().context("no pipe for the output of the tests: too many files are open")?;
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(writer)
+        .stderr(error_writer)
+        .spawn()
+        .with_context(|| format!("`{}` cannot be run; is it installed?", shown(command)))?;
+    // The command still holds the writing end, and the reader waits until all are closed.
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    for line in BufReader::new(reader).lines() {
+        let line = line.context("the output of the tests cannot be read: is it text?")?;
+        println!("{line}");
+        if is_closing(&line) {
+            closing_lines.push(line.trim().to_owned());
+        }
+    }
+    let status = child.wait().context("the tests cannot be waited for")?;
+    if !status.success() {
+        bail!("`{}` ended with {status}", command.get_program().to_string_lossy());
+    }
+    Ok(())
+}
+
+/// Whether a line should be seen again at the end: which tests, how they ended, what was skipped.
+fn is_closing(line: &str) -> bool {
+    let line = line.trim_start();
+    (line.starts_with("test result: ") && !line.contains(" 0 passed; 0 failed; 0 ignored"))
+        || line.starts_with("SKIPPED ")
+        || (line.starts_with("test ") && line.ends_with("FAILED"))
+}
+
+fn summary(reports: &[Report]) -> ExitCode {
+    println!("\n{:-<72}", "");
+    for Report { part, error, closing_lines, duration } in reports {
+        let verdict = if error.is_some() { "FAILED" } else { "ok" };
+        println!("{:<8} {verdict:<6} {:>6.1} s", part.name(), duration.as_secs_f32());
+        for line in closing_lines {
+            println!("         {line}");
+        }
+    }
+    let failed: Vec<_> = reports.iter().filter(|report| report.error.is_some()).map(|report| report.part.name()).collect();
+    if failed.is_empty() {
+        println!("All {} parts passed.", reports.len());
+        return ExitCode::SUCCESS;
+    }
+    println!("Failed: {}. Once more alone: `cargo xtask test {}`.", failed.join(", "), failed.join(" "));
+    ExitCode::FAILURE
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_of_tests_belong_to_parts() {
+        assert_eq!(Part::of_test("vm"), Part::Vm);
+        assert_eq!(Part::of_test("vm_ipvs"), Part::Vm);
+        assert_eq!(Part::of_test("vmware"), Part::Netns);
+        assert_eq!(Part::of_test(BUDGET), Part::Budget);
+        assert_eq!(Part::of_test("direct_routing"), Part::Netns);
+    }
+
+    #[test]
+    fn closing_lines_are_results_failures_and_skips() {
+        assert!(is_closing("test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s"));
+        assert!(!is_closing("test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s"));
+        assert!(is_closing("SKIPPED ipv6::tunnel: needs root (1 skipped so far in this run)"));
+        assert!(is_closing("test tunnel ... FAILED"));
+        assert!(!is_closing("test tunnel ... ok"));
+    }
+
+    #[test]
+    fn output_keeps_its_order_and_its_closing_lines() {
+        let mut lines = Vec::new();
+        let script = "echo 'SKIPPED a'; echo 'SKIPPED b' >&2; echo other; echo 'SKIPPED c'";
+        watched(Command::new("sh").args(["-c", script]), &mut lines).expect("the script succeeds");
+        assert_eq!(lines, ["SKIPPED a", "SKIPPED b", "SKIPPED c"]);
+        assert!(watched(Command::new("sh").args(["-c", "exit 3"]), &mut lines).is_err());
+    }
+}
