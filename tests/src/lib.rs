@@ -8,6 +8,7 @@
 //! | --- | --- |
 //! | namespaces, and commands in them | [`netns`] |
 //! | the layouts of the LVS how-to's | [`lab`] |
+//! | a layout with everything on: bpfvs, nginx | [`balanced`] |
 //! | nginx, curl, socat, iperf3, tcpdump | [`programs`] |
 //! | bpfvs itself | [`bpfvs`] |
 //! | frames, byte by byte | [`frame`] |
@@ -20,6 +21,7 @@
 //! The tests need root, and they run beside each other: whatever a test makes has a name or a namespace of its own, and
 //! goes away when its owner is dropped.
 
+pub mod balanced;
 pub mod bench;
 pub mod bpfvs;
 pub mod frame;
