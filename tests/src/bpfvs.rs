@@ -20,7 +20,7 @@ use std::{
     io::{BufRead, BufReader, Read, Write},
     os::unix::{fs::symlink, net::UnixStream},
     path::{Path, PathBuf},
-    process::{Command, Output, Stdio},
+    process::{Command, ExitStatus, Output, Stdio},
     sync::mpsc,
     thread,
     time::Duration,
@@ -146,9 +146,14 @@ impl Bpfvs {
 
     /// Kills the daemon as `kill -9` does.
     pub fn kill9(&mut self) -> Result<()> {
+        self.end_by(Signal::SIGKILL).map(|_| ())
+    }
+
+    /// Sends the daemon a signal that ends it, and waits for its end.
+    pub fn end_by(&mut self, signal: Signal) -> Result<ExitStatus> {
         let mut process = self.process.take().context("the daemon runs")?;
-        process.signal(Signal::SIGKILL)?;
-        process.wait(wait::SOON).map(|_| ())
+        process.signal(signal)?;
+        process.wait(wait::SOON)
     }
 
     /// Stops the daemon politely: traffic goes on, as after a kill.

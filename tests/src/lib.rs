@@ -8,10 +8,11 @@
 //! | --- | --- |
 //! | namespaces, and commands in them | [`netns`] |
 //! | the layouts of the LVS how-to's | [`lab`] |
+//! | a layout with everything on: bpfvs, nginx | [`balanced`] |
 //! | nginx, curl, socat, iperf3, tcpdump | [`programs`] |
 //! | bpfvs itself | [`bpfvs`] |
 //! | frames, byte by byte | [`frame`] |
-//! | pinned programs, run on one frame | [`test_run`] |
+//! | pinned programs, run on one frame | [`test_run`], with a director to do it on: [`bench`] |
 //! | a program for the far end of a veth pair | [`pass`] |
 //! | other kernels | [`vm`] |
 //! | conditions with a deadline | [`wait`] |
@@ -20,6 +21,8 @@
 //! The tests need root, and they run beside each other: whatever a test makes has a name or a namespace of its own, and
 //! goes away when its owner is dropped.
 
+pub mod balanced;
+pub mod bench;
 pub mod bpfvs;
 pub mod frame;
 pub mod lab;

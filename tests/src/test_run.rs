@@ -27,7 +27,8 @@ use aya::{
 };
 use aya_obj::programs::XdpAttachType;
 use lb_common::{
-    connection::{Connection, ConnectionKey},
+    config::Config,
+    connection::{Connection, ConnectionKey, FragmentKey},
     family::{Ipv4, Ipv6},
     reason::Reason,
     server::Counters,
@@ -164,8 +165,21 @@ impl Pinned {
     /// Takes all connections out of the tables, so that recordings that use the same ports can follow each other. The
     /// counters of real servers do not notice until the next sweep.
     pub fn forget_connections(&self) -> Result<()> {
-        clear::<ConnectionKey<Ipv4>>(&mut self.map("CONNECTIONS_V4", Map::HashMap)?)?;
-        clear::<ConnectionKey<Ipv6>>(&mut self.map("CONNECTIONS_V6", Map::HashMap)?)
+        clear::<ConnectionKey<Ipv4>, Connection>(&mut self.map("CONNECTIONS_V4", Map::HashMap)?)?;
+        clear::<ConnectionKey<Ipv6>, Connection>(&mut self.map("CONNECTIONS_V6", Map::HashMap)?)
+    }
+
+    /// Forgets which packets' first fragments were seen.
+    pub fn forget_fragments(&self) -> Result<()> {
+        clear::<FragmentKey<Ipv4>, u32>(&mut self.map("FRAGMENTS_V4", Map::LruHashMap)?)?;
+        clear::<FragmentKey<Ipv6>, u32>(&mut self.map("FRAGMENTS_V6", Map::LruHashMap)?)
+    }
+
+    /// Lets the datapath send as many ICMP errors as there are reasons to.
+    pub fn lift_answer_limit(&self) -> Result<()> {
+        let mut map: Array<MapData, Config> = self.map("CONFIG", Map::Array)?;
+        let config = map.get(&0, 0)?;
+        map.set(0, Config { answers_per_second: 0, ..config }, 0).context("change the settings in the pinned map")
     }
 }
 
@@ -173,7 +187,7 @@ fn entries<K: Pod>(map: &HashMap<MapData, K, Connection>) -> Result<Vec<(K, Conn
     map.iter().map(|entry| entry.context("read a connection")).collect()
 }
 
-fn clear<K: Pod>(map: &mut HashMap<MapData, K, Connection>) -> Result<()> {
+fn clear<K: Pod, V: Pod>(map: &mut HashMap<MapData, K, V>) -> Result<()> {
     let keys: Vec<K> = map.keys().collect::<Result<_, _>>()?;
     for key in keys {
         match map.remove(&key) {

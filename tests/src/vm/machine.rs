@@ -21,9 +21,23 @@ use super::{
 };
 use crate::{netns::Process, skip::find};
 
-/// Modules that every guest loads: links, tunnels, and what tc needs before kernel 6.6.
-const MODULES: [&str; 12] =
-    ["veth", "bridge", "dummy", "ipip", "ip6_tunnel", "ip_gre", "fou", "fou6", "8021q", "sch_ingress", "cls_bpf", "sctp"];
+/// Modules that every guest loads: links, tunnels, what tc needs before kernel 6.6, and first the checksum that SCTP and IPVS
+/// ask for by its name, so that modules.dep does not know it.
+const MODULES: [&str; 13] = [
+    "crc32c_generic",
+    "veth",
+    "bridge",
+    "dummy",
+    "ipip",
+    "ip6_tunnel",
+    "ip_gre",
+    "fou",
+    "fou6",
+    "8021q",
+    "sch_ingress",
+    "cls_bpf",
+    "sctp",
+];
 
 /// The kernel's own IPVS with all its schedulers.
 pub const IPVS: [&str; 15] = [

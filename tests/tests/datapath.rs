@@ -1,0 +1,646 @@
+//! Frame in, frame out: the loaded programs, run by the kernel, for both hooks and both families.
+//!
+//! There is one table, [`CASES`]. A case is a name, the `ipvsadm` commands that set it up, and steps: a frame, the verdict, the
+//! frame that must come out, and what must have been counted, and why. Each case runs four times, for XDP and tc, IPv4 and
+//! IPv6, and each run uses a client port of its own.
+//!
+//! [`recordings_of_the_kernels_ipvs`] does the same with what the kernel's IPVS did, byte for byte.
+
+use std::{cell::Cell, net::SocketAddr};
+
+use anyhow::{Context, Result, ensure};
+use bpfvs_tests::{
+    bench::{Addresses, Bench, MTU, SERVER_MACS, bracketed},
+    frame::{self, ACK, DATA, Extension, FIN, Frame, INIT, RST, SYN, Transport, around, check, ip},
+    lab::Family,
+    needs, needs_bpfvs,
+    test_run::{Hook, Verdict},
+};
+use lb_common::{checksum, reason::Reason, server::Counters};
+use serde::Deserialize;
+
+/// A case of the table.
+struct Case {
+    name: &'static str,
+    /// Commands before the first frame.
+    commands: fn(&World<'_>) -> Vec<String>,
+    /// What happens then.
+    steps: fn(&World<'_>) -> Result<Vec<Step>>,
+}
+
+/// What happens, one after the other.
+enum Step {
+    /// A frame comes in.
+    Frame { frame: Vec<u8>, outcome: Outcome },
+    /// Somebody types `ipvsadm`.
+    Command(String),
+    /// The first real server must have so many active connections, and so many in all.
+    Connections { active: u32, total: u32 },
+}
+
+/// What must become of a frame.
+#[derive(Clone, Debug)]
+enum Outcome {
+    /// The kernel has it unchanged.
+    Passed(Reason),
+    /// It is dropped.
+    Dropped(Reason),
+    /// It goes to a real server by direct routing; `new` says whether a connection was made.
+    Routed { server: usize, new: bool },
+    /// It goes to a real server in another packet of its own family.
+    Tunnelled { server: usize, new: bool },
+    /// It is for the kernel's neighbour code: XDP leaves it to tc, which sends it.
+    Resolving,
+    /// An ICMP error goes back to the client.
+    Answered { reason: Reason, kind: u8, code: u8, rest: u32 },
+}
+
+/// One run of a case: bench, hook, family and a fresh client port.
+struct World<'a> {
+    bench: &'a Bench,
+    hook: Hook,
+    family: Family,
+    addresses: Addresses,
+    port: u16,
+}
+
+impl World<'_> {
+    fn client(&self) -> SocketAddr {
+        socket(self.addresses.client, self.port)
+    }
+
+    /// Another connection of the same client.
+    fn client_again(&self, number: u16) -> SocketAddr {
+        socket(self.addresses.client, self.port + number)
+    }
+
+    fn vip(&self) -> SocketAddr {
+        socket(self.addresses.vip, 80)
+    }
+
+    fn by_family<T>(&self, ipv4: T, ipv6: T) -> T {
+        match self.family {
+            Family::Ipv4 => ipv4,
+            Family::Ipv6 => ipv6,
+        }
+    }
+
+    /// `-A` for a service on port 80 with a letter of `ipvsadm` for the protocol.
+    fn service(&self, protocol: &str) -> String {
+        format!("-A --{protocol}-service {}:80 -s rr", bracketed(self.addresses.vip))
+    }
+
+    /// `-a` for a real server.
+    fn server(&self, protocol: &str, address: &str, options: &str) -> String {
+        format!("-a --{protocol}-service {}:80 -r {}:80 {options}", bracketed(self.addresses.vip), bracketed(address))
+    }
+
+    /// A service with the first real server, by direct routing.
+    fn one_server(&self, protocol: &str) -> Vec<String> {
+        vec![self.service(protocol), self.server(protocol, self.addresses.servers[0], "-g")]
+    }
+}
+
+fn socket(address: &str, port: u16) -> SocketAddr {
+    SocketAddr::new(address.parse().expect("the table's addresses are well-formed"), port)
+}
+
+fn step(frame: &Frame, outcome: Outcome) -> Step {
+    Step::Frame { frame: frame.build(), outcome }
+}
+
+const CASES: &[Case] = &[
+    Case {
+        name: "a frame that is no IP is not ours",
+        commands: |world| world.one_server("tcp"),
+        steps: |_| {
+            let arp = [&[0xff; 6][..], &frame::SOURCE_MAC, &[8, 6], &[0; 46]].concat();
+            Ok(vec![Step::Frame { frame: arp, outcome: Outcome::Passed(Reason::NotIp) }])
+        },
+    },
+    Case {
+        name: "a foreign destination is not ours, with tags or without",
+        commands: |world| world.one_server("tcp"),
+        steps: |world| {
+            let foreign = Frame::tcp(world.client(), socket(world.addresses.foreign, 80), SYN);
+            let tagged = |vlans: &[u16]| Frame { vlans: vlans.to_vec(), ..foreign.clone() };
+            Ok([&[][..], &[7], &[7, 8]].map(|vlans| step(&tagged(vlans), Outcome::Passed(Reason::NotOurs))).into())
+        },
+    },
+    Case {
+        name: "a port without a service is the director's own",
+        commands: |world| world.one_server("tcp"),
+        steps: |world| {
+            let other_port = Frame::tcp(world.client(), socket(world.addresses.vip, 81), SYN);
+            let other_protocol = Frame::udp(world.client(), world.vip());
+            Ok([other_port, other_protocol].iter().map(|frame| step(frame, Outcome::Passed(Reason::NoService))).collect())
+        },
+    },
+    Case {
+        name: "an echo request to the virtual address is the director's own",
+        commands: |world| world.one_server("tcp"),
+        steps: |world| {
+            let kind = world.by_family(8, 128);
+            let echo = Frame::new(world.client(), world.vip(), Transport::Icmp { kind, code: 0, rest: 0x0001_0001 });
+            Ok(vec![step(&echo, Outcome::Passed(Reason::NotTransport))])
+        },
+    },
+    Case {
+        name: "a cut-off transport header is the kernel's business",
+        commands: |world| world.one_server("tcp"),
+        steps: |world| {
+            let cut = Frame { payload: vec![0; 6], ..Frame::new(world.client(), world.vip(), Transport::Raw { protocol: 6 }) };
+            Ok(vec![step(&cut, Outcome::Passed(Reason::Malformed))])
+        },
+    },
+    Case {
+        name: "TCP that begins nothing is the director's own",
+        commands: |world| world.one_server("tcp"),
+        steps: |world| {
+            let passed = Outcome::Passed(Reason::NoConnection);
+            Ok([ACK, FIN | ACK, RST, RST | ACK, SYN | RST, 0]
+                .map(|flags| step(&Frame::tcp(world.client(), world.vip(), flags), passed.clone()))
+                .into())
+        },
+    },
+    Case {
+        name: "a TCP conversation goes to one real server and is counted as IPVS does",
+        commands: |world| world.one_server("tcp"),
+        steps: |world| {
+            let segment = |flags, data: &[u8]| Frame { payload: data.to_vec(), ..Frame::tcp(world.client(), world.vip(), flags) };
+            let routed = |new| Outcome::Routed { server: 0, new };
+            Ok(vec![
+                step(&segment(SYN, b""), routed(true)),
+                Step::Connections { active: 1, total: 1 },
+                step(&segment(ACK, b""), routed(false)),
+                step(&segment(ACK, b"GET / HTTP/1.0\r\n\r\n"), routed(false)),
+                Step::Connections { active: 1, total: 1 },
+                step(&segment(FIN | ACK, b""), routed(false)),
+                Step::Connections { active: 0, total: 1 },
+                step(&segment(ACK, b""), routed(false)),
+                Step::Connections { active: 0, total: 1 },
+            ])
+        },
+    },
+    Case {
+        name: "the type of service and the ECN bits stay",
+        commands: |world| world.one_server("tcp"),
+        steps: |world| {
+            let marked = Frame { traffic_class: 0xbb, ..Frame::tcp(world.client(), world.vip(), SYN) };
+            Ok(vec![step(&marked, Outcome::Routed { server: 0, new: true })])
+        },
+    },
+    Case {
+        name: "options and extension headers are stepped over",
+        commands: |world| world.one_server("tcp"),
+        steps: |world| {
+            let extensions = vec![Extension::HopByHop, Extension::DestinationOptions];
+            let frame = Frame { options: 40, extensions, ..Frame::tcp(world.client(), world.vip(), SYN) };
+            Ok(vec![step(&frame, Outcome::Routed { server: 0, new: true })])
+        },
+    },
+    Case {
+        name: "UDP goes to a real server from its first packet on, and is never active",
+        commands: |world| world.one_server("udp"),
+        steps: |world| {
+            let datagram = Frame::udp(world.client(), world.vip());
+            Ok(vec![
+                step(&datagram, Outcome::Routed { server: 0, new: true }),
+                step(&datagram, Outcome::Routed { server: 0, new: false }),
+                Step::Connections { active: 0, total: 1 },
+            ])
+        },
+    },
+    Case {
+        name: "an SCTP association begins with INIT",
+        commands: |world| world.one_server("sctp"),
+        steps: |world| {
+            let chunk = |kind| Frame::sctp(world.client(), world.vip(), kind);
+            Ok(vec![
+                step(&chunk(DATA), Outcome::Passed(Reason::NoConnection)),
+                step(&chunk(INIT), Outcome::Routed { server: 0, new: true }),
+                step(&chunk(DATA), Outcome::Routed { server: 0, new: false }),
+            ])
+        },
+    },
+    Case {
+        name: "round robin takes turns, the newest real server first",
+        commands: |world| {
+            let mut commands = world.one_server("tcp");
+            commands.push(world.server("tcp", world.addresses.servers[1], "-g"));
+            commands
+        },
+        steps: |world| {
+            let syn = |number| Frame::tcp(world.client_again(number), world.vip(), SYN);
+            Ok([1, 0, 1, 0]
+                .into_iter()
+                .zip(0..)
+                .map(|(server, number)| step(&syn(number), Outcome::Routed { server, new: true }))
+                .collect())
+        },
+    },
+    Case {
+        name: "a real server of weight zero keeps its connections and takes no others",
+        commands: |world| world.one_server("tcp"),
+        steps: |world| {
+            let vip = bracketed(world.addresses.vip);
+            let server = bracketed(world.addresses.servers[0]);
+            let (kind, code) = world.by_family((3, 3), (1, 4));
+            Ok(vec![
+                step(&Frame::tcp(world.client(), world.vip(), SYN), Outcome::Routed { server: 0, new: true }),
+                Step::Command(format!("-e -t {vip}:80 -r {server}:80 -g -w 0")),
+                step(&Frame::tcp(world.client(), world.vip(), ACK), Outcome::Routed { server: 0, new: false }),
+                step(
+                    &Frame::tcp(world.client_again(1), world.vip(), SYN),
+                    Outcome::Answered { reason: Reason::NoServer, kind, code, rest: 0 },
+                ),
+            ])
+        },
+    },
+    Case {
+        name: "a service without real servers answers that the port is unreachable",
+        commands: |world| vec![world.service("tcp"), world.service("udp")],
+        steps: |world| {
+            let (kind, code) = world.by_family((3, 3), (1, 4));
+            let answered = Outcome::Answered { reason: Reason::NoServer, kind, code, rest: 0 };
+            Ok(vec![
+                step(&Frame::tcp(world.client(), world.vip(), SYN), answered.clone()),
+                step(&Frame::udp(world.client(), world.vip()), answered),
+            ])
+        },
+    },
+    Case {
+        name: "a connection of a removed real server is dropped, not sent elsewhere",
+        commands: |world| {
+            let mut commands = world.one_server("tcp");
+            commands.push(world.server("tcp", world.addresses.servers[1], "-g"));
+            commands
+        },
+        steps: |world| {
+            let (vip, server) = (bracketed(world.addresses.vip), bracketed(world.addresses.servers[1]));
+            Ok(vec![
+                step(&Frame::tcp(world.client(), world.vip(), SYN), Outcome::Routed { server: 1, new: true }),
+                Step::Command(format!("-d -t {vip}:80 -r {server}:80")),
+                step(&Frame::tcp(world.client(), world.vip(), ACK), Outcome::Dropped(Reason::ServerRemoved)),
+            ])
+        },
+    },
+    Case {
+        name: "a packet whose time ends here is answered",
+        commands: |world| world.one_server("tcp"),
+        steps: |world| {
+            let kind = world.by_family(11, 3);
+            let late = Frame { ttl: 1, ..Frame::tcp(world.client(), world.vip(), SYN) };
+            Ok(vec![step(&late, Outcome::Answered { reason: Reason::TtlExpired, kind, code: 0, rest: 0 })])
+        },
+    },
+    Case {
+        name: "a packet too big for the wire is answered with the wire's MTU",
+        commands: |world| world.one_server("udp"),
+        steps: |world| {
+            let (kind, code) = world.by_family((3, 4), (2, 0));
+            let big = Frame { payload: vec![0; 1600], ..Frame::udp(world.client(), world.vip()) };
+            Ok(vec![step(&big, Outcome::Answered { reason: Reason::TooBig, kind, code, rest: MTU.into() })])
+        },
+    },
+    Case {
+        name: "a packet too big for the tunnel is answered with the tunnel's MTU",
+        commands: |world| vec![world.service("udp"), world.server("udp", world.addresses.servers[0], "-i")],
+        steps: |world| {
+            let (kind, code) = world.by_family((3, 4), (2, 0));
+            let room = u32::from(MTU) - world.by_family(20, 40);
+            let headers = world.by_family(20, 40) + 8;
+            let fits = Frame { payload: vec![0; room as usize - headers], ..Frame::udp(world.client(), world.vip()) };
+            let big = Frame { payload: vec![0; fits.payload.len() + 1], ..fits.clone() };
+            Ok(vec![
+                step(&fits, Outcome::Tunnelled { server: 0, new: true }),
+                step(&big, Outcome::Answered { reason: Reason::TooBig, kind, code, rest: room }),
+            ])
+        },
+    },
+    Case {
+        name: "a tunnel wraps every packet of a connection",
+        commands: |world| vec![world.service("tcp"), world.server("tcp", world.addresses.servers[0], "-i")],
+        steps: |world| {
+            let segment =
+                |flags, payload: usize| Frame { payload: vec![5; payload], ..Frame::tcp(world.client(), world.vip(), flags) };
+            Ok(vec![
+                step(&segment(SYN, 0), Outcome::Tunnelled { server: 0, new: true }),
+                step(&segment(ACK, 0), Outcome::Tunnelled { server: 0, new: false }),
+                step(&segment(ACK, 777), Outcome::Tunnelled { server: 0, new: false }),
+                Step::Connections { active: 1, total: 1 },
+            ])
+        },
+    },
+    Case {
+        name: "later fragments follow the first",
+        commands: |world| world.one_server("udp"),
+        steps: |world| {
+            let whole =
+                Frame { payload: vec![1; 100], dont_fragment: false, id: world.port, ..Frame::udp(world.client(), world.vip()) };
+            let [first, later] = whole.fragments(64);
+            Ok(vec![
+                Step::Frame { frame: later.clone(), outcome: Outcome::Dropped(Reason::FragmentUnknown) },
+                Step::Frame { frame: first, outcome: Outcome::Routed { server: 0, new: true } },
+                Step::Frame { frame: later, outcome: Outcome::Routed { server: 0, new: false } },
+            ])
+        },
+    },
+    Case {
+        name: "an ICMP error about a connection goes to its real server",
+        commands: |world| world.one_server("udp"),
+        steps: |world| {
+            let (kind, code) = world.by_family((3, 4), (2, 0));
+            let answer = Frame { payload: vec![3; 64], ..Frame::udp(world.vip(), world.client()) };
+            let foreign = Frame::udp(world.vip(), world.client_again(9));
+            let hop = socket(world.addresses.client, 0).ip();
+            let error = |quoted: &Frame| Frame::error(hop, world.vip().ip(), kind, code, 1300, &quoted.packet());
+            Ok(vec![
+                step(&error(&answer), Outcome::Passed(Reason::NoConnection)),
+                step(&Frame::udp(world.client(), world.vip()), Outcome::Routed { server: 0, new: true }),
+                step(&error(&answer), Outcome::Routed { server: 0, new: false }),
+                step(&error(&foreign), Outcome::Passed(Reason::NoConnection)),
+            ])
+        },
+    },
+    Case {
+        name: "a real server that is the director itself gets its packets from the kernel",
+        commands: |world| vec![world.service("tcp"), world.server("tcp", world.addresses.director, "-g")],
+        steps: |world| Ok(vec![step(&Frame::tcp(world.client(), world.vip(), SYN), Outcome::Passed(Reason::LocalServer))]),
+    },
+    Case {
+        name: "a real server without a route loses its packets, and they are counted",
+        commands: |world| vec![world.service("tcp"), world.server("tcp", world.addresses.unroutable, "-i")],
+        steps: |world| Ok(vec![step(&Frame::tcp(world.client(), world.vip(), SYN), Outcome::Dropped(Reason::NoRoute))]),
+    },
+    Case {
+        name: "a real server that is not resolved yet is no black hole",
+        commands: |world| vec![world.service("tcp"), world.server("tcp", world.addresses.silent_server, "-g")],
+        steps: |world| Ok(vec![step(&Frame::tcp(world.client(), world.vip(), SYN), Outcome::Resolving)]),
+    },
+];
+
+#[test]
+fn the_table_holds_for_both_hooks_and_families() -> Result<()> {
+    needs!(root);
+    needs_bpfvs!();
+    let bench = Bench::new(&[])?;
+    let port = Cell::new(10_000_u16);
+    let mut failures = Vec::new();
+    let mut runs = 0;
+    for case in CASES {
+        for hook in Hook::ALL {
+            for family in Family::ALL {
+                let world = World { bench: &bench, hook, family, addresses: Addresses::of(family), port: port.get() };
+                port.set(port.get() + 16);
+                runs += 1;
+                if let Err(error) = run(&world, case) {
+                    failures.push(format!("{} [{hook:?}, {family:?}]: {error:#}", case.name));
+                }
+            }
+        }
+    }
+    ensure!(failures.is_empty(), "{} of {runs} runs failed:\n{}", failures.len(), failures.join("\n"));
+    Ok(())
+}
+
+fn run(world: &World<'_>, case: &Case) -> Result<()> {
+    let bpfvs = &world.bench.bpfvs;
+    bpfvs.ipvsadm("-C")?;
+    world.bench.pinned.forget_connections()?;
+    for command in (case.commands)(world) {
+        bpfvs.ipvsadm(&command)?;
+    }
+    let servers: Vec<Option<u32>> = world.addresses.servers.iter().map(|server| world.bench.server_index(server).ok()).collect();
+    if servers.iter().any(Option::is_some) {
+        bpfvs.wait_for_servers()?;
+    }
+    let before =
+        servers.first().copied().flatten().map(|index| world.bench.pinned.counters(index)).transpose()?.unwrap_or_default();
+    for (number, step) in (case.steps)(world)?.into_iter().enumerate() {
+        let at = || format!("step {}", number + 1);
+        match step {
+            Step::Command(line) => bpfvs.ipvsadm(&line).map(|_| ()).with_context(at)?,
+            Step::Connections { active, total } => {
+                let index = servers[0].context("the case has the first real server")?;
+                let now = world.bench.pinned.counters(index)?;
+                let got = Counters { active: now.active - before.active, total: now.total - before.total };
+                ensure!(got == Counters { active, total }, "step {}: the real server has {got:?}", number + 1);
+            }
+            Step::Frame { frame, outcome } => run_frame(world, &servers, &frame, &outcome).with_context(at)?,
+        }
+    }
+    Ok(())
+}
+
+fn run_frame(world: &World<'_>, servers: &[Option<u32>], frame: &[u8], outcome: &Outcome) -> Result<()> {
+    let pinned = &world.bench.pinned;
+    let statistics =
+        || servers.iter().map(|index| index.map(|index| pinned.statistics(index)).transpose()).collect::<Result<Vec<_>>>();
+    let (reasons_before, statistics_before) = (pinned.reasons()?, statistics()?);
+    let result = world.bench.director.enter(|| pinned.run(world.hook, frame))?;
+    let (reasons_after, statistics_after) = (pinned.reasons()?, statistics()?);
+
+    let changed = |&reason: &Reason| reasons_after[reason as usize] - reasons_before[reason as usize];
+    let reasons: Vec<_> =
+        Reason::ALL.iter().filter(|reason| changed(reason) != 0).map(|reason| (reason, changed(reason))).collect();
+    let (verdict, reason) = expectation(world.hook, outcome);
+    let wanted: Vec<_> = reason.iter().map(|reason| (reason, 1)).collect();
+    ensure!(result.verdict == verdict && reasons == wanted, "{outcome:?} was expected, but: {:?}, {reasons:?}", result.verdict);
+
+    for (number, (before, after)) in statistics_before.iter().zip(&statistics_after).enumerate() {
+        let (Some(before), Some(after)) = (before, after) else { continue };
+        let got = (after.connections - before.connections, after.packets_in - before.packets_in, after.bytes_in - before.bytes_in);
+        let counted = match outcome {
+            Outcome::Routed { server, new } | Outcome::Tunnelled { server, new } if *server == number => {
+                Some((u64::from(*new), 1, ip(frame)?.len() as u64))
+            }
+            // IPVS counts what it then cannot send, too; which server that was depends on the case.
+            Outcome::Answered { reason: Reason::TtlExpired | Reason::TooBig, .. } => None,
+            _ => Some((0, 0, 0)),
+        };
+        if let Some(counted) = counted {
+            ensure!(got == counted, "real server {number}: connections, packets, bytes: {counted:?} were expected, but: {got:?}");
+        }
+    }
+    compare(world, frame, &result.frame, outcome).with_context(|| format!("{outcome:?}: {:02x?}", result.frame))
+}
+
+fn expectation(hook: Hook, outcome: &Outcome) -> (Verdict, Option<Reason>) {
+    match outcome {
+        Outcome::Passed(reason) => (Verdict::Pass, Some(*reason)),
+        Outcome::Dropped(reason) => (Verdict::Drop, Some(*reason)),
+        Outcome::Routed { .. } | Outcome::Tunnelled { .. } => (Verdict::Send, None),
+        Outcome::Resolving if hook == Hook::Xdp => (Verdict::Pass, Some(Reason::Unresolved)),
+        Outcome::Resolving => (Verdict::Send, None),
+        Outcome::Answered { reason, .. } => (Verdict::Send, Some(*reason)),
+    }
+}
+
+/// Compares what came out with what must come out.
+fn compare(world: &World<'_>, before: &[u8], after: &[u8], outcome: &Outcome) -> Result<()> {
+    match *outcome {
+        Outcome::Dropped(_) | Outcome::Resolving => Ok(()),
+        Outcome::Passed(_) => {
+            ensure!(after == before, "the frame was changed");
+            Ok(())
+        }
+        Outcome::Routed { server, .. } => {
+            check_ethernet(world, after, server, before)?;
+            ensure!(ip(after)? == aged(ip(before)?), "the packet is not the same with a TTL less by one");
+            Ok(())
+        }
+        Outcome::Tunnelled { server, .. } => {
+            check_ethernet(world, after, server, before)?;
+            check(ip(after)?)?;
+            let ends = [world.addresses.director, world.addresses.servers[server]].map(|address| socket(address, 0));
+            let inner = aged(ip(before)?);
+            let protocol = world.by_family(4, 41);
+            // Identification is the sender's to choose.
+            let id = u16::from_be_bytes([ip(after)?[4], ip(after)?[5]]);
+            let mut outer = Frame { payload: inner, id, ..Frame::new(ends[0], ends[1], Transport::Raw { protocol }) };
+            outer.ttl = ip(after)?[world.by_family(8, 7)];
+            ensure!(outer.ttl >= 62, "the outer TTL is {}", outer.ttl);
+            ensure!(ip(after)? == outer.packet(), "the outer header is another");
+            Ok(())
+        }
+        Outcome::Answered { kind, code, rest, .. } => {
+            ensure!(after[..6] == before[6..12] && after[6..12] == before[..6], "the hardware addresses are not exchanged");
+            let packet = ip(after)?;
+            check(packet)?;
+            let quoted = ip(before)?;
+            let header = world.by_family(20, 40);
+            let protocol = packet[world.by_family(9, 6)];
+            ensure!(protocol == world.by_family(1, 58), "the answer's protocol is {protocol}");
+            let (source, destination) = world.by_family((12..16, 16..20), (8..24, 24..40));
+            ensure!(packet[source.clone()] == quoted[destination.clone()], "the answer does not come from the virtual address");
+            ensure!(packet[destination] == quoted[source], "the answer does not go to the client");
+            let icmp = &packet[header..];
+            let got = (icmp[0], icmp[1], u32::from_be_bytes([icmp[4], icmp[5], icmp[6], icmp[7]]));
+            ensure!(got == (kind, code, rest), "type, code and rest are {got:?}");
+            let (quote, ttl) = (&icmp[8..], world.by_family(8, 7));
+            ensure!(
+                quote.len() >= 28.min(quoted.len()) && packet.len() <= world.by_family(576, 1280),
+                "it quotes {} bytes",
+                quote.len()
+            );
+            // Too-big answers of IPVS quote a TTL that is less by one already; the header's checksum goes with it.
+            let same = |at: usize| quote[at] == quoted[at] || at == ttl || world.family == Family::Ipv4 && (at == 10 || at == 11);
+            ensure!((0..quote.len()).all(same), "what it quotes is not the packet");
+            Ok(())
+        }
+    }
+}
+
+fn check_ethernet(world: &World<'_>, after: &[u8], server: usize, before: &[u8]) -> Result<()> {
+    ensure!(after[..6] == SERVER_MACS[server], "the frame goes to {:02x?}", &after[..6]);
+    ensure!(after[6..12] == world.bench.director_mac, "the frame comes from {:02x?}", &after[6..12]);
+    ensure!(after[12..14] == before[12..14], "the ethertype is another");
+    Ok(())
+}
+
+/// The packet with a time to live that is less by one.
+fn aged(packet: &[u8]) -> Vec<u8> {
+    let mut packet = packet.to_vec();
+    if packet[0] >> 4 == 6 {
+        packet[7] -= 1;
+        return packet;
+    }
+    packet[8] -= 1;
+    packet[10..12].fill(0);
+    let header = usize::from(packet[0] & 15) * 4;
+    let value = checksum::finish(checksum::sum(&packet[..header]));
+    packet[10..12].copy_from_slice(&value.to_ne_bytes());
+    packet
+}
+
+/// What `ipvs-vectors.json` holds.
+#[derive(Deserialize)]
+struct Vectors {
+    packets: Vec<Recording>,
+}
+
+/// Packets through the kernel's IPVS.
+#[derive(Deserialize)]
+struct Recording {
+    id: String,
+    ipvsadm: Vec<String>,
+    nondeterministic: String,
+    steps: Vec<Exchange>,
+}
+
+#[derive(Deserialize)]
+struct Exchange {
+    from_: String,
+    ip: String,
+    to_rs: Vec<String>,
+    to_client: Vec<String>,
+}
+
+#[test]
+fn recordings_of_the_kernels_ipvs() -> Result<()> {
+    needs!(root);
+    needs_bpfvs!();
+    let vectors: Vectors = serde_json::from_str(include_str!("../data/ipvs-vectors.json"))?;
+    let bench = Bench::new(&[])?;
+    let (mut replayed, mut failures) = (0, Vec::new());
+    for recording in &vectors.packets {
+        if recording.ipvsadm.iter().any(|line| line.ends_with(" -m")) {
+            println!("not replayed: {}: this version does not masquerade", recording.id);
+            continue;
+        }
+        for hook in Hook::ALL {
+            replayed += 1;
+            if let Err(error) = replay(&bench, hook, recording) {
+                failures.push(format!("{} [{hook:?}]: {error:#}", recording.id));
+            }
+        }
+    }
+    ensure!(replayed >= 2 * 25, "only {replayed} recordings were replayed");
+    ensure!(failures.is_empty(), "{} of {replayed} replays failed:\n{}", failures.len(), failures.join("\n"));
+    Ok(())
+}
+
+fn replay(bench: &Bench, hook: Hook, recording: &Recording) -> Result<()> {
+    bench.bpfvs.ipvsadm("-C")?;
+    bench.pinned.forget_connections()?;
+    for line in &recording.ipvsadm {
+        bench.bpfvs.ipvsadm(line)?;
+    }
+    bench.bpfvs.wait_for_servers()?;
+    for exchange in &recording.steps {
+        ensure!(exchange.from_ == "client", "only a client's packets pass a director that does not masquerade");
+        let frame = around(&unhex(&exchange.ip)?);
+        let result = bench.director.enter(|| bench.pinned.run(hook, &frame))?;
+        ensure!(result.verdict == Verdict::Send, "the verdict is {:?}", result.verdict);
+        let recorded = exchange.to_rs.first().or(exchange.to_client.first()).context("IPVS sent something")?;
+        let (got, recorded) = (ip(&result.frame)?, unhex(recorded)?);
+        check(got)?;
+        let mask = ignored(&recording.nondeterministic, &recorded);
+        let differs = |at: usize| got.get(at) != recorded.get(at) && !mask.contains(&at);
+        let differing: Vec<_> = (0..got.len().max(recorded.len())).filter(|at| differs(*at)).collect();
+        ensure!(differing.is_empty(), "bytes {differing:?} differ:\n  bpfvs {got:02x?}\n  IPVS  {recorded:02x?}");
+    }
+    Ok(())
+}
+
+/// Positions of the fields that may differ from run to run, from their description in words.
+fn ignored(description: &str, packet: &[u8]) -> Vec<usize> {
+    let transport = if packet[0] >> 4 == 4 { 20 } else { 40 };
+    let mut positions = Vec::new();
+    for field in description.split(';').map(str::trim) {
+        match field {
+            "outer IPv4 id and header checksum" | "icmp outer ip id/checksum" => positions.extend([4, 5, 10, 11]),
+            "gue udp source port (flow hash)" => positions.extend([transport, transport + 1]),
+            "gue udp source port and hence checksum" => positions.extend([0, 1, 6, 7].map(|at| transport + at)),
+            "icmpv6 flow label" => positions.extend([1, 2, 3]),
+            "" => {}
+            other => panic!("the recordings name a field that this test does not know: {other}"),
+        }
+    }
+    positions
+}
+
+fn unhex(text: &str) -> Result<Vec<u8>> {
+    text.as_bytes().chunks(2).map(|digits| Ok(u8::from_str_radix(std::str::from_utf8(digits)?, 16)?)).collect()
+}

@@ -1,0 +1,190 @@
+//! bpfvs on other kernels, in a virtual machine: it loads, attaches, and balances real HTTP requests, by direct routing and
+//! through the kernel's own tunnel devices, which the machine that runs the tests may not have.
+//!
+//! The guest is the director; client and real servers are namespaces around it, with busybox's httpd and wget.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use bpfvs_tests::{
+    bpfvs, needs, needs_bpfvs, skip,
+    vm::{Kernel, Machine, Outcome, Version, machine::obstacle},
+};
+
+/// Ends the test unless this machine can start others.
+macro_rules! needs_machines {
+    () => {
+        needs!(root);
+        needs_bpfvs!();
+        if let Some(obstacle) = obstacle() {
+            skip!("{obstacle}");
+        }
+        for version in Version::ALL {
+            if let Err(error) = Kernel::get(version) {
+                skip!("{error:#}");
+            }
+        }
+    };
+}
+
+/// The network, the daemon, and what the scripts below have in common. `$HOOK` says where bpfvs takes packets.
+///
+/// The director's interface is one end of a wire, not a bridge: as on any machine, packets come in and leave by it. The
+/// bridge is in a namespace of its own.
+const DIRECTOR: &str = r#"
+set -eu
+trap 'echo "line $LINENO failed"; cat /run/bpfvs.log' ERR
+ip netns add switch
+ip -n switch link add bridge0 type bridge
+ip -n switch link set bridge0 up
+plug() { # namespace, number, commands before "ip" that enter it
+    local namespace=$1 number=$2
+    if [ "$namespace" = director ]; then
+        ip link add eth0 type veth peer name port-director netns switch
+        set -- ip
+    else
+        ip netns add "$namespace"
+        ip -n switch link add "port-$namespace" type veth peer name eth0 netns "$namespace"
+        set -- ip -n "$namespace"
+    fi
+    ip -n switch link set "port-$namespace" master bridge0 up
+    "$@" link set lo up
+    "$@" link set eth0 up
+    "$@" addr add 10.0.0.$number/24 dev eth0
+    "$@" addr add fd00:10::$number/64 dev eth0 nodad
+}
+sysctl -qw net.ipv6.conf.default.accept_dad=0 net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1
+sysctl -qw net.ipv4.conf.all.send_redirects=0 net.ipv4.conf.all.rp_filter=0
+plug director 204
+plug client 12
+plug rs1 205
+plug rs2 206
+ip addr add 10.0.0.200/32 dev eth0
+ip addr add fd00:10::200/128 dev eth0 nodad
+for host in client rs1 rs2 switch; do ip netns exec $host sysctl -qw net.ipv4.conf.all.rp_filter=0; done
+if [ "$HOOK" = xdp ]; then
+    # XDP on a veth pair wants complete checksums, and GRO or XDP at the far end to take what it sends.
+    for host in client rs1 rs2; do ip netns exec $host ethtool -K eth0 tx off >/dev/null; done
+    ethtool -K eth0 tx off >/dev/null
+    ip netns exec switch ethtool -K port-director gro on >/dev/null
+fi
+for host in rs1 rs2; do
+    ip netns exec $host sysctl -qw net.ipv4.conf.all.arp_ignore=1 net.ipv4.conf.all.arp_announce=2
+    mkdir -p /srv/$host
+    echo $host >/srv/$host/index.html
+    ip netns exec $host busybox httpd -p 80 -h /srv/$host
+    ip netns exec $host busybox httpd -p '[::]:80' -h /srv/$host 2>/dev/null || true
+done
+bpfvs serve --interface eth0 --hook $HOOK --state /run/state >/run/bpfvs.out 2>/run/bpfvs.log &
+for try in $(seq 300); do grep -qx ready /run/bpfvs.out && break; sleep 0.1; done
+grep -qx ready /run/bpfvs.out
+ask() { # address, times
+    for try in $(seq $2); do ip netns exec client busybox timeout 10 busybox wget -q -O - "http://$1/"; done | tr '\n' ' '
+    echo
+}
+services() { # options of the real servers
+    ipvsadm -A -t 10.0.0.200:80 -s rr
+    ipvsadm -A -t '[fd00:10::200]:80' -s rr
+    for number in 205 206; do
+        ipvsadm -a -t 10.0.0.200:80 -r 10.0.0.$number:80 "$@"
+        ipvsadm -a -t '[fd00:10::200]:80' -r "[fd00:10::$number]:80" "$@"
+    done
+    # The kernel resolves each real server once; then the first request is as any other.
+    for number in 205 206; do
+        ping -c1 -W5 10.0.0.$number >/dev/null
+        ping -6 -c1 -W5 fd00:10::$number >/dev/null
+    done
+}
+"#;
+
+/// Direct routing, and a daemon that is killed and starts again.
+const DIRECT_ROUTING: &str = r#"
+for host in rs1 rs2; do
+    ip -n $host addr add 10.0.0.200/32 dev lo
+    ip -n $host addr add fd00:10::200/128 dev lo nodad
+done
+services -g
+echo "route ipv4 $(ask 10.0.0.200 4)"
+echo "route ipv6 $(ask '[fd00:10::200]' 4)"
+kill -9 $(cat /run/bpfvs.pid 2>/dev/null || jobs -p | head -n 1)
+wait 2>/dev/null || true
+echo "orphaned $(ask 10.0.0.200 2)"
+bpfvs serve --interface eth0 --hook $HOOK --state /run/state >/run/bpfvs.out 2>>/run/bpfvs.log &
+for try in $(seq 300); do grep -qx ready /run/bpfvs.out && break; sleep 0.1; done
+echo "adopted $(ask 10.0.0.200 2)"
+ipvsadm -Ln | grep -c Route
+bpfvs stop --detach
+echo "left: $(ls /sys/fs/bpf/bpfvs/main 2>/dev/null)"
+"#;
+
+const DIRECT_ROUTING_OUTPUT: &str =
+    "route ipv4 rs2 rs1 rs2 rs1 \nroute ipv6 rs2 rs1 rs2 rs1 \norphaned rs2 rs1 \nadopted rs2 rs1 \n4\nleft: \n";
+
+/// Tunnels that end in the kernel's own devices.
+const TUNNELS: &str = r#"
+for host in rs1 rs2; do
+    ip netns exec $host ip link set tunl0 up
+    ip netns exec $host ip link set ip6tnl0 up
+    ip netns exec $host sysctl -qw net.ipv4.conf.tunl0.rp_filter=0 net.ipv4.conf.tunl0.arp_ignore=1
+    ip -n $host addr add 10.0.0.200/32 dev tunl0
+    ip -n $host addr add fd00:10::200/128 dev ip6tnl0 nodad
+done
+services -i
+echo "tunnel ipv4 $(ask 10.0.0.200 4)"
+echo "tunnel ipv6 $(ask '[fd00:10::200]' 4)"
+received() { ip -n rs1 -s link show dev $1 | awk '/RX:/ { getline; print ($2 > 0 ? "received" : "nothing") }'; }
+echo "tunl0 $(received tunl0), ip6tnl0 $(received ip6tnl0)"
+bpfvs stop --detach
+"#;
+
+const TUNNELS_OUTPUT: &str = "tunnel ipv4 rs2 rs1 rs2 rs1 \ntunnel ipv6 rs2 rs1 rs2 rs1 \ntunl0 received, ip6tnl0 received\n";
+
+fn run(version: Version, hook: &str, script: &str) -> Result<Outcome> {
+    let machine = Machine::new(version)?
+        .add(&bpfvs::binary()?, "/usr/local/bin/bpfvs")?
+        .link("/usr/local/bin/ipvsadm", "bpfvs")
+        .deadline(Duration::from_secs(400));
+    machine.run(&format!("HOOK={hook}\n{DIRECTOR}\n{script}"))
+}
+
+fn assert_output(version: Version, hook: &str, script: &str, expected: &str) -> Result<()> {
+    let outcome = run(version, hook, script)?;
+    ensure!(
+        outcome.status == 0 && outcome.output.ends_with(expected),
+        "Linux {}, {hook}: status {}:\n{}",
+        version.name(),
+        outcome.status,
+        outcome.output
+    );
+    Ok(())
+}
+
+#[test]
+fn direct_routing_on_the_oldest_kernel() -> Result<()> {
+    needs_machines!();
+    for hook in ["tc", "xdp"] {
+        assert_output(Version::V6_1, hook, DIRECT_ROUTING, DIRECT_ROUTING_OUTPUT)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn direct_routing_on_debians_newer_kernel() -> Result<()> {
+    needs_machines!();
+    for hook in ["tc", "xdp"] {
+        assert_output(Version::V6_12, hook, DIRECT_ROUTING, DIRECT_ROUTING_OUTPUT)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn the_kernels_tunnel_devices_unwrap_on_the_oldest_kernel() -> Result<()> {
+    needs_machines!();
+    assert_output(Version::V6_1, "tc", TUNNELS, TUNNELS_OUTPUT)
+}
+
+#[test]
+fn the_kernels_tunnel_devices_unwrap_on_debians_newer_kernel() -> Result<()> {
+    needs_machines!();
+    assert_output(Version::V6_12, "xdp", TUNNELS, TUNNELS_OUTPUT)
+}
