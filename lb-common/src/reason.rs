@@ -66,6 +66,8 @@ reasons! {
     NotOurs = "not-ours", Passed, "the destination is not a virtual address";
     /// To a virtual address, but neither TCP, UDP, SCTP nor an ICMP error.
     NotTransport = "not-transport", Passed, "to a virtual address, but neither TCP, UDP, SCTP nor an ICMP error";
+    /// XDP left it to tc, because the real server's device takes no frames from XDP.
+    OtherDevice = "other-device", Passed, "left to tc: the real server's device takes no frames from XDP";
     /// The connection's real server was removed.
     ServerRemoved = "server-removed", Dropped, "the connection's real server was removed from its service";
     /// The connection table is full.

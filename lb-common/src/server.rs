@@ -102,6 +102,8 @@ pub mod flags {
     /// GUE and GRE: fill in the outer checksum.
     #[doc(alias = "IP_VS_TUNNEL_ENCAP_FLAG_CSUM")]
     pub const CHECKSUM: u8 = 2;
+    /// XDP can send frames out of the server's port that came in by another one.
+    pub const REDIRECT: u8 = 4;
 }
 
 /// Where an unresolved server's packets go: what the kernel's neighbour code has to resolve. Read only on that way.

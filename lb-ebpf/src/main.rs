@@ -138,7 +138,7 @@ fn to_server<P: Packet, F: Family>(
     mtu: &mut u16,
 ) -> Result<Outcome, Reason> {
     let index = server?;
-    let server = forward::reachable::<P>(index)?;
+    let server = forward::reachable(packet, index)?;
     *mtu = server.mtu();
     account::packet(index, header.length);
     forward::forward::<P, F>(packet, link, header, &server)

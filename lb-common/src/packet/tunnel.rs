@@ -198,15 +198,16 @@ fn open_outer<N: Network, B: Bytes + ?Sized>(frame: &B, offset: usize) -> Result
         protocol::UDP => {
             let udp: UdpHeader = frame.read(payload.offset).ok_or(Outcome::Malformed)?;
             let (inner, length) = gue(frame, payload.offset + size_of::<UdpHeader>())?;
-            (Kind::Gue, udp.destination, inner, size_of::<UdpHeader>() + length)
+            (Kind::Gue, udp.ports.destination(), inner, size_of::<UdpHeader>() + length)
         }
         inner => (Kind::Ipip, 0, inner, 0),
     };
+    let outer_class = N::carriage(frame, offset).ok_or(Outcome::Malformed)?.traffic_class;
     let found = Found { kind, port, offset: payload.offset + length, end: outer.offset + outer.length };
     if inner == protocol::IPV6 {
-        open_inner::<V6, B>(frame, &found, true, outer.traffic_class)
+        open_inner::<V6, B>(frame, &found, true, outer_class)
     } else {
-        open_inner::<V4, B>(frame, &found, false, outer.traffic_class)
+        open_inner::<V4, B>(frame, &found, false, outer_class)
     }
 }
 
@@ -233,7 +234,7 @@ fn open_inner<N: Network, B: Bytes + ?Sized>(frame: &B, found: &Found, inner_v6:
         offset: found.offset,
         inner_v6,
         destination: key(&inner.destination),
-        inner_class: inner.traffic_class,
+        inner_class: N::carriage(frame, found.offset).ok_or(Outcome::Malformed)?.traffic_class,
         outer_class,
     })
 }

@@ -178,7 +178,7 @@ mod programs {
     }
 
     /// The IPv4 header's second byte and checksum with new ECN bits.
-    const fn marked_v4(header: &Ipv4Header, congestion: u8) -> (u8, u16) {
+    fn marked_v4(header: &Ipv4Header, congestion: u8) -> (u8, u16) {
         let tos = header.tos & !3 | congestion;
         let old = u16::from_ne_bytes([header.version_length, header.tos]);
         let new = u16::from_ne_bytes([header.version_length, tos]);

@@ -116,7 +116,7 @@ fn hit<K>(connections: &HashMap<K, Connection>, key: &K) -> Option<u32> {
     match connections.get_ptr(key) {
         // SAFETY: an element of the map.
         Some(known) => Some(unsafe { (*known).server }),
-        None => connections.insert(key, &Connection::default(), 0).ok().map(|()| 0),
+        None => connections.insert(key, Connection::default(), 0).ok().map(|()| 0),
     }
 }
 
@@ -131,7 +131,7 @@ pub fn wrap_xdp(context: XdpContext) -> u32 {
             return xdp_action::XDP_ABORTED;
         }
         if restore(&mut XdpFrame::new(context.as_ptr()), round).is_some() {
-            let _ = UNDER_TEST_XDP.tail_call(&context, 0);
+            UNDER_TEST_XDP.tail_call(&context, 0);
         }
     }
     xdp_action::XDP_ABORTED
@@ -144,7 +144,7 @@ pub fn wrap_tc(context: TcContext) -> i32 {
     // SAFETY: an element of the array; the context is the kernel's own.
     unsafe {
         if restore(&mut TcBuffer::new(context.as_ptr()), round).is_some() {
-            let _ = UNDER_TEST_TC.tail_call(&context, 0);
+            UNDER_TEST_TC.tail_call(&context, 0);
         }
     }
     0

@@ -43,7 +43,7 @@ impl Reachable {
 
 /// Finds the real server's entry, before anything is changed or counted.
 #[inline(always)]
-pub fn reachable<P: Packet>(index: u32) -> Result<Reachable, Reason> {
+pub fn reachable<P: Packet>(packet: &P, index: u32) -> Result<Reachable, Reason> {
     let entry = SERVERS.get(index).ok_or(Reason::ServerRemoved)?;
     let status = entry.status;
     if status != Status::Ready as u8 {
@@ -53,6 +53,9 @@ pub fn reachable<P: Packet>(index: u32) -> Result<Reachable, Reason> {
         if status == Status::Unresolved as u8 && !P::RESOLVES {
             return Err(Reason::Unresolved);
         }
+    }
+    if status == Status::Ready as u8 && !packet.reaches(entry) {
+        return Err(Reason::OtherDevice);
     }
     Ok(Reachable { index, entry, status })
 }
@@ -95,7 +98,7 @@ pub fn wrap<P: Packet, F: Family>(context: *mut c_void, link: u32, vlan: u32, in
     let mut packet = unsafe { P::view(context) };
     // The parser's offset, in a form that the verifier can bound.
     let link = Link { ethertype: F::ETHERTYPE, payload: link as usize & 0x1f, vlan: vlan as u16 };
-    let sent = reachable::<P>(index).and_then(|server| {
+    let sent = reachable(&packet, index).and_then(|server| {
         tunnel::with_header::<P, F>(&mut packet, &link, server.entry)?;
         server.send(&packet)
     });

@@ -57,6 +57,9 @@ pub trait Packet: Bytes {
     /// server's next hop, with the VLAN tag that its way wants. Returns where the (outer) IP header begins.
     fn address(&mut self, link: &Link, server: &Server, room: Room) -> Result<usize, Reason>;
 
+    /// Whether the hook can send packets out of the server's device at all.
+    fn reaches(&self, server: &Server) -> bool;
+
     /// Sends the packet out of the server's device.
     fn send(&self, server: &Server) -> i32;
 

@@ -152,6 +152,11 @@ impl Packet for TcBuffer {
     }
 
     #[inline(always)]
+    fn reaches(&self, _server: &Server) -> bool {
+        true
+    }
+
+    #[inline(always)]
     fn send(&self, server: &Server) -> i32 {
         // SAFETY: a helper that takes numbers.
         unsafe { bpf_redirect(server.ifindex, 0) as i32 }

@@ -12,7 +12,7 @@ use lb_common::{
         ethernet::{self, Link},
     },
     reason::Reason,
-    server::{KEEP_VLAN, NextHop, Server},
+    server::{KEEP_VLAN, NextHop, Server, flags},
 };
 
 use super::{Packet, Room};
@@ -127,6 +127,12 @@ impl Packet for XdpFrame {
         };
         self.write(0, server.link)?;
         Ok(payload)
+    }
+
+    #[inline(always)]
+    fn reaches(&self, server: &Server) -> bool {
+        // SAFETY: the context is the kernel's.
+        server.flags & flags::REDIRECT != 0 || unsafe { (*self.context).ingress_ifindex } == server.port_ifindex
     }
 
     #[inline(always)]

@@ -32,6 +32,8 @@ pub struct Link {
     pub loopback: bool,
     /// Whether it is made by software (veth, bridge, tun, VLAN, ...).
     pub virtual_device: bool,
+    /// Whether XDP can send frames out of it that came in by another device.
+    pub redirects: bool,
     /// Its MAC address, if it is an Ethernet device whose neighbours have addresses of their own.
     pub mac: Option<[u8; 6]>,
     /// The largest packet that it sends.
@@ -66,6 +68,7 @@ impl Link {
             up: flags.contains(LinkFlags::Up),
             loopback: flags.contains(LinkFlags::Loopback),
             virtual_device: false,
+            redirects: true,
             mac: None,
             mtu: 0,
             vlan: None,
@@ -86,6 +89,7 @@ impl Link {
                         match info {
                             LinkInfo::Kind(kind) => {
                                 link.virtual_device = true;
+                                link.redirects = *kind == InfoKind::Veth;
                                 if *kind == InfoKind::Vlan && link.vlan.is_none() {
                                     link.vlan = Some(Vlan { parent: None, id: 0, ordinary: false });
                                 }
@@ -156,7 +160,7 @@ mod tests {
 
     fn link(index: u32, vlan: Option<Vlan>) -> Link {
         let name = format!("eth{index}");
-        Link { index, name, up: true, loopback: false, virtual_device: false, mac: None, mtu: 1500, vlan, generic_xdp: None }
+        Link { index, name, up: true, loopback: false, virtual_device: false, redirects: true, mac: None, mtu: 1500, vlan, generic_xdp: None }
     }
 
     #[test]

@@ -313,9 +313,13 @@ impl Resolver {
             next_hop,
             mac: link.mac.and_then(|_| self.neighbours.get(&(ifindex, next_hop))?.mac),
             preferred_source,
+            redirects: link.redirects,
         };
         match links::port(&self.links, link) {
-            Some((port_ifindex, vlan)) => (hop.port_ifindex, hop.vlan) = (port_ifindex, vlan),
+            Some((port_ifindex, vlan)) => {
+                (hop.port_ifindex, hop.vlan) = (port_ifindex, vlan);
+                hop.redirects = self.links.get(&port_ifindex).is_some_and(|port| port.redirects);
+            }
             // Only the kernel's own VLAN code can send.
             None => hop.mac = None,
         }

@@ -48,6 +48,8 @@ pub struct Hop {
     pub mac: Option<[u8; 6]>,
     /// The route's preferred source address.
     pub preferred_source: Option<IpAddr>,
+    /// Whether XDP can send frames out of `port_ifindex` that came in by another device.
+    pub redirects: bool,
 }
 
 /// The entry of `SERVERS`. A way that is not known yet makes a server without route.
@@ -86,6 +88,9 @@ pub fn server(target: &Target, way: Option<&Way>) -> Server {
         Some(Way::Through(hop)) if hop.preferred_source.is_none() && matches!(target.method, Method::Tunnel(_)) => {}
         Some(Way::Through(hop)) => {
             server.status = if hop.mac.is_some() { Status::Ready } else { Status::Unresolved } as u8;
+            if hop.redirects {
+                server.flags |= flags::REDIRECT;
+            }
             server.ifindex = hop.ifindex;
             server.port_ifindex = hop.port_ifindex;
             server.vlan = hop.vlan;
@@ -166,6 +171,7 @@ mod tests {
             next_hop: address.parse().expect("an address"),
             mac,
             preferred_source: Some(address.parse().expect("an address")),
+            redirects: true,
         })
     }
 

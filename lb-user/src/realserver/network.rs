@@ -176,8 +176,8 @@ impl Network {
         match self.handle.link().add(message).execute().await {
             Ok(()) => Ok(Made::Yes),
             Err(error) => match errno(&error) {
-                Some(nix::libc::EEXIST) => Ok(Made::Exists),
-                Some(nix::libc::EOPNOTSUPP | nix::libc::ENODEV) => Ok(Made::Unsupported),
+                Some(libc::EEXIST) => Ok(Made::Exists),
+                Some(libc::EOPNOTSUPP | libc::ENODEV) => Ok(Made::Unsupported),
                 _ => Err(explain(&format!("make the tunnel device {name}"), &error)),
             },
         }
@@ -291,8 +291,8 @@ fn errno(error: &rtnetlink::Error) -> Option<i32> {
 /// What failed, why, and what to do.
 fn explain(what: &str, error: &rtnetlink::Error) -> anyhow::Error {
     let advice = match errno(error) {
-        Some(nix::libc::EPERM | nix::libc::EACCES) => "run as root (CAP_NET_ADMIN)",
-        Some(nix::libc::ENODEV) => "the interface went away; see `ip link`",
+        Some(libc::EPERM | libc::EACCES) => "run as root (CAP_NET_ADMIN)",
+        Some(libc::ENODEV) => "the interface went away; see `ip link`",
         _ => "see `ip address` and `ip link` for what stands in the way",
     };
     let why = errno(error).map_or_else(|| error.to_string(), |code| io::Error::from_raw_os_error(code).to_string());
