@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use anyhow::Context;
+
 use super::{
     Instance, Opening,
     lock::Lock,
@@ -21,7 +23,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
 /// Takes away what a daemon of this network namespace left in the kernel when it was killed, and its own files.
 pub fn remove_leftovers() -> anyhow::Result<()> {
     // Not under the hands of a daemon that listens somewhere else.
-    let _lock = Lock::take()?;
+    let _lock = Lock::take().context("cannot take the datapath away")?;
     let identity = Identity::current()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(KernelDatapath::remove(identity.pins()))?;

@@ -36,8 +36,8 @@ impl Lock {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
                 let holder = holder(&address).map_or_else(String::new, |pid| format!(", process {pid}"));
                 bail!(
-                    "cannot run the daemon: this network namespace has one already{holder}; stop it with `bpfvs stop`, or use \
-                     another namespace (`--netns`)"
+                    "this network namespace has a daemon already{holder}; stop it with `bpfvs stop` (`--socket` if it does not \
+                     listen at the usual place), or use another namespace"
                 )
             }
             Err(error) => {

@@ -18,11 +18,9 @@ use std::{
 };
 
 use anyhow::{Context, anyhow};
-use nix::{
-    libc,
-    sched::{CloneFlags, setns},
-    sys::socket::{AddressFamily, SockFlag, SockType, getsockopt, socket, sockopt::GetStruct},
-};
+use nix::sched::{CloneFlags, setns};
+
+use crate::datapath::netns_cookie;
 
 /// Where sockets and state files are.
 pub const RUN_DIRECTORY: &str = "/run/bpfvs";
@@ -107,16 +105,9 @@ pub fn enter(namespace: &str) -> anyhow::Result<()> {
     })
 }
 
-/// The socket option that tells the cookie.
-#[derive(Clone, Copy)]
-struct Cookie;
-
-nix::getsockopt_impl!(Cookie, libc::SOL_SOCKET, libc::SO_NETNS_COOKIE, u64, GetStruct<u64>);
-
 /// The cookie of the network namespace that this process is in (Linux 5.14).
 pub fn cookie() -> anyhow::Result<u64> {
-    let any = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
-    getsockopt(&any, Cookie).context("cannot tell the cookie of the network namespace; bpfvs needs Linux 6.1 or later")
+    netns_cookie().context("cannot tell the cookie of the network namespace; bpfvs needs Linux 6.1 or later")
 }
 
 #[cfg(test)]

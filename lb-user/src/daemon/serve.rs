@@ -75,7 +75,7 @@ pub fn serve<I: Instance>(options: Options) -> anyhow::Result<()> {
     }
     let identity = Identity::current()?;
     let netns_cookie = namespace::cookie()?;
-    let lock = Lock::take()?;
+    let lock = Lock::take().context("cannot run the daemon")?;
     let state_file = match options.state {
         Some(path) => StateFile { path, named: true },
         None => StateFile { path: identity.state_file(), named: false },
