@@ -40,6 +40,7 @@ use crate::{
     api::client::Client,
     daemon::namespace::Identity,
     director::model::{Command as Change, Outcome},
+    realserver,
 };
 
 /// The Linux Virtual Server, rebuilt on eBPF.
@@ -89,6 +90,8 @@ enum Command {
     Connections(connections::Connections),
     /// Show what was forwarded, or why packets were not
     Stats(stats::Stats),
+    /// Set up a real server, on the real server itself; needs no daemon
+    Realserver(realserver::Args),
     /// Everything that ipvsadm does, with its own options
     #[command(disable_help_flag = true)]
     Ipvsadm {
@@ -120,6 +123,12 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Server(server) => server.run(&global),
         Command::Connections(connections) => connections.run(&global),
         Command::Stats(stats) => stats.run(&global),
+        Command::Realserver(args) => {
+            return realserver::run(args).unwrap_or_else(|error| {
+                drop(writeln!(io::stderr(), "bpfvs: {error:#}"));
+                ExitCode::FAILURE
+            });
+        }
         Command::Ipvsadm { arguments } => return ipvsadm::run("ipvsadm", &arguments, global.socket),
     };
     match outcome {
