@@ -369,9 +369,13 @@ const CASES: &[Case] = &[
         steps: |world| Ok(vec![step(&Frame::tcp(world.client(), world.vip(), SYN), Outcome::Passed(Reason::LocalServer))]),
     },
     Case {
-        name: "a real server without a route loses its packets, and they are counted",
+        name: "a real server without a route is answered as an unreachable host",
         commands: |world| vec![world.service("tcp"), world.server("tcp", world.addresses.unroutable, "-i")],
-        steps: |world| Ok(vec![step(&Frame::tcp(world.client(), world.vip(), SYN), Outcome::Dropped(Reason::NoRoute))]),
+        steps: |world| {
+            let (kind, code) = world.by_family((3, 1), (1, 3));
+            let answered = Outcome::Answered { reason: Reason::NoRoute, kind, code, rest: 0 };
+            Ok(vec![step(&Frame::tcp(world.client(), world.vip(), SYN), answered)])
+        },
     },
     Case {
         name: "a real server that is not resolved yet is no black hole",
@@ -456,7 +460,7 @@ fn run_frame(world: &World<'_>, servers: &[Option<u32>], frame: &[u8], outcome: 
                 Some((u64::from(*new), 1, ip(frame)?.len() as u64))
             }
             // IPVS counts what it then cannot send, too; which server that was depends on the case.
-            Outcome::Answered { reason: Reason::TtlExpired | Reason::TooBig, .. } => None,
+            Outcome::Answered { reason: Reason::NoRoute | Reason::TtlExpired | Reason::TooBig, .. } => None,
             _ => Some((0, 0, 0)),
         };
         if let Some(counted) = counted {
