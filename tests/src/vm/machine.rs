@@ -170,7 +170,7 @@ impl Machine {
         self.files.file("/init", 0o755, INIT);
         self.files.file("/etc/modules-at-boot", 0o644, self.modules.join(" "));
         self.files.file("/root/script", 0o755, script);
-        self.files.file("/root/arguments", 0o644, arguments.iter().map(|argument| format!("{argument}\0")).collect::<String>());
+        self.files.file("/root/arguments", 0o644, arguments.join("\0"));
         let directory = tempfile::tempdir()?;
         let place = |name: &str| directory.path().join(name);
         fs::write(place("initrd"), self.files.archive())?;
