@@ -52,11 +52,6 @@ pub fn binary() -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Whether there is a binary to test.
-pub fn is_built() -> bool {
-    binary().is_ok()
-}
-
 /// Ends the test with [`skip!`](crate::skip!) unless bpfvs is built.
 #[macro_export]
 macro_rules! needs_bpfvs {

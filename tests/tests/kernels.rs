@@ -80,6 +80,7 @@ for host in rs1 rs2; do
 done
 bpfvs serve --interface eth0 --hook $HOOK --state /run/state >/run/bpfvs.out 2>/run/bpfvs.log &
 daemon=$!
+disown # bash need not tell when it is killed
 for try in $(seq 300); do grep -qx ready /run/bpfvs.out && break; sleep 0.1; done
 grep -qx ready /run/bpfvs.out
 ask() { # address, times
@@ -111,15 +112,16 @@ services -g
 echo "route ipv4 $(ask 10.0.0.200 4)"
 echo "route ipv6 $(ask '[fd00:10::200]' 4)"
 kill -9 $daemon
-wait $daemon 2>/dev/null || true
+while kill -0 $daemon 2>/dev/null; do sleep 0.1; done
 echo "orphaned $(ask 10.0.0.200 2)"
 bpfvs serve --interface eth0 --hook $HOOK --state /run/state >/run/bpfvs.out 2>>/run/bpfvs.log &
 daemon=$!
+disown # bash need not tell when it is killed
 for try in $(seq 300); do grep -qx ready /run/bpfvs.out && break; sleep 0.1; done
 echo "adopted $(ask 10.0.0.200 2)"
 ipvsadm -Ln | grep -c Route
 bpfvs stop --detach
-echo "left: $(ls /sys/fs/bpf/bpfvs/main 2>/dev/null)"
+echo "left: $(ls /sys/fs/bpf/bpfvs/main 2>/dev/null || true)"
 "#;
 
 const DIRECT_ROUTING_OUTPUT: &str =
