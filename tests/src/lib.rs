@@ -12,7 +12,7 @@
 //! | nginx, curl, socat, iperf3, tcpdump | [`programs`] |
 //! | bpfvs itself | [`bpfvs`] |
 //! | frames, byte by byte | [`frame`] |
-//! | pinned programs, run on one frame | [`test_run`], with a director to do it on: [`bench`] |
+//! | pinned programs, run on one frame | [`test_run`], with a director to do it on: [`mod@bench`] |
 //! | a program for the far end of a veth pair | [`pass`] |
 //! | other kernels | [`vm`] |
 //! | conditions with a deadline | [`wait`] |
