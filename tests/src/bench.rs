@@ -4,10 +4,10 @@
 //!
 //! | who | IPv4 | IPv6 |
 //! | --- | --- | --- |
-//! | client | 10.9.0.2 | fd09::2 |
-//! | virtual address | 10.99.0.1 | fd99::1 |
-//! | real servers | 10.1.0.1, 10.1.0.2 | fd01::1, fd01::2 |
-//! | director | 10.1.255.1 | fd01::1:1 |
+//! | client | 10.9.0.2 | `fd09::2` |
+//! | virtual address | 10.99.0.1 | `fd99::1` |
+//! | real servers | 10.1.0.1, 10.1.0.2 | `fd01::1`, `fd01::2` |
+//! | director | 10.1.255.1 | `fd01::1:1` |
 //!
 //! Nobody lives at these addresses: permanent neighbour entries make them reachable, as far as bpfvs can see, and a test run
 //! sends nothing.
@@ -116,7 +116,7 @@ impl Bench {
     pub fn server_index(&self, address: &str) -> Result<u32> {
         let wanted: IpAddr = address.parse()?;
         let services = self.bpfvs.get("/v1/services")?;
-        let mut servers = services.as_array().into_iter().flatten().flat_map(|service| service["servers"].as_array()).flatten();
+        let mut servers = services.as_array().into_iter().flatten().filter_map(|service| service["servers"].as_array()).flatten();
         let found = servers.find(|server| server["address"].as_str().is_some_and(|text| text.parse() == Ok(wanted)));
         let index =
             found.and_then(|server| server["index"].as_u64()).with_context(|| format!("no server {address} in {services:#}"))?;

@@ -52,11 +52,6 @@ pub fn binary() -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Whether there is a binary to test.
-pub fn is_built() -> bool {
-    binary().is_ok()
-}
-
 /// Ends the test with [`skip!`](crate::skip!) unless bpfvs is built.
 #[macro_export]
 macro_rules! needs_bpfvs {
@@ -266,7 +261,7 @@ impl Bpfvs {
         let mut last = Value::Null;
         wait::until("every real server to be ready", wait::SOON, || {
             last = self.get("/v1/services").unwrap_or_default();
-            let mut servers = last.as_array().into_iter().flatten().flat_map(|service| service["servers"].as_array()).flatten();
+            let mut servers = last.as_array().into_iter().flatten().filter_map(|service| service["servers"].as_array()).flatten();
             servers.all(|server| server["reachability"] == "ready")
         })
         .with_context(|| format!("the services are {last:#}"))

@@ -77,7 +77,7 @@ pub enum Transport {
         /// The type of the first chunk.
         chunk: u8,
     },
-    /// ICMP or ICMPv6, by the family.
+    /// ICMP of either version, by the family.
     Icmp {
         /// The type.
         kind: u8,
@@ -257,7 +257,7 @@ impl Frame {
         let mut packet = if self.destination.is_ipv4() {
             let length = (20 + self.options + segment.len()) as u16;
             let word = match fragment {
-                Some((offset, more)) => u16::from(more) << 13 | offset / 8,
+                Some((offset, more)) => (u16::from(more) << 13) | (offset / 8),
                 None => u16::from(self.dont_fragment) << 14,
             };
             let mut header = vec![0x40 | ((20 + self.options) / 4) as u8, self.traffic_class];
@@ -395,6 +395,10 @@ fn check_transport(protocol: u8, source: &[u8], destination: &[u8], segment: &[u
 mod tests {
     use super::*;
 
+    fn hex(bytes: &[u8]) -> String {
+        bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]).filter_map(|digit| char::from_digit(digit.into(), 16)).collect()
+    }
+
     fn ends(family: u8) -> (SocketAddr, SocketAddr) {
         let text = if family == 4 { ["10.9.0.2:1000", "10.99.0.1:80"] } else { ["[fd09::2]:1000", "[fd99::1]:80"] };
         let [client, vip] = text.map(|address| address.parse().expect("the address is well-formed"));
@@ -406,12 +410,10 @@ mod tests {
         // The first packets of nat-tcp4 and nat-udp6 in ipvs-vectors.json.
         let (client, vip) = ends(4);
         let syn = Frame { traffic_class: 0xb9, ..Frame::tcp(client, vip, SYN) };
-        let hex: String = syn.packet().iter().map(|byte| format!("{byte:02x}")).collect();
-        assert_eq!(hex, "45b9002812344000400613750a0900020a63000103e80050000003e8000000005002ffff93540000");
+        assert_eq!(hex(&syn.packet()), "45b9002812344000400613750a0900020a63000103e80050000003e8000000005002ffff93540000");
         let (client, vip) = ends(6);
-        let hex: String = Frame::udp(client, vip).packet().iter().map(|byte| format!("{byte:02x}")).collect();
         let addresses = "fd090000000000000000000000000002fd990000000000000000000000000001";
-        assert_eq!(hex, format!("60000000000a1140{addresses}03e80050000a98926869"));
+        assert_eq!(hex(&Frame::udp(client, vip).packet()), format!("60000000000a1140{addresses}03e80050000a98926869"));
     }
 
     #[test]

@@ -225,8 +225,12 @@ impl Lab {
         let ipv4_device = if place == VipPlace::Loopback { "lo" } else { "eth0" };
         let asked_for = matches!(self.layout, Layout::OneSegment | Layout::Tunnel);
         let ipv6_device = if asked_for { "eth0" } else { ipv4_device };
-        self.director
-            .ip(&format!("addr add {}/32 dev {ipv4_device}\naddr add {}/128 dev {ipv6_device} nodad", self.vip.ipv4, self.vip.ipv6))
+        // A preferred lifetime of 0, as keepalived has it: else the director would talk to real servers from this address,
+        // which is their own.
+        self.director.ip(&format!(
+            "addr add {}/32 dev {ipv4_device}\naddr add {}/128 dev {ipv6_device} nodad preferred_lft 0",
+            self.vip.ipv4, self.vip.ipv6
+        ))
     }
 
     /// Puts the virtual address on every real server's loopback, silent on ARP, as each how-to for direct routing says.

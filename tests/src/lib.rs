@@ -12,11 +12,11 @@
 //! | nginx, curl, socat, iperf3, tcpdump | [`programs`] |
 //! | bpfvs itself | [`bpfvs`] |
 //! | frames, byte by byte | [`frame`] |
-//! | pinned programs, run on one frame | [`test_run`], with a director to do it on: [`bench`] |
+//! | pinned programs, run on one frame | [`test_run`], with a director to do it on: [`mod@bench`] |
 //! | a program for the far end of a veth pair | [`pass`] |
 //! | other kernels | [`vm`] |
 //! | conditions with a deadline | [`wait`] |
-//! | tests that cannot run here | [`skip`] |
+//! | tests that cannot run here | [`mod@skip`] |
 //!
 //! The tests need root, and they run beside each other: whatever a test makes has a name or a namespace of its own, and
 //! goes away when its owner is dropped.

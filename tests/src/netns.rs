@@ -264,7 +264,7 @@ impl Drop for Process {
 /// Runs a command to its end and returns what it printed.
 pub fn run(command: &mut Command) -> Result<String> {
     let output = command.stdin(Stdio::null()).output().with_context(|| format!("start {}", line(command)))?;
-    succeeded(command, output)
+    succeeded(command, &output)
 }
 
 fn run_with_input(command: &mut Command, input: &str) -> Result<String> {
@@ -277,10 +277,10 @@ fn run_with_input(command: &mut Command, input: &str) -> Result<String> {
     // What is written here fits the pipe; an error shows in the status.
     let _ = child.stdin.take().context("the pipe was just made")?.write_all(format!("{input}\n").as_bytes());
     let output = child.wait_with_output().with_context(|| format!("wait for {}", line(command)))?;
-    succeeded(command, output).with_context(|| format!("the input was:\n{input}"))
+    succeeded(command, &output).with_context(|| format!("the input was:\n{input}"))
 }
 
-fn succeeded(command: &Command, output: Output) -> Result<String> {
+fn succeeded(command: &Command, output: &Output) -> Result<String> {
     if !output.status.success() {
         bail!("{}: {}: {}", line(command), output.status, String::from_utf8_lossy(&output.stderr).trim());
     }

@@ -137,7 +137,7 @@ fn connections_expire_after_their_timeout() -> Result<()> {
     curl_times(&balanced.lab.client, balanced.lab.vip.of(Family::Ipv4), 3)?;
     wait::until("the connections to expire", wait::SOON, || sorted_connections(&balanced).is_ok_and(|left| left.is_empty()))?;
     let services = balanced.bpfvs.get("/v1/services")?;
-    let servers = services.as_array().into_iter().flatten().flat_map(|service| service["servers"].as_array()).flatten();
+    let servers = services.as_array().into_iter().flatten().filter_map(|service| service["servers"].as_array()).flatten();
     for server in servers {
         ensure!(server["active"] == 0 && server["inactive"] == 0, "{server:#}");
     }

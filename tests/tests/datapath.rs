@@ -474,9 +474,8 @@ fn expectation(hook: Hook, outcome: &Outcome) -> (Verdict, Option<Reason>) {
     match outcome {
         Outcome::Passed(reason) => (Verdict::Pass, Some(*reason)),
         Outcome::Dropped(reason) => (Verdict::Drop, Some(*reason)),
-        Outcome::Routed { .. } | Outcome::Tunnelled { .. } => (Verdict::Send, None),
         Outcome::Resolving if hook == Hook::Xdp => (Verdict::Pass, Some(Reason::Unresolved)),
-        Outcome::Resolving => (Verdict::Send, None),
+        Outcome::Resolving | Outcome::Routed { .. } | Outcome::Tunnelled { .. } => (Verdict::Send, None),
         Outcome::Answered { reason, .. } => (Verdict::Send, Some(*reason)),
     }
 }

@@ -1,21 +1,24 @@
 //! bpfvs on other kernels, in a virtual machine: it loads, attaches, and balances real HTTP requests, by direct routing and
 //! through the kernel's own tunnel devices, which the machine that runs the tests may not have.
 //!
-//! The guest is the director; client and real servers are namespaces around it, with busybox's httpd and wget.
+//! The guest is the director; client and real servers are namespaces around it, with busybox's httpd and wget. What the
+//! scripts must print is what they print when the kernel's own IPVS is the director, which a test here proves.
 
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use bpfvs_tests::{
     bpfvs, needs, needs_bpfvs, skip,
-    vm::{Kernel, Machine, Outcome, Version, machine::obstacle},
+    vm::{
+        Kernel, Machine, Version,
+        machine::{IPVS, obstacle},
+    },
 };
 
 /// Ends the test unless this machine can start others.
 macro_rules! needs_machines {
     () => {
         needs!(root);
-        needs_bpfvs!();
         if let Some(obstacle) = obstacle() {
             skip!("{obstacle}");
         }
@@ -32,12 +35,12 @@ macro_rules! needs_machines {
 /// The director's interface is one end of a wire, not a bridge: as on any machine, packets come in and leave by it. The
 /// bridge is in a namespace of its own.
 const DIRECTOR: &str = r#"
-set -eu
+set -eEu
 trap 'echo "line $LINENO failed"; cat /run/bpfvs.log' ERR
 ip netns add switch
 ip -n switch link add bridge0 type bridge
 ip -n switch link set bridge0 up
-plug() { # namespace, number, commands before "ip" that enter it
+plug() { # namespace, number of its address
     local namespace=$1 number=$2
     if [ "$namespace" = director ]; then
         ip link add eth0 type veth peer name port-director netns switch
@@ -60,7 +63,7 @@ plug client 12
 plug rs1 205
 plug rs2 206
 ip addr add 10.0.0.200/32 dev eth0
-ip addr add fd00:10::200/128 dev eth0 nodad
+ip addr add fd00:10::200/128 dev eth0 nodad preferred_lft 0 # not to be the source of what the director says itself
 for host in client rs1 rs2 switch; do ip netns exec $host sysctl -qw net.ipv4.conf.all.rp_filter=0; done
 if [ "$HOOK" = xdp ]; then
     # XDP on a veth pair wants complete checksums, and GRO or XDP at the far end to take what it sends.
@@ -76,6 +79,8 @@ for host in rs1 rs2; do
     ip netns exec $host busybox httpd -p '[::]:80' -h /srv/$host 2>/dev/null || true
 done
 bpfvs serve --interface eth0 --hook $HOOK --state /run/state >/run/bpfvs.out 2>/run/bpfvs.log &
+daemon=$!
+disown # bash need not tell when it is killed
 for try in $(seq 300); do grep -qx ready /run/bpfvs.out && break; sleep 0.1; done
 grep -qx ready /run/bpfvs.out
 ask() { # address, times
@@ -106,15 +111,17 @@ done
 services -g
 echo "route ipv4 $(ask 10.0.0.200 4)"
 echo "route ipv6 $(ask '[fd00:10::200]' 4)"
-kill -9 $(cat /run/bpfvs.pid 2>/dev/null || jobs -p | head -n 1)
-wait 2>/dev/null || true
+kill -9 $daemon
+while kill -0 $daemon 2>/dev/null; do sleep 0.1; done
 echo "orphaned $(ask 10.0.0.200 2)"
 bpfvs serve --interface eth0 --hook $HOOK --state /run/state >/run/bpfvs.out 2>>/run/bpfvs.log &
+daemon=$!
+disown # bash need not tell when it is killed
 for try in $(seq 300); do grep -qx ready /run/bpfvs.out && break; sleep 0.1; done
 echo "adopted $(ask 10.0.0.200 2)"
 ipvsadm -Ln | grep -c Route
 bpfvs stop --detach
-echo "left: $(ls /sys/fs/bpf/bpfvs/main 2>/dev/null)"
+echo "left: $(ls /sys/fs/bpf/bpfvs/main 2>/dev/null || true)"
 "#;
 
 const DIRECT_ROUTING_OUTPUT: &str =
@@ -139,16 +146,23 @@ bpfvs stop --detach
 
 const TUNNELS_OUTPUT: &str = "tunnel ipv4 rs2 rs1 rs2 rs1 \ntunnel ipv6 rs2 rs1 rs2 rs1 \ntunl0 received, ip6tnl0 received\n";
 
-fn run(version: Version, hook: &str, script: &str) -> Result<Outcome> {
-    let machine = Machine::new(version)?
-        .add(&bpfvs::binary()?, "/usr/local/bin/bpfvs")?
-        .link("/usr/local/bin/ipvsadm", "bpfvs")
-        .deadline(Duration::from_secs(400));
-    machine.run(&format!("HOOK={hook}\n{DIRECTOR}\n{script}"))
+/// Instead of bpfvs, for the kernel's own IPVS: there is nothing to serve and nothing to detach.
+const STAND_IN: &str = r#"
+bpfvs() {
+    if [ "$1" = serve ]; then
+        echo ready
+        sleep 1000
+    fi
+}
+"#;
+
+fn assert_output(version: Version, hook: &str, script: &[&str], expected: &str) -> Result<()> {
+    let machine = Machine::new(version)?.add(&bpfvs::binary()?, "/usr/local/bin/bpfvs")?.link("/usr/local/bin/ipvsadm", "bpfvs");
+    assert_output_of(machine, version, hook, script, expected)
 }
 
-fn assert_output(version: Version, hook: &str, script: &str, expected: &str) -> Result<()> {
-    let outcome = run(version, hook, script)?;
+fn assert_output_of(machine: Machine, version: Version, hook: &str, script: &[&str], expected: &str) -> Result<()> {
+    let outcome = machine.deadline(Duration::from_secs(400)).run(&format!("HOOK={hook}\n{}", script.concat()))?;
     ensure!(
         outcome.status == 0 && outcome.output.ends_with(expected),
         "Linux {}, {hook}: status {}:\n{}",
@@ -160,10 +174,21 @@ fn assert_output(version: Version, hook: &str, script: &str, expected: &str) -> 
 }
 
 #[test]
+fn the_scripts_hold_for_the_kernels_own_ipvs() -> Result<()> {
+    needs_machines!();
+    for (script, expected) in [(DIRECT_ROUTING, DIRECT_ROUTING_OUTPUT), (TUNNELS, TUNNELS_OUTPUT)] {
+        let machine = Machine::new(Version::V6_12)?.modules(&IPVS);
+        assert_output_of(machine, Version::V6_12, "IPVS", &[STAND_IN, DIRECTOR, script], expected)?;
+    }
+    Ok(())
+}
+
+#[test]
 fn direct_routing_on_the_oldest_kernel() -> Result<()> {
     needs_machines!();
+    needs_bpfvs!();
     for hook in ["tc", "xdp"] {
-        assert_output(Version::V6_1, hook, DIRECT_ROUTING, DIRECT_ROUTING_OUTPUT)?;
+        assert_output(Version::V6_1, hook, &[DIRECTOR, DIRECT_ROUTING], DIRECT_ROUTING_OUTPUT)?;
     }
     Ok(())
 }
@@ -171,8 +196,9 @@ fn direct_routing_on_the_oldest_kernel() -> Result<()> {
 #[test]
 fn direct_routing_on_debians_newer_kernel() -> Result<()> {
     needs_machines!();
+    needs_bpfvs!();
     for hook in ["tc", "xdp"] {
-        assert_output(Version::V6_12, hook, DIRECT_ROUTING, DIRECT_ROUTING_OUTPUT)?;
+        assert_output(Version::V6_12, hook, &[DIRECTOR, DIRECT_ROUTING], DIRECT_ROUTING_OUTPUT)?;
     }
     Ok(())
 }
@@ -180,11 +206,13 @@ fn direct_routing_on_debians_newer_kernel() -> Result<()> {
 #[test]
 fn the_kernels_tunnel_devices_unwrap_on_the_oldest_kernel() -> Result<()> {
     needs_machines!();
-    assert_output(Version::V6_1, "tc", TUNNELS, TUNNELS_OUTPUT)
+    needs_bpfvs!();
+    assert_output(Version::V6_1, "tc", &[DIRECTOR, TUNNELS], TUNNELS_OUTPUT)
 }
 
 #[test]
 fn the_kernels_tunnel_devices_unwrap_on_debians_newer_kernel() -> Result<()> {
     needs_machines!();
-    assert_output(Version::V6_12, "xdp", TUNNELS, TUNNELS_OUTPUT)
+    needs_bpfvs!();
+    assert_output(Version::V6_12, "xdp", &[DIRECTOR, TUNNELS], TUNNELS_OUTPUT)
 }

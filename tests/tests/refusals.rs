@@ -87,7 +87,6 @@ fn a_missing_capability() -> Result<()> {
     let bpfvs = Bpfvs::prepare(&namespace, &[])?;
     let serve = bpfvs.serve_command();
     let mut command = Command::new("setpriv");
-    // Typed inside the namespace, so that entering it is not what fails.
     command
         .args(["--bounding-set", "-bpf,-sys_admin", "--inh-caps", "-bpf,-sys_admin"])
         .arg(serve.get_program())

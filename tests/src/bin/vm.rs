@@ -35,8 +35,8 @@ struct Options {
     /// Guest memory in MiB.
     #[arg(long, default_value_t = 2048)]
     memory: u32,
-    /// Virtual processors.
-    #[arg(long, default_value_t = 2)]
+    /// Virtual processors; with more than one, emulation is not quite reliable.
+    #[arg(long, default_value_t = 1)]
     processors: u32,
     /// Let time count instructions: measurements repeat to within a part in a thousand.
     #[arg(long)]

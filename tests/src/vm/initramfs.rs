@@ -103,17 +103,17 @@ impl Initramfs {
     }
 
     /// Makes a file.
-    pub fn file(&mut self, path: impl Into<PathBuf>, mode: u32, content: impl Into<Vec<u8>>) {
-        self.insert(path.into(), Entry::File { mode, content: content.into() });
+    pub fn file(&mut self, path: impl AsRef<Path>, mode: u32, content: impl Into<Vec<u8>>) {
+        self.insert(path.as_ref(), Entry::File { mode, content: content.into() });
     }
 
     /// Makes a symbolic link.
-    pub fn link(&mut self, path: impl Into<PathBuf>, target: &str) {
-        self.insert(path.into(), Entry::Link { target: target.to_owned() });
+    pub fn link(&mut self, path: impl AsRef<Path>, target: &str) {
+        self.insert(path.as_ref(), Entry::Link { target: target.to_owned() });
     }
 
-    fn insert(&mut self, path: PathBuf, entry: Entry) {
-        let path = merged(&path);
+    fn insert(&mut self, path: &Path, entry: Entry) {
+        let path = merged(path);
         if let Some(parent) = path.parent() {
             self.directory(parent);
         }

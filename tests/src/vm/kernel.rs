@@ -90,13 +90,12 @@ fn cache() -> Result<PathBuf> {
 }
 
 fn fetch(version: Version, directory: &Path) -> Result<()> {
-    let package = match newest(version)? {
-        Some(package) => package,
-        None => {
-            run(Command::new("apt-get").args(["update", "--quiet"]))?;
-            newest(version)?.with_context(|| format!("apt knows no package for kernel {}", version.name()))?
-        }
-    };
+    let mut package = newest(version)?;
+    if package.is_none() {
+        run(Command::new("apt-get").args(["update", "--quiet"]))?;
+        package = newest(version)?;
+    }
+    let package = package.with_context(|| format!("apt knows no package for kernel {}", version.name()))?;
     let work = tempfile::tempdir_in(directory.parent().context("the cache has a directory")?)?;
     if run(Command::new("apt-get").args(["download", &package]).current_dir(work.path())).is_err() {
         // The list of packages may be older than what the mirror holds.
@@ -108,8 +107,8 @@ fn fetch(version: Version, directory: &Path) -> Result<()> {
     let root = work.path().join("root");
     run(Command::new("dpkg-deb").arg("-x").arg(&archive).arg(&root))?;
 
-    let images = fs::read_dir(root.join("boot"))?.flatten().filter_map(|entry| entry.file_name().into_string().ok());
-    let release = images.filter_map(|name| name.strip_prefix("vmlinuz-").map(str::to_owned)).next();
+    let mut images = fs::read_dir(root.join("boot"))?.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+    let release = images.find_map(|name: String| name.strip_prefix("vmlinuz-").map(str::to_owned));
     let release = release.with_context(|| format!("{package} holds no kernel image"))?;
     let modules = ["lib/modules", "usr/lib/modules"].map(|place| root.join(place).join(&release));
     let modules = modules.iter().find(|place| place.is_dir()).with_context(|| format!("{package} holds no modules"))?;
