@@ -21,6 +21,7 @@ pub mod hz;
 pub mod kernel;
 pub mod links;
 pub mod maps;
+pub mod path_mtu;
 pub mod programs;
 pub mod reasons;
 pub mod resolve;
