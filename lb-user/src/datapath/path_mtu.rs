@@ -16,22 +16,14 @@
 //!
 //! Other errors about tunnels (unreachable, time exceeded) are not passed on to clients.
 
-use std::{
-    io,
-    net::IpAddr,
-    os::fd::{AsRawFd as _, OwnedFd},
-    time::Duration,
-};
+use std::{io, net::IpAddr, time::Duration};
 
 use lb_common::{
     checksum,
     packet::{Bytes as _, Network, V4, V6, icmp::IcmpHeader, protocol},
 };
-use nix::{
-    sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket},
-    unistd,
-};
-use tokio::io::unix::AsyncFd;
+use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
+use tokio::net::UdpSocket;
 
 use super::way;
 
@@ -52,8 +44,8 @@ pub struct Report {
 
 /// The two sockets that hear the ICMP errors of this network namespace.
 pub struct Reports {
-    v4: Option<AsyncFd<OwnedFd>>,
-    v6: Option<AsyncFd<OwnedFd>>,
+    v4: Option<UdpSocket>,
+    v6: Option<UdpSocket>,
 }
 
 impl Reports {
@@ -61,7 +53,9 @@ impl Reports {
     pub fn listen() -> Self {
         let open = |family, protocol| {
             let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-            let opened = socket(family, SockType::Raw, flags, protocol).map_err(io::Error::from).and_then(AsyncFd::register);
+            let opened = socket(family, SockType::Raw, flags, protocol).map_err(io::Error::from);
+            // Raw sockets read as datagram sockets do, and that is a type that tokio knows.
+            let opened = opened.and_then(|socket| UdpSocket::from_std(socket.into()));
             opened
                 .inspect_err(
                     |error| tracing::warn!(%error, ?family, "routers' reports about tunnels cannot be heard (CAP_NET_RAW)"),
@@ -86,19 +80,16 @@ impl Reports {
 }
 
 /// The next packet of a socket; never, without one.
-async fn receive(socket: Option<&AsyncFd<OwnedFd>>) -> Vec<u8> {
+async fn receive(socket: Option<&UdpSocket>) -> Vec<u8> {
     let Some(socket) = socket else { return std::future::pending().await };
     let mut buffer = vec![0; 2048];
     loop {
-        let Ok(mut ready) = socket.readable().await else { return std::future::pending().await };
-        match ready.try_io(|socket| unistd::read(socket.get_ref(), &mut buffer).map_err(io::Error::from)) {
-            Ok(Ok(length)) => {
+        match socket.recv(&mut buffer).await {
+            Ok(length) => {
                 buffer.truncate(length);
                 return buffer;
             }
-            Ok(Err(error)) => tracing::debug!(%error, socket = socket.as_raw_fd(), "an ICMP socket reports"),
-            // Not ready after all.
-            Err(_) => {}
+            Err(error) => tracing::debug!(%error, "an ICMP socket reports"),
         }
     }
 }
