@@ -7,6 +7,7 @@
 //! that was forwarded already. The `wrap` programs undo the change, walk through as many flows as asked for, and then
 //! tail-call the program under test; their own cost is that of a run with `nothing` as the target.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
+#![allow(clippy::needless_pass_by_value, reason = "the macros of aya-ebpf hand contexts over by value")]
 #![allow(missing_docs, reason = "the macros of aya-ebpf add functions of their own to each program")]
 #![allow(
     clippy::cast_possible_wrap,
@@ -171,16 +172,4 @@ unsafe fn restore<P: Packet>(packet: &mut P, round: *mut Round) -> Option<()> {
     }
 }
 
-#[cfg(target_arch = "bpf")]
-#[panic_handler]
-fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
-    loop {}
-}
-
-/// On the host the crate is only checked.
-#[cfg(not(target_arch = "bpf"))]
-fn main() {}
-
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+lb_ebpf::object!();

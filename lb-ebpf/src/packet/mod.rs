@@ -74,6 +74,42 @@ pub trait Packet: Bytes {
     fn bounce(&self) -> i32;
 }
 
+/// The part of a packet that programs can read and write: from its first byte to the end of the data, or of the linear
+/// part of it.
+#[derive(Clone, Copy)]
+struct Span {
+    start: usize,
+    end: usize,
+}
+
+impl Span {
+    /// Reads both ends from a context, whose type is the caller's. They must be read by volatile loads: otherwise LLVM
+    /// keeps them as 32-bit numbers across calls, and the verifier then no longer knows them as packet pointers.
+    #[inline(always)]
+    unsafe fn of(data: *const u32, data_end: *const u32) -> Self {
+        // SAFETY: the caller's promise: two fields of the kernel's context.
+        unsafe { Self { start: data.read_volatile() as usize, end: data_end.read_volatile() as usize } }
+    }
+
+    /// The comparison by which the verifier learns how far the pointer may reach.
+    #[inline(always)]
+    fn pointer<T: Plain>(&self, offset: usize) -> Option<*mut T> {
+        let pointer = self.start + offset;
+        if pointer + size_of::<T>() > self.end { None } else { Some(pointer as *mut T) }
+    }
+
+    #[inline(always)]
+    fn read<T: Plain>(&self, offset: usize) -> Option<T> {
+        // SAFETY: `pointer` checked the bounds.
+        self.pointer::<T>(offset).map(|pointer| unsafe { pointer.read() })
+    }
+
+    #[inline(always)]
+    const fn len(&self) -> usize {
+        self.end - self.start
+    }
+}
+
 /// Room for outer headers, and what they will be: tc has to know, so that big packets are cut right.
 #[derive(Clone, Copy)]
 pub struct Room {
