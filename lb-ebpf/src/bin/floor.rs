@@ -8,6 +8,7 @@
 //! tail-call the program under test; their own cost is that of a run with `nothing` as the target.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 #![allow(clippy::needless_pass_by_value, reason = "the macros of aya-ebpf hand contexts over by value")]
+#![allow(clippy::needless_borrows_for_generic_args, reason = "keys and values by value would be copied once more on the stack")]
 #![allow(missing_docs, reason = "the macros of aya-ebpf add functions of their own to each program")]
 #![allow(
     clippy::cast_possible_wrap,
