@@ -47,11 +47,23 @@ pub trait Packet: Bytes {
         Ok(())
     }
 
+    /// Writes the type of the payload, which stands right before it.
+    #[inline(always)]
+    fn write_ethertype(&mut self, payload: usize, ethertype: u16) -> Result<(), Reason> {
+        // Hidden and masked: else LLVM goes back from a pointer to the payload, and Linux 6.1 allows no negative offset there.
+        let at = self.opaque(payload - 2) & 0x1f;
+        self.write(at, ethertype.to_be())
+    }
+
     /// Whether a packet whose IP length is above `mtu` still fits because it will be cut into segments that do.
     fn fits_in_segments(&self, headers: usize, mtu: u16) -> bool;
 
     /// Whether the packet will be cut into segments behind us.
     fn is_segmented(&self) -> bool;
+
+    /// Whether the hook can make room for headers in this frame. If not, nothing about the packet may be changed before it is
+    /// left to the VLAN's own device.
+    fn takes_headers(&self, link: &Link) -> bool;
 
     /// Makes `room` bytes for outer headers between the Ethernet and the IP header, and addresses the frame to the
     /// server's next hop, with the VLAN tag that its way wants. Returns where the (outer) IP header begins.

@@ -111,6 +111,12 @@ impl Packet for TcBuffer {
         unsafe { (*self.context).gso_size != 0 }
     }
 
+    /// The kernel makes room directly behind the Ethernet header: a tag within the data would end up inside the tunnel.
+    #[inline(always)]
+    fn takes_headers(&self, link: &Link) -> bool {
+        link.payload == ethernet::HEADER
+    }
+
     #[inline(always)]
     fn address(&mut self, link: &Link, server: &Server, room: Room) -> Result<usize, Reason> {
         // SAFETY: the context is the kernel's.
@@ -123,8 +129,7 @@ impl Packet for TcBuffer {
             self.reload();
         }
         if room.bytes != 0 {
-            // Room is made directly behind the Ethernet header: a tag within the data would end up inside the tunnel.
-            if link.payload != ethernet::HEADER {
+            if !self.takes_headers(link) {
                 return Err(Reason::Vlan);
             }
             let outer = if room.ethertype == ethernet::IPV4 { BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 } else { BPF_F_ADJ_ROOM_ENCAP_L3_IPV6 };

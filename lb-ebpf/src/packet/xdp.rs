@@ -99,6 +99,11 @@ impl Packet for XdpFrame {
     }
 
     #[inline(always)]
+    fn takes_headers(&self, _link: &Link) -> bool {
+        true
+    }
+
+    #[inline(always)]
     fn address(&mut self, link: &Link, server: &Server, room: Room) -> Result<usize, Reason> {
         let vlan = server.vlan;
         let keeps_tags = vlan == KEEP_VLAN || (vlan == link.vlan && link.payload <= ethernet::HEADER + ethernet::TAG);
@@ -186,6 +191,6 @@ fn retag_frame(frame: &mut XdpFrame, link: usize, vlan: u16, room: usize, ethert
     if payload > ethernet::HEADER + ethernet::TAG {
         frame.write(16, tags[1])?;
     }
-    frame.write(payload - 2, ethertype.to_be())?;
+    frame.write_ethertype(payload, ethertype)?;
     Ok(payload)
 }
