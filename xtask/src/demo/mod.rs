@@ -27,7 +27,7 @@ use std::{
     env,
     ffi::OsString,
     io::{self, IsTerminal as _},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, ExitCode},
     sync::{
         Arc,
@@ -143,24 +143,30 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     if !program.is_file() {
         bail!("there is no {}: leave out --no-build", program.display());
     }
-    let shown = Lab::build(&program, options.verbose).and_then(|lab| {
-        let broken = show(options)?;
-        if options.keep {
-            lab.keep();
-            look_around();
-        }
-        Ok(broken)
-    });
+    let outcome = demonstrate(&program, options);
     if interrupt::happened() {
         say("\nInterrupted, and cleaned up.");
         return Ok(ExitCode::from(130));
     }
-    let broken = shown?;
-    if broken > 0 {
-        bail!("{broken} of the schedulers' promises were not kept: see the lines with WRONG above");
+    outcome.map(|()| ExitCode::SUCCESS)
+}
+
+/// Builds the lab and shows everything in it. Fails if a promise was broken.
+fn demonstrate(program: &Path, options: &Options) -> Result<()> {
+    let lab = Lab::build(program, options.verbose)?;
+    let broken = show(options);
+    if let Ok(0) = broken {
+        println!("\n{} every request was answered by the real server whose turn it was.", paint(Look::Good, "Done:"));
     }
-    println!("\n{} every request was answered by the real server whose turn it was.", paint(Look::Good, "Done:"));
-    Ok(ExitCode::SUCCESS)
+    // What went wrong is worth a look, too.
+    if options.keep && !interrupt::happened() {
+        lab.keep();
+        look_around();
+    }
+    match broken? {
+        0 => Ok(()),
+        broken => bail!("{broken} of the schedulers' promises were not kept: see the lines with WRONG above"),
+    }
 }
 
 fn own_program() -> Result<PathBuf> {
