@@ -6,18 +6,21 @@
 
 use std::{
     fs::{self, File, TryLockError},
-    os::unix::fs::{MetadataExt as _, symlink},
+    os::unix::{
+        fs::{MetadataExt as _, symlink},
+        process::CommandExt as _,
+    },
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
 use anyhow::{Context as _, Result, bail};
 
-use super::{interrupt, process};
-use crate::command::{announce, output, path, quietly};
-
-/// The address that the client asks.
-pub(super) const VIP: &str = "10.0.0.200";
+use super::{
+    interrupt, process,
+    screen::{heading, prompt, said},
+};
+use crate::command::{output, path, quietly, shown};
 
 /// The real servers.
 pub(super) const SERVERS: [Host; 3] = [Host::Server1, Host::Server2, Host::Server3];
@@ -28,6 +31,9 @@ const LOCK: &str = "/run/bpfvs-demo.lock";
 const NAMESPACES: &str = "/run/netns";
 const PINS: &str = "/sys/fs/bpf/bpfvs";
 const SOCKETS: &str = "/run/bpfvs";
+
+/// The hosts on the switch.
+const INSIDE: [Host; 5] = [Host::Router, Host::Director, Host::Server1, Host::Server2, Host::Server3];
 
 /// A host of the demo.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,20 +64,81 @@ impl Host {
     }
 
     /// Its own address.
-    pub(super) fn address(self) -> &'static str {
-        match self {
-            Self::Client => "192.168.74.12",
-            Self::Director => "10.0.0.204",
-            Self::Router => "10.0.0.207",
-            Self::Server1 => "10.0.0.205",
-            Self::Server2 => "10.0.0.206",
-            Self::Server3 => "10.0.0.208",
-            Self::Switch => "",
-        }
+    pub(super) fn address(self, family: Family) -> String {
+        let (network, host) = match self {
+            Self::Client => (family.outside(), "12"),
+            Self::Director => (family.inside(), "204"),
+            Self::Router => (family.inside(), "207"),
+            Self::Server1 => (family.inside(), "205"),
+            Self::Server2 => (family.inside(), "206"),
+            Self::Server3 => (family.inside(), "208"),
+            // It has none.
+            Self::Switch => ("", ""),
+        };
+        format!("{network}{host}")
     }
 
     fn namespace(self) -> String {
         format!("{PREFIX}{}", self.name())
+    }
+}
+
+/// An IP version.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    /// Those that this machine has.
+    pub(super) fn all() -> &'static [Self] {
+        if Path::new("/proc/net/if_inet6").exists() { &[Self::V4, Self::V6] } else { &[Self::V4] }
+    }
+
+    /// The address that the client asks.
+    pub(super) fn vip(self) -> String {
+        format!("{}200", self.inside())
+    }
+
+    /// An address and a port, as ipvsadm and URLs have it.
+    pub(super) fn port_80(self, address: &str) -> String {
+        match self {
+            Self::V4 => format!("{address}:80"),
+            Self::V6 => format!("[{address}]:80"),
+        }
+    }
+
+    /// What the client asks for.
+    pub(super) fn url(self) -> String {
+        match self {
+            Self::V4 => format!("http://{}/", self.vip()),
+            Self::V6 => format!("http://[{}]/", self.vip()),
+        }
+    }
+
+    /// The beginning of the addresses behind the router.
+    fn inside(self) -> &'static str {
+        match self {
+            Self::V4 => "10.0.0.",
+            Self::V6 => "2001:db8:10::",
+        }
+    }
+
+    /// The beginning of the addresses where the client is.
+    fn outside(self) -> &'static str {
+        match self {
+            Self::V4 => "192.168.74.",
+            Self::V6 => "2001:db8:74::",
+        }
+    }
+
+    /// How many bits of an address name its network, and how many there are.
+    fn bits(self) -> (u32, u32) {
+        match self {
+            Self::V4 => (24, 32),
+            Self::V6 => (64, 128),
+        }
     }
 }
 
@@ -102,7 +169,8 @@ pub(super) fn clear() -> Result<()> {
         .collect();
     process::end_all(&record());
     for name in &names {
-        quietly(Command::new("ip").args(["netns", "delete", name]).env("PATH", path()))?;
+        // A group of its own: a second Ctrl-C does not keep it from cleaning up.
+        quietly(Command::new("ip").args(["netns", "delete", name]).env("PATH", path()).process_group(0))?;
     }
     for instance in &instances {
         remove(&Path::new(PINS).join(instance))?;
@@ -116,20 +184,30 @@ pub(super) fn clear() -> Result<()> {
 
 impl Lab {
     /// Builds the hosts and starts the web servers and the daemon.
-    pub(super) fn build(program: &Path) -> Result<Self> {
+    pub(super) fn build(program: &Path, verbose: bool) -> Result<Self> {
         // From here on, whatever fails, it is cleared.
         let lab = Self { keep: false };
         fs::create_dir_all(programs()).with_context(|| format!("{DIRECTORY} cannot be made; is /run writable?"))?;
         for name in ["bpfvs", "ipvsadm"] {
             symlink(program, programs().join(name)).with_context(|| format!("{DIRECTORY} cannot be filled"))?;
         }
-        heading("Seven network namespaces: a client, a router, a director, three real servers and a switch");
-        wire()?;
-        heading("On each real server, nginx answers with the server's name");
+        heading(
+            "Seven network namespaces become a small data centre",
+            &[
+                "client 192.168.74.12 --- router --- switch -+- director 10.0.0.204, which has the VIP 10.0.0.200",
+                "                                            +- server1  10.0.0.205",
+                "                                            +- server2  10.0.0.206",
+                "                                            +- server3  10.0.0.208",
+            ],
+        );
+        wire(verbose)?;
         for server in SERVERS {
             serve_web(server)?;
         }
-        heading("On the director, the daemon");
+        heading(
+            "The director's daemon",
+            &["It attaches the eBPF programs to the director's interface, and hears what ipvsadm says."],
+        );
         serve()?;
         Ok(lab)
     }
@@ -151,47 +229,88 @@ impl Drop for Lab {
     }
 }
 
-/// Runs a line on a host, and shows it and what it prints.
+/// Runs a line of shell on a host, and shows it and what it prints.
 pub(super) fn type_at(host: Host, line: &str) -> Result<()> {
     prompt(host, line);
-    runs(&mut at(host, line))
+    said(&run(at(host, "sh").args(["-c", line]))?);
+    Ok(())
+}
+
+/// The same without its output, which somebody has just seen from another host.
+pub(super) fn type_again_at(host: Host, line: &str) -> Result<()> {
+    prompt(host, line);
+    run(at(host, "sh").args(["-c", line]))?;
+    Ok(())
 }
 
 /// Sends one request; returns which real server answered.
-pub(super) fn request() -> Result<Option<usize>> {
+pub(super) fn request(family: Family) -> Result<Option<usize>> {
     go_on()?;
-    let mut command = at(Host::Client, &format!("curl --silent --max-time 3 http://{VIP}/"));
+    let mut command = at(Host::Client, &format!("curl --globoff --silent --max-time 3 {}", family.url()));
     let name = output(command.stderr(Stdio::null())).unwrap_or_default();
     Ok(SERVERS.iter().position(|server| server.name() == name))
 }
 
-fn wire() -> Result<()> {
+/// Makes the hosts and joins them. Shows how, if asked to: it is the same that everybody does to join namespaces.
+fn wire(verbose: bool) -> Result<()> {
+    let ip = |line: &str| {
+        if verbose {
+            println!("$ ip {line}");
+        }
+        run(&mut words(&format!("ip {line}"))).map(drop)
+    };
+    let sysctl = |host: Host, setting: &str| {
+        if verbose {
+            prompt(host, &format!("sysctl -qw {setting}"));
+        }
+        run(&mut at(host, &format!("sysctl -qw {setting}"))).map(drop)
+    };
     for host in Host::ALL {
-        ip(&format!("ip netns add {}", host.namespace()))?;
-        ip(&format!("ip -n {} link set lo up", host.namespace()))?;
+        ip(&format!("netns add {}", host.namespace()))?;
+        ip(&format!("-n {} link set lo up", host.namespace()))?;
+        if Family::all().contains(&Family::V6) {
+            // Nobody else has these addresses: they need not be asked for a second each.
+            sysctl(host, "net.ipv6.conf.default.dad_transmits=0")?;
+        }
     }
-    let switch = Host::Switch.namespace();
-    ip(&format!("ip -n {switch} link add br0 type bridge"))?;
-    ip(&format!("ip -n {switch} link set br0 up"))?;
-    for host in Host::ALL.into_iter().filter(|host| !matches!(host, Host::Switch | Host::Client)) {
+    let (switch, client, router) = (Host::Switch.namespace(), Host::Client.namespace(), Host::Router.namespace());
+    ip(&format!("-n {switch} link add br0 type bridge"))?;
+    ip(&format!("-n {switch} link set br0 up"))?;
+    for host in INSIDE {
         let (name, namespace) = (host.name(), host.namespace());
-        ip(&format!("ip -n {switch} link add {name} type veth peer name eth0 netns {namespace}"))?;
-        ip(&format!("ip -n {switch} link set {name} master br0 up"))?;
-        ip(&format!("ip -n {namespace} link set eth0 up"))?;
-        ip(&format!("ip -n {namespace} address add {}/24 dev eth0", host.address()))?;
+        ip(&format!("-n {switch} link add {name} type veth peer name eth0 netns {namespace}"))?;
+        ip(&format!("-n {switch} link set {name} master br0 up"))?;
+        ip(&format!("-n {namespace} link set eth0 up"))?;
     }
-    let (client, router) = (Host::Client.namespace(), Host::Router.namespace());
-    ip(&format!("ip -n {client} link add eth0 type veth peer name eth1 netns {router}"))?;
-    ip(&format!("ip -n {client} link set eth0 up"))?;
-    ip(&format!("ip -n {router} link set eth1 up"))?;
-    type_at(Host::Client, &format!("ip address add {}/24 dev eth0", Host::Client.address()))?;
-    type_at(Host::Client, "ip route add default via 192.168.74.207")?;
-    type_at(Host::Router, "ip address add 192.168.74.207/24 dev eth1")?;
-    type_at(Host::Router, "sysctl -w net.ipv4.ip_forward=1")?;
-    for host in SERVERS.into_iter().chain([Host::Director]) {
-        type_at(host, &format!("ip route add default via {}", Host::Router.address()))?;
+    ip(&format!("-n {client} link add eth0 type veth peer name eth1 netns {router}"))?;
+    ip(&format!("-n {client} link set eth0 up"))?;
+    ip(&format!("-n {router} link set eth1 up"))?;
+    for family in Family::all() {
+        let (outside, inside) = (format!("{}207", family.outside()), Host::Router.address(*family));
+        let (network, whole) = family.bits();
+        let add = |host: Host, address: &str, bits: u32, interface: &str| {
+            ip(&format!("-n {} address add {address}/{bits} dev {interface}", host.namespace()))
+        };
+        let route = |host: Host, router: &str| ip(&format!("-n {} route add default via {router}", host.namespace()));
+        for host in INSIDE {
+            add(host, &host.address(*family), network, "eth0")?;
+        }
+        add(Host::Client, &Host::Client.address(*family), network, "eth0")?;
+        add(Host::Router, &outside, network, "eth1")?;
+        add(Host::Director, &family.vip(), whole, "eth0")?;
+        route(Host::Client, &outside)?;
+        for host in SERVERS.into_iter().chain([Host::Director]) {
+            route(host, &inside)?;
+        }
+        sysctl(
+            Host::Router,
+            match family {
+                Family::V4 => "net.ipv4.ip_forward=1",
+                Family::V6 => "net.ipv6.conf.all.forwarding=1",
+            },
+        )?;
     }
-    type_at(Host::Director, &format!("ip address add {VIP}/32 dev eth0"))
+    Ok(())
 }
 
 fn serve_web(server: Host) -> Result<()> {
@@ -200,12 +319,13 @@ fn serve_web(server: Host) -> Result<()> {
     let name = server.name();
     let identity = directory.join("nginx.pid");
     let configuration = directory.join("nginx.conf");
+    let listen_v6 = if Family::all().contains(&Family::V6) { "        listen [::]:80;\n" } else { "" };
     fs::create_dir_all(&directory).with_context(|| format!("{place} cannot be made; is /run writable?"))?;
     let text = format!(
         "daemon off;\nworker_processes 1;\npid {};\nerror_log stderr;\nevents {{}}\nhttp {{\n    \
          access_log off;\n    client_body_temp_path {place}/body;\n    proxy_temp_path {place}/proxy;\n    \
          fastcgi_temp_path {place}/fastcgi;\n    uwsgi_temp_path {place}/uwsgi;\n    scgi_temp_path {place}/scgi;\n    \
-         server {{\n        listen 80;\n        default_type text/plain;\n        return 200 \"{name}\\n\";\n    }}\n}}\n",
+         server {{\n        listen 80;\n{listen_v6}        default_type text/plain;\n        return 200 \"{name}\\n\";\n    }}\n}}\n",
         identity.display()
     );
     fs::write(&configuration, text).with_context(|| format!("{} cannot be written", configuration.display()))?;
@@ -220,7 +340,7 @@ fn serve() -> Result<()> {
     let state = format!("{DIRECTORY}/state.json");
     let line = format!("bpfvs serve --netns {} --state {state}", Host::Director.namespace());
     let mut command = words(&line);
-    announce(&command);
+    prompt(Host::Director, &format!("{line} &"));
     let log = Path::new(DIRECTORY).join("director.log");
     let ready = || fs::read_to_string(&log).is_ok_and(|text| text.lines().any(|line| line == "ready"));
     process::start(&mut command, &log, &record(), ready)
@@ -233,16 +353,18 @@ fn background(host: Host, line: &str, ready: impl Fn() -> bool) -> Result<()> {
     process::start(&mut at(host, line), &log, &record(), ready)
 }
 
-/// Runs a line of `ip`, and shows it.
-fn ip(line: &str) -> Result<()> {
-    let mut command = words(line);
-    announce(&command);
-    runs(&mut command)
-}
-
-fn runs(command: &mut Command) -> Result<()> {
+/// Runs a command, and returns what it printed.
+fn run(command: &mut Command) -> Result<String> {
     go_on()?;
-    quietly(command.stdin(Stdio::null()))
+    let output = command.stdin(Stdio::null()).output();
+    let output = output.with_context(|| format!("`{}` cannot be run; is it installed?", shown(command)))?;
+    // Ctrl-C on the terminal reaches every program, and is the reason if one fails now.
+    go_on()?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    if !output.status.success() {
+        bail!("`{}` failed ({}); it said:\n{}", shown(command), output.status, said.trim());
+    }
+    Ok(said)
 }
 
 /// Fails if somebody wants the demo to end.
@@ -256,16 +378,6 @@ fn go_on() -> Result<()> {
 /// The directory that has bpfvs under its names.
 pub(super) fn programs() -> PathBuf {
     Path::new(DIRECTORY).join("bin")
-}
-
-/// Prints what happens next.
-pub(super) fn heading(text: &str) {
-    println!("\n== {text}");
-}
-
-/// Prints a line as it is typed on a host.
-pub(super) fn prompt(host: Host, line: &str) {
-    println!("{}# {line}", host.name());
 }
 
 /// What to type on this machine to run a line on a host.

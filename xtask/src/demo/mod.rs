@@ -9,9 +9,9 @@
 //!                                                              +--- server3 10.0.0.208
 //! ```
 //!
-//! Then what an administrator would type is typed, and shown with the name of the host as the prompt. The client sends
-//! requests, and who answered them is counted and compared with what the scheduler promises (`promise`): first `rr`, then
-//! `wrr` with the weights 2:1:1; first by direct routing, then through tunnels.
+//! Then what an administrator would type is typed, and shown with the name of the host as the prompt (`screen`). The client
+//! sends requests, and who answered them (`table`) is compared with what the scheduler promises (`promise`): first `rr`,
+//! then `wrr` with the weights 2:1:1, then the same over IPv6; first by direct routing, then through tunnels.
 //!
 //! With `--once`, and wherever no terminal is looking on, it ends by itself, with success only if every promise was
 //! kept. On a terminal the table lives on until Enter. Only namespaces are touched, never the machine's own network.
@@ -20,13 +20,14 @@ mod interrupt;
 mod lab;
 mod process;
 mod promise;
+mod screen;
 mod table;
 
 use std::{
     env,
     ffi::OsString,
     io::{self, IsTerminal as _},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, ExitCode},
     sync::{
         Arc,
@@ -40,13 +41,14 @@ use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 
 use self::{
-    lab::{Host, Lab, SERVERS, VIP},
+    lab::{Family, Host, Lab, SERVERS},
     promise::Promise,
+    screen::{Look, explain, heading, is_live, paint},
     table::Table,
 };
 use crate::{
     build::{self, Profile},
-    command::{as_root, quietly, say, target_directory},
+    command::{as_root, say, shown, target_directory},
     setup::{self, Purpose},
 };
 
@@ -68,6 +70,9 @@ pub(crate) struct Options {
     /// Shows the program that was built last
     #[arg(long)]
     no_build: bool,
+    /// Shows the commands that make the network, too
+    #[arg(long)]
+    verbose: bool,
 }
 
 /// A forwarding method.
@@ -96,6 +101,12 @@ impl Method {
     }
 }
 
+/// Each real server in turn.
+const EQUAL: Promise = Promise { scheduler: "rr", weights: [1, 1, 1] };
+
+/// What stands at the end of each method.
+const WEIGHTED: Promise = Promise { scheduler: "wrr", weights: [2, 1, 1] };
+
 /// The demo as one command, for the tests: it runs through with the program that was built.
 pub(crate) fn once() -> Result<Command> {
     let mut command = as_root(own_program()?)?;
@@ -115,8 +126,11 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         // Not `once`: the options have to be handed on as they are.
         let mut command = as_root(own_program()?)?;
         command.args(env::args_os().skip(1)).args((!options.no_build && !options.clean).then(|| OsString::from("--no-build")));
-        quietly(&mut command)?;
-        return Ok(ExitCode::SUCCESS);
+        // Ctrl-C reaches both, and the one that is root has to clean up before this one goes.
+        interrupt::catch()?;
+        let status = command.status().with_context(|| format!("`{}` cannot be run; is it installed?", shown(&command)))?;
+        let code = status.code().and_then(|code| u8::try_from(code).ok());
+        return Ok(code.map_or(ExitCode::FAILURE, ExitCode::from));
     }
     interrupt::catch()?;
     let _alone = lab::lock()?;
@@ -129,22 +143,30 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     if !program.is_file() {
         bail!("there is no {}: leave out --no-build", program.display());
     }
-    let lab = Lab::build(&program)?;
-    let shown = show(options);
+    let outcome = demonstrate(&program, options);
     if interrupt::happened() {
-        say("\nInterrupted: cleaning up.");
+        say("\nInterrupted, and cleaned up.");
         return Ok(ExitCode::from(130));
     }
-    if options.keep {
+    outcome.map(|()| ExitCode::SUCCESS)
+}
+
+/// Builds the lab and shows everything in it. Fails if a promise was broken.
+fn demonstrate(program: &Path, options: &Options) -> Result<()> {
+    let lab = Lab::build(program, options.verbose)?;
+    let broken = show(options);
+    if let Ok(0) = broken {
+        println!("\n{} every request was answered by the real server whose turn it was.", paint(Look::Good, "Done:"));
+    }
+    // What went wrong is worth a look, too.
+    if options.keep && !interrupt::happened() {
         lab.keep();
         look_around();
     }
-    let broken = shown?;
-    if broken > 0 {
-        bail!("{broken} of the schedulers' promises were not kept: see the lines with NOT above");
+    match broken? {
+        0 => Ok(()),
+        broken => bail!("{broken} of the schedulers' promises were not kept: see the lines with WRONG above"),
     }
-    say("Every request was answered by the real server that the scheduler had promised.");
-    Ok(ExitCode::SUCCESS)
 }
 
 fn own_program() -> Result<PathBuf> {
@@ -157,63 +179,106 @@ fn show(options: &Options) -> Result<usize> {
     let mut broken = 0;
     for (index, method) in methods.iter().enumerate() {
         if index > 0 {
-            lab::heading("The same service goes; the real servers are taken back");
+            heading(
+                "The services go, and the real servers are as they were before",
+                &["Connections are kept until their time is over, and will be counted again."],
+            );
             lab::type_at(Host::Director, "ipvsadm -C")?;
             for server in SERVERS {
-                lab::type_at(server, "bpfvs realserver teardown")?;
+                lab::type_again_at(server, "bpfvs realserver teardown")?;
             }
         }
         broken += show_method(*method)?;
     }
-    let forever = !options.once && !options.keep && io::stdin().is_terminal() && io::stdout().is_terminal();
-    if forever {
-        lab::heading("The requests go on: press Enter to end");
+    if !options.once && !options.keep && io::stdin().is_terminal() && is_live() {
+        heading("The requests go on: press Enter to end", &[]);
         broken += usize::from(!go_on()?);
     }
     Ok(broken)
 }
 
 fn show_method(method: Method) -> Result<usize> {
-    let service = format!("{VIP}:80");
-    lab::heading(match method {
-        Method::Route => "Direct routing: the real servers hold the VIP in silence, and answer to the client themselves",
-        Method::Tunnel => "Tunnels: the director wraps each packet; the real servers unwrap it, and answer themselves",
-    });
+    match method {
+        Method::Route => heading(
+            "Direct routing (DR)",
+            &[
+                "The director sends each packet on as it is, in a new Ethernet frame. The real",
+                "servers have the VIP too, but keep quiet about it. They answer the client",
+                "themselves: no answer passes the director.",
+            ],
+        ),
+        Method::Tunnel => heading(
+            "Tunnels (TUN)",
+            &[
+                "The director wraps each packet into another one, so that a real server may be",
+                "anywhere. A program of bpfvs unwraps it there, and the real server answers the",
+                "client itself.",
+            ],
+        ),
+    }
+    let vips: Vec<_> = Family::all().iter().map(|family| format!("--vip {}", family.vip())).collect();
     let decapsulation = if method == Method::Tunnel { " --decap bpf" } else { "" };
-    for server in SERVERS {
-        let place = format!("--vip {VIP} --interface eth0 --method {}{decapsulation}", method.name());
-        lab::type_at(server, &format!("bpfvs realserver setup {place}"))?;
+    let set_up = format!("bpfvs realserver setup {} --method {}{decapsulation}", vips.join(" "), method.name());
+    lab::type_at(SERVERS[0], &set_up)?;
+    for server in &SERVERS[1..] {
+        lab::type_again_at(*server, &set_up)?;
     }
-    lab::type_at(Host::Director, &format!("ipvsadm -A -t {service} -s rr"))?;
-    for server in SERVERS {
-        lab::type_at(Host::Director, &format!("ipvsadm -a -t {service} -r {}:80 {}", server.address(), method.option()))?;
-    }
+
+    heading(
+        "A virtual service with three real servers, in turn (rr)",
+        &["As in IPVS, the real server that was added last comes first."],
+    );
+    add_service(method, Family::V4, &EQUAL)?;
     lab::type_at(Host::Director, "ipvsadm -Ln")?;
-    let mut broken = usize::from(!ask(&Promise::new("rr", [1, 1, 1]), 12)?);
+    let mut broken = usize::from(!ask(&EQUAL, Family::V4, 12)?);
 
-    lab::heading("The first real server gets twice the weight");
+    heading("The first real server gets twice the weight (wrr)", &[]);
+    let service = Family::V4.port_80(&Family::V4.vip());
+    let first = Family::V4.port_80(&SERVERS[0].address(Family::V4));
     lab::type_at(Host::Director, &format!("ipvsadm -E -t {service} -s wrr"))?;
-    let first = SERVERS[0].address();
-    lab::type_at(Host::Director, &format!("ipvsadm -e -t {service} -r {first}:80 {} -w 2", method.option()))?;
-    broken += usize::from(!ask(&weighted(), 16)?);
+    lab::type_at(Host::Director, &format!("ipvsadm -e -t {service} -r {first} {} -w 2", method.option()))?;
+    broken += usize::from(!ask(&WEIGHTED, Family::V4, 16)?);
 
-    lab::heading("What the director knows about it");
-    lab::type_at(Host::Director, "ipvsadm -Lnc")?;
+    if Family::all().contains(&Family::V6) {
+        heading("The same over IPv6", &[]);
+        add_service(method, Family::V6, &WEIGHTED)?;
+        broken += usize::from(!ask(&WEIGHTED, Family::V6, 8)?);
+    } else {
+        heading("This kernel has no IPv6: that part is left out", &[]);
+    }
+
+    heading(
+        "What the director knows",
+        &[
+            "The connections; the counters (OutPkts is 0: no answer came this way); and why",
+            "other packets were not forwarded (not-ip is ARP).",
+        ],
+    );
+    lab::type_at(Host::Director, "ipvsadm -Lnc | head -n 8")?;
     lab::type_at(Host::Director, "ipvsadm -Ln --stats")?;
+    lab::type_at(Host::Director, "bpfvs stats --reasons | grep -vw 0")?;
     Ok(broken)
 }
 
-/// What stands at the end of each method.
-fn weighted() -> Promise {
-    Promise::new("wrr", [2, 1, 1])
+/// Types what makes a service with all real servers.
+fn add_service(method: Method, family: Family, promise: &Promise) -> Result<()> {
+    let service = family.port_80(&family.vip());
+    lab::type_at(Host::Director, &format!("ipvsadm -A -t {service} -s {}", promise.scheduler))?;
+    for (server, weight) in SERVERS.iter().zip(promise.weights) {
+        let server = family.port_80(&server.address(family));
+        let weight = if weight == 1 { String::new() } else { format!(" -w {weight}") };
+        lab::type_at(Host::Director, &format!("ipvsadm -a -t {service} -r {server} {}{weight}", method.option()))?;
+    }
+    Ok(())
 }
 
 /// Sends requests, shows who answers, and says whether the promise was kept.
-fn ask(promise: &Promise, requests: usize) -> Result<bool> {
-    lab::prompt(Host::Client, &format!("curl http://{VIP}/    ({requests} times)"));
-    let mut table = Table::new(promise);
+fn ask(promise: &Promise, family: Family, requests: usize) -> Result<bool> {
+    println!();
+    screen::prompt(Host::Client, &format!("for request in $(seq {requests}); do curl {}; done", family.url()));
+    let mut table = Table::new(promise, family);
     for _ in 0..requests {
-        table.add(lab::request()?);
+        table.add(lab::request(family)?);
     }
     Ok(table.verdict())
 }
@@ -227,25 +292,24 @@ fn go_on() -> Result<bool> {
         let _ = io::stdin().read_line(&mut String::new());
         pressed.store(true, Ordering::Relaxed);
     });
-    let promise = weighted();
-    let mut table = Table::new(&promise);
+    let mut table = Table::new(&WEIGHTED, Family::V4);
     while !enter.load(Ordering::Relaxed) || !table.is_whole() {
-        table.add(lab::request()?);
+        table.add(lab::request(Family::V4)?);
         thread::sleep(Duration::from_millis(50));
     }
     Ok(table.verdict())
 }
 
 fn look_around() {
-    let inside = lab::typed_for(Host::Director, "ipvsadm -Ln --stats");
-    let client = lab::typed_for(Host::Client, &format!("curl http://{VIP}/"));
     let path = lab::programs().display().to_string();
-    say(&format!(
-        "Everything is left standing. To look around, as root:\n  \
-         export PATH={path}:$PATH\n  \
-         {inside}\n  \
-         {client}\n  \
-         ip netns list\n\
-         To take it away: cargo xtask demo --clean"
-    ));
+    let url = Family::V4.url();
+    heading("Everything is left standing", &["To look around, as root:"]);
+    explain(&[
+        &format!("  export PATH={path}:$PATH"),
+        &format!("  {}", lab::typed_for(Host::Director, "ipvsadm -Ln --stats")),
+        &format!("  {}", lab::typed_for(Host::Client, &format!("curl {url}"))),
+        &format!("  {}", lab::typed_for(Host::Director, "bash")),
+        "To take it away:",
+        "  cargo xtask demo --clean",
+    ]);
 }

@@ -13,10 +13,6 @@ pub(super) struct Promise {
 }
 
 impl Promise {
-    pub(super) fn new(scheduler: &'static str, weights: [usize; SERVERS.len()]) -> Self {
-        Self { scheduler, weights }
-    }
-
     /// The number of requests after which the order begins again. The weights have no common divisor.
     pub(super) fn period(&self) -> usize {
         self.weights.iter().sum()
@@ -51,7 +47,7 @@ mod tests {
     use super::*;
 
     fn check(weights: [usize; 3], answers: &[usize]) -> Result<(), String> {
-        Promise::new("wrr", weights).check(&answers.iter().map(|&index| Some(index)).collect::<Vec<_>>())
+        Promise { scheduler: "wrr", weights }.check(&answers.iter().map(|&index| Some(index)).collect::<Vec<_>>())
     }
 
     #[test]
@@ -67,7 +63,7 @@ mod tests {
         assert!(check([1, 1, 1], &[0, 0, 0, 0, 0, 0]).is_err());
         assert!(check([1, 1, 1], &[0, 1, 2, 0, 2, 1]).is_err());
         assert!(check([2, 1, 1], &[0, 1, 2, 0, 1, 2, 0, 1]).is_err());
-        assert!(Promise::new("rr", [1, 1, 1]).check(&[Some(0), None, Some(2)]).is_err());
+        assert!(Promise { scheduler: "rr", weights: [1, 1, 1] }.check(&[Some(0), None, Some(2)]).is_err());
         assert!(check([1, 1, 1], &[]).is_err());
     }
 }
