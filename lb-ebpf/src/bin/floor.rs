@@ -70,6 +70,14 @@ pub fn nothing_tc(_context: TcContext) -> i32 {
     TX
 }
 
+/// Nothing, but in a frame that has grown: half of what it takes more than `nothing` is what the wrapper takes to undo that.
+#[xdp]
+pub fn grown_xdp(context: XdpContext) -> u32 {
+    // SAFETY: the context is the kernel's own; the bytes of a refusal are the same.
+    unsafe { bpf_xdp_adjust_head(context.as_ptr().cast(), -(size_of::<Ipv4Header>() as i32)) };
+    TX as u32
+}
+
 /// Parse, one hash hit, the next hop's MAC address, out.
 #[xdp]
 pub fn floor_xdp(context: XdpContext) -> u32 {
@@ -128,7 +136,9 @@ pub fn wrap_xdp(context: XdpContext) -> u32 {
     let Some(round) = ROUND.get_ptr_mut(0) else { return xdp_action::XDP_ABORTED };
     // SAFETY: an element of the array; the context is the kernel's own.
     unsafe {
-        let grown = XdpFrame::view(context.as_ptr()).len() as i32 - (*round).length as i32;
+        let frame = XdpFrame::view(context.as_ptr());
+        // Opaque, or LLVM takes the wanted length from a pointer before it takes the difference of both.
+        let grown = frame.opaque(frame.len()) as i32 - (*round).length as i32;
         if grown != 0 && bpf_xdp_adjust_head(context.as_ptr().cast(), grown) != 0 {
             return xdp_action::XDP_ABORTED;
         }

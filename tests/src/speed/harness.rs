@@ -29,6 +29,8 @@ pub struct Harness {
 pub enum Floor {
     /// Sends at once: what the harness itself costs.
     Nothing,
+    /// The same for a frame that has grown by an IP header; only at XDP.
+    Grown,
     /// Parse, one hash hit or insert, rewrite, send.
     Forward,
 }
@@ -42,7 +44,7 @@ impl Harness {
             .map_max_entries("FLOOR_V6", max_connections)
             .load_file(&path)
             .with_context(|| format!("load the harness {}", path.display()))?;
-        for name in ["wrap_xdp", "nothing_xdp", "floor_xdp"] {
+        for name in ["wrap_xdp", "nothing_xdp", "grown_xdp", "floor_xdp"] {
             let program: &mut Xdp = ebpf.program_mut(name).with_context(|| missing(name))?.try_into()?;
             program.load().with_context(|| format!("load {name}"))?;
         }
@@ -58,7 +60,8 @@ impl Harness {
         let name = match (hook, floor) {
             (Hook::Xdp, Floor::Nothing) => "nothing_xdp",
             (Hook::Xdp, Floor::Forward) => "floor_xdp",
-            (Hook::Tc, Floor::Nothing) => "nothing_tc",
+            (Hook::Xdp, Floor::Grown) => "grown_xdp",
+            (Hook::Tc, Floor::Nothing | Floor::Grown) => "nothing_tc",
             (Hook::Tc, Floor::Forward) => "floor_tc",
         };
         let program = self.ebpf.program(name).with_context(|| missing(name))?.fd()?.try_clone()?;

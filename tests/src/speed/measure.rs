@@ -1,7 +1,8 @@
 //! Samples, and what they come to.
 //!
 //! A round takes one sample, or a few, of each program in turn: nothing, the floor, the director. A figure is the least or
-//! the median of all rounds' samples, less that of nothing.
+//! the median of all rounds' samples, less that of nothing. A frame that has grown costs the wrapper more than one that has
+//! not: nothing in a grown frame has its turn, too, and half of the difference (the other half is the growing) is the wrapper's.
 
 use std::time::Duration;
 
@@ -16,15 +17,27 @@ use super::{
 use crate::test_run::Hook;
 
 /// Packets in a sample of what can be repeated.
-const PACKETS: u32 = 1 << 17;
+const PACKETS: u32 = 1 << 15;
 /// Packets in a sample where each is a run of its own.
-const SINGLE_PACKETS: usize = 2000;
+const SINGLE_PACKETS: usize = 500;
+/// Samples in a turn, at most: with a large table the lap before them is what takes time.
+const SAMPLES: u64 = 16;
 
 /// How much to measure.
 #[derive(Clone, Copy, Debug)]
 pub struct Effort {
-    /// How often each program has its turn.
+    /// How often each program has its turn with a large table; with a small one, whose turns are shorter, more often.
     pub rounds: usize,
+}
+
+impl Effort {
+    fn rounds(self, case: Case) -> usize {
+        match case.flows {
+            0..=0xff if case.path != Path::New => 10 * self.rounds,
+            0x100..=0xf_ffff if case.path != Path::New => 3 * self.rounds,
+            _ => self.rounds,
+        }
+    }
 }
 
 /// Nanoseconds per packet.
@@ -44,6 +57,10 @@ impl Nanoseconds {
 
     fn less(self, other: Self) -> Self {
         Self { minimum: self.minimum - other.minimum, median: self.median - other.median }
+    }
+
+    fn between(self, other: Self) -> Self {
+        Self { minimum: f64::midpoint(self.minimum, other.minimum), median: f64::midpoint(self.median, other.median) }
     }
 
     fn over(self, other: Self) -> Self {
@@ -71,10 +88,11 @@ pub fn measure(act: &mut Act<'_>, case: Case, effort: Effort) -> Result<Figures>
     act.set(case.family, case.path, case.flows)?;
     let programs: &[Program] = match case.path {
         Path::NotOurs => &[Program::Nothing, Program::Director],
+        Path::Tunnelled if case.hook == Hook::Xdp => &[Program::Nothing, Program::Grown, Program::Floor, Program::Director],
         _ => &[Program::Nothing, Program::Floor, Program::Director],
     };
-    let mut samples: [Vec<f64>; 3] = Default::default();
-    for round in 0..=effort.rounds {
+    let mut samples: [Vec<f64>; 4] = Default::default();
+    for round in 0..=effort.rounds(case) {
         for &program in programs {
             let taken = turn(act, case, program).with_context(|| format!("measure {program:?} in {case:?}"))?;
             // The first round warms up.
@@ -84,10 +102,11 @@ pub fn measure(act: &mut Act<'_>, case: Case, effort: Effort) -> Result<Figures>
         }
     }
     let count = samples[0].len();
-    let [nothing, floor, director] = samples.map(Nanoseconds::of);
+    let [nothing, grown, floor, director] = samples.map(Nanoseconds::of);
     let nothing = nothing.context("there was a round")?;
     let floor = floor.map(|floor| floor.less(nothing));
-    let director = director.context("there was a round")?.less(nothing);
+    let director = director.context("there was a round")?;
+    let director = director.less(grown.map_or(nothing, |grown| grown.between(nothing)));
     Ok(Figures { nothing, floor, director, ratio: floor.map(|floor| director.over(floor)), samples: count })
 }
 
@@ -95,7 +114,9 @@ pub fn measure(act: &mut Act<'_>, case: Case, effort: Effort) -> Result<Figures>
 fn turn(act: &mut Act<'_>, case: Case, program: Program) -> Result<Vec<f64>> {
     let Case { hook, family, path, flows } = case;
     let (frame, round) = template(family, path, flows);
-    if matches!(path, Path::Routed | Path::RoutedElsewhere | Path::Tunnelled) && program != Program::Nothing {
+    if matches!(path, Path::Routed | Path::RoutedElsewhere | Path::Tunnelled)
+        && matches!(program, Program::Floor | Program::Director)
+    {
         act.test(Hook::Xdp, program)?;
         act.harness().begin(&round)?;
         act.harness().run(Hook::Xdp, &frame, flows as u32)?;
@@ -111,9 +132,7 @@ fn turn(act: &mut Act<'_>, case: Case, program: Program) -> Result<Vec<f64>> {
     if !case.repeats() {
         return Ok(vec![singles(act, hook, &frame, verdict)?]);
     }
-    // Half a lap of a large table, in samples that are each as short as the others.
-    let samples = (flows / 2).div_ceil(u64::from(PACKETS)).max(1);
-    (0..samples).map(|_| repeated(act, hook, &frame, PACKETS, verdict)).collect()
+    (0..(flows / u64::from(PACKETS)).clamp(1, SAMPLES)).map(|_| repeated(act, hook, &frame, PACKETS, verdict)).collect()
 }
 
 /// Nanoseconds per packet of one run that repeats the program, by the CPU time of this thread.
@@ -145,7 +164,7 @@ fn verdict(case: Case, program: Program) -> u32 {
     const TC_ACT_UNSPEC: u32 = u32::MAX;
     const TC_ACT_REDIRECT: u32 = 7;
     match (case.hook, program, case.path) {
-        (_, Program::Nothing, _) | (Hook::Xdp, Program::Floor, _) => XDP_TX,
+        (_, Program::Nothing | Program::Grown, _) | (Hook::Xdp, Program::Floor, _) => XDP_TX,
         (Hook::Tc, Program::Floor, _) => TC_ACT_REDIRECT,
         (Hook::Xdp, Program::Director, Path::NotOurs) => XDP_PASS,
         (Hook::Xdp, Program::Director, Path::RoutedElsewhere) => XDP_REDIRECT,

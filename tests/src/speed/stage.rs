@@ -53,6 +53,7 @@ pub const NEW: u32 = 1 << 16;
 #[expect(missing_docs, reason = "the names say it")]
 pub enum Program {
     Nothing,
+    Grown,
     Floor,
     Director,
 }
@@ -148,6 +149,7 @@ impl Act<'_> {
     pub fn test(&mut self, hook: Hook, program: Program) -> Result<()> {
         match program {
             Program::Nothing => self.harness.test_floor(hook, Floor::Nothing),
+            Program::Grown => self.harness.test_floor(hook, Floor::Grown),
             Program::Floor => self.harness.test_floor(hook, Floor::Forward),
             Program::Director => self.harness.test(hook, self.bench.pinned.descriptor(hook)?),
         }
@@ -188,7 +190,7 @@ impl Act<'_> {
     }
 
     fn forget(&mut self, family: Family, first_client: u32, flows: u64, program: Program) -> Result<()> {
-        if program == Program::Nothing {
+        if !matches!(program, Program::Floor | Program::Director) {
             return Ok(());
         }
         let addresses = Addresses::of(family);
