@@ -51,7 +51,7 @@ pub trait Instance: Datapath + Send + Sized + 'static {
     /// Resolves when the way to every real server that was made known so far has been looked for.
     fn settled(&self) -> impl Future<Output = ()> + Send + use<Self>;
 
-    /// Deletes the connections that are over; resolves to the number of those that are left. Called each second.
+    /// Deletes the connections that are over; resolves to the number of those that are left.
     fn sweep(&self) -> impl Future<Output = anyhow::Result<u64>> + Send + use<Self>;
 
     /// Attaches an interface; one that is attached already changes its hook.

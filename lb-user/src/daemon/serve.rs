@@ -17,7 +17,7 @@ use std::{
     },
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail};
@@ -26,8 +26,7 @@ use sd_notify::NotifyState;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{Mutex, Notify},
-    task::JoinHandle,
-    time::{MissedTickBehavior, interval, timeout},
+    time::{MissedTickBehavior, interval, sleep, timeout},
 };
 use tracing::{info, warn};
 
@@ -44,6 +43,11 @@ use crate::{
 
 /// How often the daemon looks at what cannot wait for the next second: new connections pass a threshold for as long.
 const MOMENT: Duration = Duration::from_millis(10);
+
+/// Pauses between two sweeps: the shortest, the longest, and that of a director without connections.
+const SHORTEST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+const IDLE_PAUSE: Duration = Duration::from_secs(5);
 
 /// How long requests may take to end when the daemon ends.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -188,25 +192,14 @@ pub(super) async fn run<I: Instance>(
     for ticks in [&mut seconds, &mut moments] {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     }
-    let mut sweep: Option<JoinHandle<()>> = None;
+    let sweeping = tokio::spawn(keep_sweeping(Arc::clone(&daemon)));
     // Nobody may be there to read it; that is no reason to end.
     drop(writeln!(io::stdout(), "ready").and_then(|()| io::stdout().flush()));
     notify(NotifyState::Ready);
     loop {
         let watching = daemon.lock().await.needs_watching();
         tokio::select! {
-            _ = seconds.tick() => {
-                let mut daemon_now = daemon.lock().await;
-                daemon_now.tick();
-                // A sweep of many connections may take longer than a second, and nobody shall wait for it.
-                if sweep.as_ref().is_none_or(JoinHandle::is_finished) {
-                    let (daemon, outcome) = (Arc::clone(&daemon), daemon_now.sweep());
-                    sweep = Some(tokio::spawn(async move {
-                        let outcome = outcome.await;
-                        daemon.lock().await.swept(outcome);
-                    }));
-                }
-            }
+            _ = seconds.tick() => daemon.lock().await.tick(),
             _ = moments.tick(), if watching => daemon.lock().await.refresh(),
             // They may have brought something to watch.
             () = commanded.notified() => (),
@@ -216,6 +209,7 @@ pub(super) async fn run<I: Instance>(
         }
     }
     notify(NotifyState::Stopping);
+    sweeping.abort();
     daemon.lock().await.save();
     // In this order: whoever sees the connection closed may start the next daemon.
     remove_file(socket);
@@ -223,6 +217,25 @@ pub(super) async fn run<I: Instance>(
     closing.notify_one();
     drop(timeout(FAREWELL, server).await);
     Ok(())
+}
+
+/// Sweeps for ever, beside everything else: a sweep of many connections takes longer than anybody should wait.
+async fn keep_sweeping<I: Instance>(daemon: Arc<Mutex<Daemon<I>>>) {
+    loop {
+        let begin = Instant::now();
+        let outcome = daemon.lock().await.sweep();
+        let outcome = outcome.await;
+        let is_empty = outcome.as_ref().is_ok_and(|left| *left == 0);
+        daemon.lock().await.swept(outcome);
+        sleep(pause(begin.elapsed(), is_empty)).await;
+    }
+}
+
+/// How long to wait for the next sweep, so that sweeping takes at most a hundredth of one CPU: a second, as a rule.
+///
+/// Nothing depends on it but the counters of connections that are over: the packet path looks at a connection's age itself.
+fn pause(took: Duration, is_empty: bool) -> Duration {
+    if is_empty { IDLE_PAUSE } else { (took * 100).clamp(SHORTEST_PAUSE, LONGEST_PAUSE) }
 }
 
 /// Tells the service manager, if there is one.
