@@ -19,7 +19,7 @@ use lb_common::{
     },
     reason::Reason,
 };
-use lb_ebpf::packet::Packet;
+use lb_ebpf::packet::{Packet, fixed};
 
 use crate::{
     account,
@@ -166,7 +166,7 @@ impl Answer for V4 {
         let mut icmp = error.v4();
         icmp.checksum = checksum::finish(quoted + sum_icmp(&icmp));
         let behind = at + Self::HEADER + size_of::<IcmpHeader>();
-        let [source, destination]: [Ipv4; 2] = packet.read(behind + Self::ADDRESSES).ok_or(Reason::Failed)?;
+        let [source, destination]: [Ipv4; 2] = packet.read(fixed(behind + Self::ADDRESSES)).ok_or(Reason::Failed)?;
         let length = ((Self::HEADER + size_of::<IcmpHeader>() + keep) as u16).to_be();
         // SAFETY: a helper without arguments.
         let id = unsafe { bpf_get_prandom_u32() } as u16;
@@ -177,7 +177,7 @@ impl Answer for V4 {
             + u64::from(source)
             + u64::from(destination);
         packet.write(
-            at,
+            fixed(at),
             Ipv4Header {
                 version_length: 0x45,
                 tos: TOS,
@@ -191,7 +191,7 @@ impl Answer for V4 {
                 destination: source,
             },
         )?;
-        packet.write(at + Self::HEADER, icmp)
+        packet.write(fixed(at + Self::HEADER), icmp)
     }
 }
 
@@ -203,16 +203,16 @@ impl Answer for V6 {
         let length = ((size_of::<IcmpHeader>() + keep) as u16).to_be();
         let mut sum = quoted + sum_icmp(&icmp) + u64::from(length) + u64::from(u16::from(protocol::ICMPV6).to_be());
         for word in 0..4 {
-            let from = packet.read::<u32>(behind + Self::ADDRESSES + 4 * word).ok_or(Reason::Failed)?;
-            let to = packet.read::<u32>(behind + Self::ADDRESSES + 16 + 4 * word).ok_or(Reason::Failed)?;
+            let from = packet.read::<u32>(fixed(behind + Self::ADDRESSES + 4 * word)).ok_or(Reason::Failed)?;
+            let to = packet.read::<u32>(fixed(behind + Self::ADDRESSES + 16 + 4 * word)).ok_or(Reason::Failed)?;
             sum += u64::from(from) + u64::from(to);
-            packet.write(at + Self::ADDRESSES + 4 * word, to)?;
-            packet.write(at + Self::ADDRESSES + 16 + 4 * word, from)?;
+            packet.write(fixed(at + Self::ADDRESSES + 4 * word), to)?;
+            packet.write(fixed(at + Self::ADDRESSES + 16 + 4 * word), from)?;
         }
         icmp.checksum = checksum::finish(sum);
-        packet.write(at, (6_u32 << 28).to_be())?;
-        packet.write(at + 4, length)?;
-        packet.write(at + 6, [protocol::ICMPV6, TTL])?;
-        packet.write(at + Self::HEADER, icmp)
+        packet.write(fixed(at), (6_u32 << 28).to_be())?;
+        packet.write(fixed(at + 4), length)?;
+        packet.write(fixed(at + 6), [protocol::ICMPV6, TTL])?;
+        packet.write(fixed(at + Self::HEADER), icmp)
     }
 }

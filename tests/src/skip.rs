@@ -43,16 +43,32 @@ macro_rules! needs {
     };
 }
 
+/// Ends a test that the running kernel has no code for, while another test does the same on a kernel that has it. This is no
+/// failure in CI, because nothing that could be installed would help: `skip_kernel!("kernels::vlan", "no VLANs")`.
+#[macro_export]
+macro_rules! skip_kernel {
+    ($instead:literal, $($reason:tt)+) => {{
+        $crate::skip::print(module_path!(), &format!("this kernel cannot: {}; {} tests it on another", format!($($reason)+), $instead));
+        return Ok(());
+    }};
+}
+
 /// Prints the reason and counts. Use [`skip!`](crate::skip!).
 ///
 /// # Panics
 /// If `BPFVS_TESTS_MUST_RUN` is set: then nothing may be skipped.
 pub fn announce(test: &str, reason: &str) {
+    let name = print(test, reason);
+    assert!(env::var_os("BPFVS_TESTS_MUST_RUN").is_none(), "BPFVS_TESTS_MUST_RUN is set, but {name} cannot run here: {reason}");
+}
+
+/// Prints the reason past the test harness's capture and counts. Returns the test's name.
+pub fn print(test: &str, reason: &str) -> String {
     let count = SKIPPED.fetch_add(1, Ordering::Relaxed) + 1;
     let name = std::thread::current().name().unwrap_or(test).to_owned();
     // Not eprintln!: the test harness captures that of a passing test.
     let _ = writeln!(std::io::stderr().lock(), "SKIPPED {test}::{name}: {reason} ({count} skipped so far in this run)");
-    assert!(env::var_os("BPFVS_TESTS_MUST_RUN").is_none(), "BPFVS_TESTS_MUST_RUN is set, but {name} cannot run here: {reason}");
+    name
 }
 
 /// Whether this process may do what tests do to networks.

@@ -1,5 +1,5 @@
 //! bpfvs on other kernels, in a virtual machine: it loads, attaches, and balances real HTTP requests, by direct routing and
-//! through the kernel's own tunnel devices, which the machine that runs the tests may not have.
+//! through the kernel's own tunnel devices and VLANs, which the machine that runs the tests may not have.
 //!
 //! The guest is the director; client and real servers are namespaces around it, with busybox's httpd and wget. What the
 //! scripts must print is what they print when the kernel's own IPVS is the director, which a test here proves.
@@ -121,14 +121,14 @@ for try in $(seq 300); do grep -qx ready /run/bpfvs.out && break; sleep 0.1; don
 echo "adopted $(ask 10.0.0.200 2)"
 ipvsadm -Ln | grep -c Route
 bpfvs stop --detach
-echo "left: $(ls /sys/fs/bpf/bpfvs/main 2>/dev/null || true)"
+echo "left: $(ls /sys/fs/bpf/bpfvs/main 2>/dev/null) $(tc filter show dev eth0 ingress) $(ip link show dev eth0 | grep -o prog/xdp)"
 "#;
 
 const DIRECT_ROUTING_OUTPUT: &str =
-    "route ipv4 rs2 rs1 rs2 rs1 \nroute ipv6 rs2 rs1 rs2 rs1 \norphaned rs2 rs1 \nadopted rs2 rs1 \n4\nleft: \n";
+    "route ipv4 rs2 rs1 rs2 rs1 \nroute ipv6 rs2 rs1 rs2 rs1 \norphaned rs2 rs1 \nadopted rs2 rs1 \n4\nleft:   \n";
 
-/// Tunnels that end in the kernel's own devices.
-const TUNNELS: &str = r#"
+/// Real servers whose tunnels end in the kernel's own devices, set up as every how-to says.
+const TUNNEL_DEVICES_BY_HAND: &str = r#"
 for host in rs1 rs2; do
     ip netns exec $host ip link set tunl0 up
     ip netns exec $host ip link set ip6tnl0 up
@@ -136,15 +136,106 @@ for host in rs1 rs2; do
     ip -n $host addr add 10.0.0.200/32 dev tunl0
     ip -n $host addr add fd00:10::200/128 dev ip6tnl0 nodad
 done
+teardown() { :; }
+"#;
+
+/// The same by bpfvs, which takes back what it did.
+const TUNNEL_DEVICES_BY_BPFVS: &str = r#"
+state_of() { # namespace
+    ip -n $1 -o addr show | sed 's/ *valid_lft.*//'
+    ip -n $1 -o link show | sed 's/.*: \([^:@]*\)[:@].*<\([^>]*\)>.*/\1 \2/'
+    ip netns exec $1 sysctl -a 2>/dev/null | grep -E '^net.ipv4.conf.*(arp_ignore|arp_announce|rp_filter)'
+}
+for host in rs1 rs2; do
+    state_of $host >/run/before-$host
+    bpfvs realserver setup --netns $host --interface eth0 --method tunnel --decap kernel --vip 10.0.0.200 --vip fd00:10::200 >/run/setup-$host
+    bpfvs realserver check --netns $host >/run/check-$host || { cat /run/setup-$host /run/check-$host; false; }
+done
+teardown() {
+    for host in rs1 rs2; do
+        bpfvs realserver teardown --netns $host >/dev/null
+        state_of $host | diff /run/before-$host -
+    done
+}
+"#;
+
+/// Tunnels that end in the kernel's own devices.
+const TUNNELS: &str = r#"
 services -i
 echo "tunnel ipv4 $(ask 10.0.0.200 4)"
 echo "tunnel ipv6 $(ask '[fd00:10::200]' 4)"
 received() { ip -n rs1 -s link show dev $1 | awk '/RX:/ { getline; print ($2 > 0 ? "received" : "nothing") }'; }
 echo "tunl0 $(received tunl0), ip6tnl0 $(received ip6tnl0)"
+teardown
 bpfvs stop --detach
 "#;
 
 const TUNNELS_OUTPUT: &str = "tunnel ipv4 rs2 rs1 rs2 rs1 \ntunnel ipv6 rs2 rs1 rs2 rs1 \ntunl0 received, ip6tnl0 received\n";
+
+/// The service is in VLAN 7, whose device on the director is eth0.7; its real servers are there, too, or in the untagged VLAN.
+/// A bridge that filters proves it: each real server's port carries one of the two only.
+const VLAN: &str = r#"
+ip -n switch link set bridge0 type bridge vlan_filtering 1
+join() { # host, number: takes part in VLAN 7
+    ${enter-} ip link add link eth0 name eth0.7 type vlan id 7
+    ${enter-} ip link set eth0.7 up
+    ${enter-} ip addr add 10.7.0.$2/24 dev eth0.7
+    ${enter-} ip addr add fd00:7::$2/64 dev eth0.7 nodad
+    # What crosses a veth pair has its tag within the frame, as on a real wire. XDP sees no other.
+    ${enter-} ethtool -K eth0 txvlan off >/dev/null
+    ip netns exec switch ethtool -K port-$1 txvlan off >/dev/null
+    bridge -n switch vlan add dev port-$1 vid 7
+}
+join director 204
+ip addr add 10.7.0.200/32 dev eth0.7
+ip addr add fd00:7::200/128 dev eth0.7 nodad preferred_lft 0
+enter="ip netns exec client" join client 12
+number=205
+for host in rs1 rs2; do
+    enter="ip netns exec $host" join $host $number
+    bridge -n switch vlan del dev port-$host vid 1
+    ip -n $host addr add 10.7.0.200/32 dev lo
+    ip -n $host addr add fd00:7::200/128 dev lo nodad
+    number=206
+done
+balance() { # the real servers' nets
+    ipvsadm -C
+    ipvsadm -A -t 10.7.0.200:80 -s rr
+    ipvsadm -A -t '[fd00:7::200]:80' -s rr
+    for number in 205 206; do
+        ping -c1 -W5 $1.$number >/dev/null
+        ping -6 -c1 -W5 $2::$number >/dev/null
+        ipvsadm -a -t 10.7.0.200:80 -r $1.$number:80 -g
+        ipvsadm -a -t '[fd00:7::200]:80' -r "[$2::$number]:80" -g
+    done
+}
+both() { echo "$1: $(ask 10.7.0.200 2)$(ask '[fd00:7::200]' 2)"; }
+balance 10.7.0 fd00:7
+both "the port alone"
+ipvsadm -A -t 10.7.0.200:81 -s rr # without real servers
+ip netns exec client busybox wget -q -O - http://10.7.0.200:81/ 2>&1 | grep -o 'Connection refused'
+if [ $HOOK = xdp ]; then
+    [ "$(bpfvs stats --reasons | grep -cE 'left to tc')" = 0 ] || bpfvs stats --reasons
+fi
+bpfvs attach eth0.7 --hook tc
+both "port and VLAN"
+bpfvs detach eth0
+both "the VLAN alone"
+bpfvs attach eth0 --hook $HOOK
+for host in rs1 rs2; do
+    ip -n $host link del eth0.7
+    bridge -n switch vlan del dev port-$host vid 7
+    bridge -n switch vlan add dev port-$host vid 1 pvid untagged
+    ip -n $host route add 10.7.0.0/24 via 10.0.0.12
+    ip -n $host route add fd00:7::/64 via fd00:10::12
+done
+balance 10.0.0 fd00:10
+both "untagged real servers"
+bpfvs stop --detach
+"#;
+
+const VLAN_OUTPUT: &str = "the port alone: rs2 rs1 rs2 rs1 \nConnection refused\nport and VLAN: rs2 rs1 rs2 rs1 \n\
+the VLAN alone: rs2 rs1 rs2 rs1 \nuntagged real servers: rs2 rs1 rs2 rs1 \n";
 
 /// Instead of bpfvs, for the kernel's own IPVS: there is nothing to serve and nothing to detach.
 const STAND_IN: &str = r#"
@@ -176,9 +267,13 @@ fn assert_output_of(machine: Machine, version: Version, hook: &str, script: &[&s
 #[test]
 fn the_scripts_hold_for_the_kernels_own_ipvs() -> Result<()> {
     needs_machines!();
-    for (script, expected) in [(DIRECT_ROUTING, DIRECT_ROUTING_OUTPUT), (TUNNELS, TUNNELS_OUTPUT)] {
+    let scripts = [
+        (&[STAND_IN, DIRECTOR, DIRECT_ROUTING][..], DIRECT_ROUTING_OUTPUT),
+        (&[STAND_IN, DIRECTOR, TUNNEL_DEVICES_BY_HAND, TUNNELS], TUNNELS_OUTPUT),
+    ];
+    for (script, expected) in scripts {
         let machine = Machine::new(Version::V6_12)?.modules(&IPVS);
-        assert_output_of(machine, Version::V6_12, "IPVS", &[STAND_IN, DIRECTOR, script], expected)?;
+        assert_output_of(machine, Version::V6_12, "IPVS", script, expected)?;
     }
     Ok(())
 }
@@ -207,12 +302,22 @@ fn direct_routing_on_debians_newer_kernel() -> Result<()> {
 fn the_kernels_tunnel_devices_unwrap_on_the_oldest_kernel() -> Result<()> {
     needs_machines!();
     needs_bpfvs!();
-    assert_output(Version::V6_1, "tc", &[DIRECTOR, TUNNELS], TUNNELS_OUTPUT)
+    assert_output(Version::V6_1, "tc", &[DIRECTOR, TUNNEL_DEVICES_BY_BPFVS, TUNNELS], TUNNELS_OUTPUT)
 }
 
 #[test]
 fn the_kernels_tunnel_devices_unwrap_on_debians_newer_kernel() -> Result<()> {
     needs_machines!();
     needs_bpfvs!();
-    assert_output(Version::V6_12, "xdp", &[DIRECTOR, TUNNELS], TUNNELS_OUTPUT)
+    assert_output(Version::V6_12, "xdp", &[DIRECTOR, TUNNEL_DEVICES_BY_BPFVS, TUNNELS], TUNNELS_OUTPUT)
+}
+
+#[test]
+fn requests_in_a_vlan() -> Result<()> {
+    needs_machines!();
+    needs_bpfvs!();
+    for hook in ["tc", "xdp"] {
+        assert_output(Version::V6_12, hook, &[DIRECTOR, VLAN], VLAN_OUTPUT)?;
+    }
+    Ok(())
 }
