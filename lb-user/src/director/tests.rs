@@ -474,7 +474,10 @@ fn one_list_of_commands_comes_to_the_same_as_many() {
         ];
         let (mut together, mut apart) = (director(), director());
         accept(&mut together, &commands);
-        for command in &commands {
+        // The datapath in memory does not know the hash tables of services without servers.
+        let (first, others) = commands.split_at(2);
+        accept(&mut apart, first);
+        for command in others {
             accept(&mut apart, std::slice::from_ref(command));
         }
         let schedulers = [&together, &apart].map(|director| director.services[&service()].scheduler.clone());
