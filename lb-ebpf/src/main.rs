@@ -13,6 +13,8 @@
 //! new connections, answers) stands in functions of its own, so that it costs the common packet neither registers nor cache.
 #![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]
 #![allow(missing_docs, reason = "the macros of aya-ebpf add functions of their own to each program")]
+#![allow(clippy::needless_pass_by_value, reason = "the macros of aya-ebpf hand over the context by value")]
+#![allow(clippy::needless_borrows_for_generic_args, reason = "by value, keys would be copied, and the stack has 512 bytes")]
 #![allow(
     clippy::cast_possible_wrap,
     clippy::cast_sign_loss,

@@ -8,6 +8,7 @@
 //! tail-call the program under test; their own cost is that of a run with `nothing` as the target.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 #![allow(missing_docs, reason = "the macros of aya-ebpf add functions of their own to each program")]
+#![allow(clippy::needless_pass_by_value, reason = "the macros of aya-ebpf hand over the context by value")]
 #![allow(
     clippy::cast_possible_wrap,
     clippy::cast_sign_loss,
