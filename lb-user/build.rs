@@ -49,7 +49,9 @@ fn build() -> Result<(), String> {
     for variable in ["BPFVS_EBPF_RUSTC", "PATH"] {
         println!("cargo::rerun-if-env-changed={variable}");
     }
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().ok_or("lb-user is not in a workspace")?;
+    // Asked when it runs: with a target directory that was copied, `env!` would still name the workspace that it came from.
+    let manifest = PathBuf::from(variable("CARGO_MANIFEST_DIR")?);
+    let root = manifest.parent().ok_or("lb-user is not in a workspace")?;
     let out = PathBuf::from(variable("OUT_DIR")?);
     // One directory for all profiles of the outer build, which would otherwise build the programs once each.
     let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), |given| root.join(given)).join("ebpf");

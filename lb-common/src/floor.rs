@@ -1,6 +1,6 @@
-//! What the bench tells the harness around a program under test.
+//! What the bench tells the harness around a program under test, and what both must agree on: which flow is whose.
 
-use crate::wire::plain;
+use crate::{packet::transport::Ports, wire::plain};
 
 /// One round of a measurement. Written by the bench, counted on by the harness.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -12,16 +12,47 @@ pub struct Round {
     pub is_v6: u32,
     /// The next flow's number.
     pub flow: u64,
-    /// How many flows there are.
+    /// How many flows there are: a power of two.
     pub flows: u64,
     /// The (last word of the) first client's address, in host order.
     pub first_client: u32,
+    /// The virtual port, in network order.
+    pub vip_port: u16,
     /// Always zero.
-    pub zero: u32,
+    pub zero: u16,
     /// The first 56 bytes of the frame.
     pub headers: [u64; 7],
     /// The next 24 bytes, for IPv6.
     pub more_headers: [u64; 3],
 }
 
+impl Round {
+    /// The client of a flow: the (last word of the) address in network order, and the ports of its packets.
+    ///
+    /// Numbers are scattered, so that neighbours in time are no neighbours in the table. Multiplying by an odd number and
+    /// cutting to a power of two only changes the order: of so many flows in a row, none comes twice.
+    #[inline(always)]
+    pub const fn client(&self, flow: u64) -> (u32, Ports) {
+        let client = (flow.wrapping_mul(0x9e37_79b1) & self.flows.wrapping_sub(1)) as u32;
+        let address = self.first_client.wrapping_add(client >> 14);
+        (address.to_be(), Ports::new((10_000 + (client & 0x3fff) as u16).to_be(), self.vip_port))
+    }
+}
+
 plain! { Round = 112 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn every_flow_comes_once_in_a_lap() {
+        for flows in [1, 1 << 10, 1 << 16] {
+            let round = Round { flows, first_client: 0x0a10_0000, ..Round::default() };
+            let clients: HashSet<_> = (7..7 + flows).map(|flow| round.client(flow)).collect();
+            assert_eq!(clients.len() as u64, flows);
+        }
+    }
+}

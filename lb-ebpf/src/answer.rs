@@ -71,7 +71,7 @@ fn write<P: Packet, F: Answer>(packet: &mut P, link: usize, length: usize, error
     if link > ethernet::HEADER + ethernet::TAG {
         packet.write(16, tags[1])?;
     }
-    packet.write(link - 2, F::ETHERTYPE.to_be())?;
+    packet.write_ethertype(link, F::ETHERTYPE)?;
     let quoted = sum::<P>(packet.context(), (link + headers) as u32, (link + headers + keep) as u32);
     F::write(packet, link, keep, quoted, error)
 }

@@ -12,3 +12,24 @@
 )]
 
 pub mod packet;
+
+/// What every object needs besides its programs: a licence that the kernel accepts (some of its helpers are for GPL
+/// programs only), a panic handler that is never reached, and on the host, where the crate is only checked, a `main`.
+#[macro_export]
+macro_rules! object {
+    () => {
+        #[cfg(target_arch = "bpf")]
+        #[panic_handler]
+        fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+            loop {}
+        }
+
+        #[cfg(target_arch = "bpf")]
+        #[unsafe(link_section = "license")]
+        #[unsafe(no_mangle)]
+        static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
+        #[cfg(not(target_arch = "bpf"))]
+        fn main() {}
+    };
+}

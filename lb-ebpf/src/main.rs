@@ -12,6 +12,8 @@
 //! look-up (the connection), one array read (the real server), the rewrite, one per-CPU counter. All else ([`odd`] packets,
 //! new connections, answers) stands in functions of its own, so that it costs the common packet neither registers nor cache.
 #![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]
+#![allow(clippy::needless_pass_by_value, reason = "the macros of aya-ebpf hand contexts over by value")]
+#![allow(clippy::needless_borrows_for_generic_args, reason = "keys and values by value would be copied once more on the stack")]
 #![allow(missing_docs, reason = "the macros of aya-ebpf add functions of their own to each program")]
 #![allow(clippy::needless_pass_by_value, reason = "the macros of aya-ebpf hand over the context by value")]
 #![allow(clippy::needless_borrows_for_generic_args, reason = "by value, keys would be copied, and the stack has 512 bytes")]
@@ -146,16 +148,4 @@ fn to_server<P: Packet, F: Family>(
     forward::forward::<P, F>(packet, link, header, &server)
 }
 
-#[cfg(target_arch = "bpf")]
-#[panic_handler]
-fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
-    loop {}
-}
-
-/// On the host the crate is only checked.
-#[cfg(not(target_arch = "bpf"))]
-fn main() {}
-
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+lb_ebpf::object!();

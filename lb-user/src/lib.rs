@@ -7,6 +7,7 @@
 #![deny(unsafe_code)]
 
 pub mod api;
+pub mod bpf_file_system;
 pub mod cli;
 pub mod daemon;
 pub mod datapath;

@@ -379,6 +379,26 @@ fn tunnels_have_a_source_and_less_room() {
 }
 
 #[test]
+fn a_routers_report_narrows_a_tunnel() {
+    in_lab("path-mtu", |lab| async move {
+        let mut datapath = lab.start().await;
+        let tunnel = Target { method: Method::Tunnel(Tunnel::Ipip), ..target("10.1.0.2") };
+        datapath.set_server(1, &tunnel).expect("a server");
+        entry_becomes(&datapath, 1, "the device's MTU less the outer header", |server, _| server.mtu == 1480).await;
+        // The neighbour plays the router: fragmentation needed, MTU 1400, about IPIP from the director to the server.
+        let quoted = "4500 05dc 0000 4000 3f04 0000 0a01 0001 0a01 0002 4500 05c8 0000 4000";
+        let report = format!("0304 8ed5 0000 0578 {quoted}").replace(' ', "");
+        let send = format!(
+            "nsenter --net=/run/netns/{}-east perl -e 'use Socket; socket(S, PF_INET, SOCK_RAW, 1) or die $!; \
+             send(S, pack(\"H*\", \"{report}\"), 0, pack_sockaddr_in(0, inet_aton(\"10.1.0.1\"))) or die $!'",
+            lab.name
+        );
+        shell(&send);
+        entry_becomes(&datapath, 1, "the reported MTU less the outer header", |server, _| server.mtu == 1380).await;
+    });
+}
+
+#[test]
 fn removed_servers_stay_removed() {
     in_lab("removed", async |lab| {
         let mut datapath = lab.start().await;

@@ -13,6 +13,7 @@
 //! | bpfvs itself | [`bpfvs`] |
 //! | frames, byte by byte | [`frame`] |
 //! | pinned programs, run on one frame | [`test_run`], with a director to do it on: [`mod@bench`] |
+//! | nanoseconds per packet | [`speed`] |
 //! | a program for the far end of a veth pair | [`pass`] |
 //! | other kernels | [`vm`] |
 //! | conditions with a deadline | [`wait`] |
@@ -30,6 +31,7 @@ pub mod netns;
 pub mod pass;
 pub mod programs;
 pub mod skip;
+pub mod speed;
 pub mod test_run;
 pub mod vm;
 pub mod wait;

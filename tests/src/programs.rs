@@ -200,7 +200,9 @@ impl UdpServer {
     pub fn start(namespace: &Namespace, address: IpAddr, port: u16, name: &str) -> Result<Self> {
         let kind = if address.is_ipv4() { "UDP4-RECVFROM" } else { "UDP6-RECVFROM" };
         let mut command = namespace.command("socat");
-        command.arg(format!("{kind}:{port},bind={},fork,reuseaddr", host(address))).arg(format!("SYSTEM:echo {name}"));
+        // The shell reads the question first: socat gives up without a word if it cannot hand the question over.
+        let answer = format!("SYSTEM:read question; echo {name}");
+        command.arg(format!("{kind}:{port},bind={},fork,reuseaddr", host(address))).arg(answer);
         let process = Process::spawn(command.stderr(Stdio::null()))?;
         let file = if address.is_ipv4() { "/proc/net/udp" } else { "/proc/net/udp6" };
         let port = format!(":{port:04X} ");

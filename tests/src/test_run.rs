@@ -23,7 +23,7 @@ use anyhow::{Context, Result, bail};
 use aya::{
     Pod, TestRun, TestRunOptions,
     maps::{Array, HashMap, Map, MapData, PerCpuArray},
-    programs::{SchedClassifier, Xdp},
+    programs::{ProgramFd, SchedClassifier, Xdp},
 };
 use aya_obj::programs::XdpAttachType;
 use lb_common::{
@@ -96,6 +96,15 @@ impl Pinned {
         let xdp = Xdp::from_pin(program("xdp_director"), XdpAttachType::Interface).context("open the pinned XDP program")?;
         let tc = SchedClassifier::from_pin(program("tc_director")).context("open the pinned tc program")?;
         Ok(Self { xdp, tc, maps: pins.join("maps") })
+    }
+
+    /// A program, to be called by another.
+    pub fn descriptor(&self, hook: Hook) -> Result<&ProgramFd> {
+        let descriptor = match hook {
+            Hook::Xdp => self.xdp.fd(),
+            Hook::Tc => self.tc.fd(),
+        };
+        descriptor.with_context(|| format!("the {hook:?} program is not loaded"))
     }
 
     /// Runs a program on a frame, in the namespace of the calling thread.

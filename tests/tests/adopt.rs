@@ -82,7 +82,7 @@ fn the_next_daemon_adopts_everything() -> Result<()> {
     let vip = balanced.lab.vip.of(Family::Ipv4);
     // Five of a period of four: the sequence stands in its middle.
     let begun = curl_times(&balanced.lab.client, vip, 5)?;
-    ensure!(begun == ["rs1", "rs3", "rs2", "rs1", "rs1"], "{begun:?}");
+    ensure!(begun == ["rs3", "rs2", "rs1", "rs1", "rs3"], "{begun:?}");
     let (saved, services, connections) =
         (balanced.bpfvs.ipvsadm("-Sn")?, balanced.bpfvs.get("/v1/services")?, sorted_connections(&balanced)?);
     ensure!(connections.len() == 5, "{connections:?}");
@@ -90,7 +90,7 @@ fn the_next_daemon_adopts_everything() -> Result<()> {
     balanced.bpfvs.kill9()?;
     // Two while nobody is there.
     let orphaned = curl_times(&balanced.lab.client, vip, 2)?;
-    ensure!(orphaned == ["rs3", "rs2"], "without a daemon: {orphaned:?}");
+    ensure!(orphaned == ["rs2", "rs1"], "without a daemon: {orphaned:?}");
 
     balanced.bpfvs.serve()?;
     ensure!(balanced.bpfvs.ipvsadm("-Sn")? == saved, "the rules are others");
@@ -101,7 +101,7 @@ fn the_next_daemon_adopts_everything() -> Result<()> {
     ensure!(configuration(&now)[0]["servers"].as_array().map(Vec::len) == Some(3), "{now:#}");
     ensure!(configuration(&services)[0]["id"] == configuration(&now)[0]["id"], "{now:#}");
     let next = curl_times(&balanced.lab.client, vip, 5)?;
-    ensure!(next == ["rs1", "rs1", "rs3", "rs2", "rs1"], "the sequence does not go on: {next:?}");
+    ensure!(next == ["rs1", "rs3", "rs2", "rs1", "rs1"], "the sequence does not go on: {next:?}");
     Ok(())
 }
 
@@ -136,10 +136,10 @@ fn connections_expire_after_their_timeout() -> Result<()> {
     balanced.bpfvs.ipvsadm("--set 0 2 0")?;
     curl_times(&balanced.lab.client, balanced.lab.vip.of(Family::Ipv4), 3)?;
     wait::until("the connections to expire", wait::SOON, || sorted_connections(&balanced).is_ok_and(|left| left.is_empty()))?;
-    let services = balanced.bpfvs.get("/v1/services")?;
-    let servers = services.as_array().into_iter().flatten().filter_map(|service| service["servers"].as_array()).flatten();
-    for server in servers {
-        ensure!(server["active"] == 0 && server["inactive"] == 0, "{server:#}");
-    }
-    Ok(())
+    // The listing leaves out what is over at once; the counters follow with the next sweep.
+    wait::until("the counters to follow", wait::SOON, || {
+        let services = balanced.bpfvs.get("/v1/services").unwrap_or_default();
+        let mut servers = services.as_array().into_iter().flatten().filter_map(|service| service["servers"].as_array()).flatten();
+        servers.all(|server| server["active"] == 0 && server["inactive"] == 0)
+    })
 }

@@ -6,7 +6,11 @@
 //! `BPF_PROG_TEST_RUN` with a repeat count hands a program its own output again, so that a second round would see a packet
 //! that was forwarded already. The `wrap` programs undo the change, walk through as many flows as asked for, and then
 //! tail-call the program under test; their own cost is that of a run with `nothing` as the target.
+//!
+//! A floor sends in the cheapest way that its hook has: XDP by a verdict, tc, where there is no such verdict, by a redirect.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
+#![allow(clippy::needless_pass_by_value, reason = "the macros of aya-ebpf hand contexts over by value")]
+#![allow(clippy::needless_borrows_for_generic_args, reason = "keys and values by value would be copied once more on the stack")]
 #![allow(missing_docs, reason = "the macros of aya-ebpf add functions of their own to each program")]
 #![allow(clippy::needless_pass_by_value, reason = "the macros of aya-ebpf hand over the context by value")]
 #![allow(
@@ -17,7 +21,7 @@
 
 use aya_ebpf::{
     EbpfContext,
-    bindings::{BPF_F_NO_PREALLOC, xdp_action},
+    bindings::xdp_action,
     helpers::generated::bpf_xdp_adjust_head,
     macros::{classifier, map, xdp},
     maps::{Array, HashMap, ProgramArray},
@@ -28,7 +32,7 @@ use lb_common::{
     family::{Ipv4, Ipv6},
     floor::Round,
     packet::{
-        Ipv4Header, Ipv6Header, ethernet,
+        Bytes, Ipv4Header, Ipv6Header, ethernet,
         ethernet::EthernetHeader,
         protocol,
         transport::{Ports, TcpHeader},
@@ -46,11 +50,11 @@ static UNDER_TEST_XDP: ProgramArray = ProgramArray::with_max_entries(1, 0);
 /// The program under test: 0 for tc.
 #[map]
 static UNDER_TEST_TC: ProgramArray = ProgramArray::with_max_entries(1, 0);
-/// The floor's connections: as many as the bench has flows.
+/// The floor's connections: tables of the same kind as the director's, and of the same size, which the bench chooses.
 #[map]
-static FLOOR_V4: HashMap<ConnectionKey<Ipv4>, Connection> = HashMap::with_max_entries(1 << 20, BPF_F_NO_PREALLOC);
+static FLOOR_V4: HashMap<ConnectionKey<Ipv4>, Connection> = HashMap::with_max_entries(1 << 20, 0);
 #[map]
-static FLOOR_V6: HashMap<ConnectionKey<Ipv6>, Connection> = HashMap::with_max_entries(1 << 20, BPF_F_NO_PREALLOC);
+static FLOOR_V6: HashMap<ConnectionKey<Ipv6>, Connection> = HashMap::with_max_entries(1 << 20, 0);
 /// The floor's real servers.
 #[map]
 static FLOOR_SERVERS: Array<Server> = Array::with_max_entries(16, 0);
@@ -69,22 +73,31 @@ pub fn nothing_tc(_context: TcContext) -> i32 {
     TX
 }
 
+/// Nothing, but in a frame that has grown: half of what it takes more than `nothing` is what the wrapper takes to undo that.
+#[xdp]
+pub fn grown_xdp(context: XdpContext) -> u32 {
+    // SAFETY: the context is the kernel's own; the bytes of a refusal are the same.
+    unsafe { bpf_xdp_adjust_head(context.as_ptr().cast(), -(size_of::<Ipv4Header>() as i32)) };
+    TX as u32
+}
+
 /// Parse, one hash hit, the next hop's MAC address, out.
 #[xdp]
 pub fn floor_xdp(context: XdpContext) -> u32 {
     // SAFETY: the context is the kernel's own.
-    floor(&mut unsafe { XdpFrame::new(context.as_ptr()) }).unwrap_or(xdp_action::XDP_PASS as i32) as u32
+    floor(&mut unsafe { XdpFrame::new(context.as_ptr()) }).map_or(xdp_action::XDP_PASS, |_| TX as u32)
 }
 
 /// The same at the tc hook.
 #[classifier]
 pub fn floor_tc(context: TcContext) -> i32 {
     // SAFETY: the context is the kernel's own.
-    floor(&mut unsafe { TcBuffer::new(context.as_ptr()) }).unwrap_or(-1)
+    let buffer = &mut unsafe { TcBuffer::new(context.as_ptr()) };
+    floor(buffer).map_or(TcBuffer::PASS, |server| buffer.send(server))
 }
 
 #[inline(always)]
-fn floor<P: Packet>(packet: &mut P) -> Option<i32> {
+fn floor<P: Packet>(packet: &mut P) -> Option<&'static Server> {
     const TCP_V4: usize = ethernet::HEADER + size_of::<Ipv4Header>();
     const TCP_V6: usize = ethernet::HEADER + size_of::<Ipv6Header>();
     let ethernet: EthernetHeader = packet.read(0)?;
@@ -105,10 +118,9 @@ fn floor<P: Packet>(packet: &mut P) -> Option<i32> {
         }
         hit(&FLOOR_V6, &ConnectionKey { client: ip.source, vip: ip.destination, ports, protocol: protocol::TCP as u32 })?
     };
-    let server = FLOOR_SERVERS.get_ptr(known)?;
-    // SAFETY: an element of the array.
-    packet.write(0, unsafe { (*server).link }).ok()?;
-    Some(TX)
+    let server = FLOOR_SERVERS.get(known)?;
+    packet.write(0, server.link).ok()?;
+    Some(server)
 }
 
 /// The server of a connection; a connection that is not there yet is made, so that a first run fills the table.
@@ -127,11 +139,13 @@ pub fn wrap_xdp(context: XdpContext) -> u32 {
     let Some(round) = ROUND.get_ptr_mut(0) else { return xdp_action::XDP_ABORTED };
     // SAFETY: an element of the array; the context is the kernel's own.
     unsafe {
-        let grown = context.data_end() as i32 - context.data() as i32 - (*round).length as i32;
+        let frame = XdpFrame::view(context.as_ptr());
+        // Opaque, or LLVM takes the wanted length from a pointer before it takes the difference of both.
+        let grown = frame.opaque(frame.len()) as i32 - (*round).length as i32;
         if grown != 0 && bpf_xdp_adjust_head(context.as_ptr().cast(), grown) != 0 {
             return xdp_action::XDP_ABORTED;
         }
-        if restore(&mut XdpFrame::new(context.as_ptr()), round).is_some() {
+        if restore(&mut XdpFrame::view(context.as_ptr()), round).is_some() {
             UNDER_TEST_XDP.tail_call(&context, 0);
         }
     }
@@ -163,25 +177,12 @@ unsafe fn restore<P: Packet>(packet: &mut P, round: *mut Round) -> Option<()> {
         }
         let flow = (*round).flow;
         (*round).flow = flow + 1;
-        // Scattered by a multiplication, so that neighbours in time are no neighbours in the table.
-        let client = (flow.wrapping_mul(0x9e37_79b1) % (*round).flows.max(1)) as u32;
-        let (address, port) = if (*round).is_v6 != 0 { (34, 54) } else { (26, 34) };
-        packet.write(address, ((*round).first_client.wrapping_add(client >> 14)).to_be()).ok()?;
-        packet.write(port, (10_000 + (client & 0x3fff) as u16).to_be()).ok()?;
+        let (client, ports) = (*round).client(flow);
+        let (address, transport) = if (*round).is_v6 != 0 { (34, 54) } else { (26, 34) };
+        packet.write(address, client).ok()?;
+        packet.write(transport, ports).ok()?;
         Some(())
     }
 }
 
-#[cfg(target_arch = "bpf")]
-#[panic_handler]
-fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
-    loop {}
-}
-
-/// On the host the crate is only checked.
-#[cfg(not(target_arch = "bpf"))]
-fn main() {}
-
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+lb_ebpf::object!();

@@ -76,9 +76,14 @@ pub fn forward<P: Packet, F: Family>(
             return Err(Reason::NoRoute);
         }
     }
-    F::age(packet, header.offset)?;
     let (method, mtu) = (server.entry.method, server.entry.mtu);
-    if header.length > mtu as usize && !packet.fits_in_segments(SEGMENT_HEADERS + F::HEADER, mtu) {
+    let too_big = header.length > mtu as usize && !packet.fits_in_segments(SEGMENT_HEADERS + F::HEADER, mtu);
+    if !packet.takes_headers(link) && (too_big || method != Method::Route as u8) {
+        return Err(Reason::Vlan);
+    }
+    // Like IPVS: an error about a packet that is too big quotes its lowered time to live.
+    F::age(packet, header.offset)?;
+    if too_big {
         return Err(Reason::TooBig);
     }
     if method == Method::Route as u8 {

@@ -47,11 +47,23 @@ pub trait Packet: Bytes {
         Ok(())
     }
 
+    /// Writes the type of the payload, which stands right before it.
+    #[inline(always)]
+    fn write_ethertype(&mut self, payload: usize, ethertype: u16) -> Result<(), Reason> {
+        // Hidden and masked: else LLVM goes back from a pointer to the payload, and Linux 6.1 allows no negative offset there.
+        let at = self.opaque(payload - 2) & 0x1f;
+        self.write(at, ethertype.to_be())
+    }
+
     /// Whether a packet whose IP length is above `mtu` still fits because it will be cut into segments that do.
     fn fits_in_segments(&self, headers: usize, mtu: u16) -> bool;
 
     /// Whether the packet will be cut into segments behind us.
     fn is_segmented(&self) -> bool;
+
+    /// Whether the hook can make room for headers in this frame. If not, nothing about the packet may be changed before it is
+    /// left to the VLAN's own device.
+    fn takes_headers(&self, link: &Link) -> bool;
 
     /// Makes `room` bytes for outer headers between the Ethernet and the IP header, and addresses the frame to the
     /// server's next hop, with the VLAN tag that its way wants. Returns where the (outer) IP header begins.
@@ -72,6 +84,42 @@ pub trait Packet: Bytes {
 
     /// Sends the packet back out of the device that it came in by.
     fn bounce(&self) -> i32;
+}
+
+/// The part of a packet that programs can read and write: from its first byte to the end of the data, or of the linear
+/// part of it.
+#[derive(Clone, Copy)]
+struct Span {
+    start: usize,
+    end: usize,
+}
+
+impl Span {
+    /// Reads both ends from a context, whose type is the caller's. They must be read by volatile loads: otherwise LLVM
+    /// keeps them as 32-bit numbers across calls, and the verifier then no longer knows them as packet pointers.
+    #[inline(always)]
+    unsafe fn of(data: *const u32, data_end: *const u32) -> Self {
+        // SAFETY: the caller's promise: two fields of the kernel's context.
+        unsafe { Self { start: data.read_volatile() as usize, end: data_end.read_volatile() as usize } }
+    }
+
+    /// The comparison by which the verifier learns how far the pointer may reach.
+    #[inline(always)]
+    fn pointer<T: Plain>(&self, offset: usize) -> Option<*mut T> {
+        let pointer = self.start + offset;
+        if pointer + size_of::<T>() > self.end { None } else { Some(pointer as *mut T) }
+    }
+
+    #[inline(always)]
+    fn read<T: Plain>(&self, offset: usize) -> Option<T> {
+        // SAFETY: `pointer` checked the bounds.
+        self.pointer::<T>(offset).map(|pointer| unsafe { pointer.read() })
+    }
+
+    #[inline(always)]
+    const fn len(&self) -> usize {
+        self.end - self.start
+    }
 }
 
 /// Room for outer headers, and what they will be: tc has to know, so that big packets are cut right.

@@ -24,13 +24,12 @@ use lb_common::{
     server::{KEEP_VLAN, NextHop, Server},
 };
 
-use super::{Packet, Room};
+use super::{Packet, Room, Span};
 
 /// A socket buffer at the tc hook.
 pub struct TcBuffer {
     context: *mut __sk_buff,
-    start: usize,
-    end: usize,
+    span: Span,
 }
 
 /// Headers that must lie in the linear part of a buffer: Ethernet, two tags, the largest IPv4 or a plain IPv6 header,
@@ -40,19 +39,15 @@ const HEADERS: usize = 14 + 8 + 60 + 20;
 impl TcBuffer {
     #[inline(always)]
     fn reload(&mut self) {
-        // SAFETY: the kernel gave us the context. Volatile for the reason given in `XdpFrame::reload`.
-        unsafe {
-            self.start = (&raw const (*self.context).data).read_volatile() as usize;
-            self.end = (&raw const (*self.context).data_end).read_volatile() as usize;
-        }
+        // SAFETY: the kernel gave us the context.
+        self.span = unsafe { Span::of(&raw const (*self.context).data, &raw const (*self.context).data_end) };
     }
 }
 
 impl Bytes for TcBuffer {
     #[inline(always)]
     fn read<T: Plain>(&self, offset: usize) -> Option<T> {
-        // SAFETY: `pointer` checked the bounds.
-        self.pointer::<T>(offset).map(|pointer| unsafe { pointer.read() })
+        self.span.read(offset)
     }
 
     #[inline(always)]
@@ -77,7 +72,7 @@ impl Packet for TcBuffer {
     unsafe fn new(context: *mut c_void) -> Self {
         // SAFETY: the caller's promise.
         let mut buffer = unsafe { Self::view(context) };
-        let linear = buffer.end - buffer.start;
+        let linear = buffer.span.len();
         if linear < HEADERS && linear < buffer.len() {
             // SAFETY: the context is the kernel's; if it refuses, the bounds checks say so later.
             unsafe { bpf_skb_pull_data(buffer.context, HEADERS.min(buffer.len()) as u32) };
@@ -88,7 +83,7 @@ impl Packet for TcBuffer {
 
     #[inline(always)]
     unsafe fn view(context: *mut c_void) -> Self {
-        let mut buffer = Self { context: context.cast(), start: 0, end: 0 };
+        let mut buffer = Self { context: context.cast(), span: Span { start: 0, end: 0 } };
         buffer.reload();
         buffer
     }
@@ -100,8 +95,7 @@ impl Packet for TcBuffer {
 
     #[inline(always)]
     fn pointer<T: Plain>(&self, offset: usize) -> Option<*mut T> {
-        let pointer = self.start + offset;
-        if pointer + size_of::<T>() > self.end { None } else { Some(pointer as *mut T) }
+        self.span.pointer(offset)
     }
 
     #[inline(always)]
@@ -117,6 +111,12 @@ impl Packet for TcBuffer {
         unsafe { (*self.context).gso_size != 0 }
     }
 
+    /// The kernel makes room directly behind the Ethernet header: a tag within the data would end up inside the tunnel.
+    #[inline(always)]
+    fn takes_headers(&self, link: &Link) -> bool {
+        link.payload == ethernet::HEADER
+    }
+
     #[inline(always)]
     fn address(&mut self, link: &Link, server: &Server, room: Room) -> Result<usize, Reason> {
         // SAFETY: the context is the kernel's.
@@ -129,8 +129,7 @@ impl Packet for TcBuffer {
             self.reload();
         }
         if room.bytes != 0 {
-            // Room is made directly behind the Ethernet header: a tag within the data would end up inside the tunnel.
-            if link.payload != ethernet::HEADER {
+            if !self.takes_headers(link) {
                 return Err(Reason::Vlan);
             }
             let outer = if room.ethertype == ethernet::IPV4 { BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 } else { BPF_F_ADJ_ROOM_ENCAP_L3_IPV6 };

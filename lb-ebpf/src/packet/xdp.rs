@@ -15,24 +15,19 @@ use lb_common::{
     server::{KEEP_VLAN, NextHop, Server, flags},
 };
 
-use super::{Packet, Room};
+use super::{Packet, Room, Span};
 
 /// A frame at the XDP hook.
 pub struct XdpFrame {
     context: *mut xdp_md,
-    start: usize,
-    end: usize,
+    span: Span,
 }
 
 impl XdpFrame {
     #[inline(always)]
     fn reload(&mut self) {
-        // SAFETY: the kernel gave us the context. Volatile, because otherwise LLVM keeps both ends as 32-bit numbers
-        // across calls, and the verifier then no longer knows them as packet pointers.
-        unsafe {
-            self.start = (&raw const (*self.context).data).read_volatile() as usize;
-            self.end = (&raw const (*self.context).data_end).read_volatile() as usize;
-        }
+        // SAFETY: the kernel gave us the context.
+        self.span = unsafe { Span::of(&raw const (*self.context).data, &raw const (*self.context).data_end) };
     }
 
     /// Moves the beginning of the frame: outward for positive numbers.
@@ -50,8 +45,7 @@ impl XdpFrame {
 impl Bytes for XdpFrame {
     #[inline(always)]
     fn read<T: Plain>(&self, offset: usize) -> Option<T> {
-        // SAFETY: `pointer` checked the bounds.
-        self.pointer::<T>(offset).map(|pointer| unsafe { pointer.read() })
+        self.span.read(offset)
     }
 
     #[inline(always)]
@@ -61,7 +55,7 @@ impl Bytes for XdpFrame {
 
     #[inline(always)]
     fn len(&self) -> usize {
-        self.end - self.start
+        self.span.len()
     }
 }
 
@@ -78,7 +72,7 @@ impl Packet for XdpFrame {
 
     #[inline(always)]
     unsafe fn view(context: *mut c_void) -> Self {
-        let mut frame = Self { context: context.cast(), start: 0, end: 0 };
+        let mut frame = Self { context: context.cast(), span: Span { start: 0, end: 0 } };
         frame.reload();
         frame
     }
@@ -90,8 +84,7 @@ impl Packet for XdpFrame {
 
     #[inline(always)]
     fn pointer<T: Plain>(&self, offset: usize) -> Option<*mut T> {
-        let pointer = self.start + offset;
-        if pointer + size_of::<T>() > self.end { None } else { Some(pointer as *mut T) }
+        self.span.pointer(offset)
     }
 
     /// A frame at this hook is never larger than a device takes.
@@ -103,6 +96,11 @@ impl Packet for XdpFrame {
     #[inline(always)]
     fn is_segmented(&self) -> bool {
         false
+    }
+
+    #[inline(always)]
+    fn takes_headers(&self, _link: &Link) -> bool {
+        true
     }
 
     #[inline(always)]
@@ -193,6 +191,6 @@ fn retag_frame(frame: &mut XdpFrame, link: usize, vlan: u16, room: usize, ethert
     if payload > ethernet::HEADER + ethernet::TAG {
         frame.write(16, tags[1])?;
     }
-    frame.write(payload - 2, ethertype.to_be())?;
+    frame.write_ethertype(payload, ethertype)?;
     Ok(payload)
 }

@@ -1,18 +1,14 @@
 //! What a daemon needs of the machine, looked at before anything is changed: rights, the kernel's age, a BPF file system.
 
-use std::{fs, path::Path};
+use std::fs;
 
 use anyhow::{Context, bail};
-use nix::sys::{
-    statfs::{BPF_FS_MAGIC, statfs},
-    utsname::uname,
-};
+use nix::sys::utsname::uname;
+
+use crate::bpf_file_system;
 
 /// The oldest kernel that bpfvs is tested with.
 const OLDEST_KERNEL: (u32, u32) = (6, 1);
-
-/// Where the BPF file system is.
-const BPF_FILE_SYSTEM: &str = "/sys/fs/bpf";
 
 /// A capability: its number, and its name.
 type Capability = (u32, &'static str);
@@ -28,7 +24,7 @@ pub fn check(entering: bool) -> anyhow::Result<()> {
     check_capabilities(effective_capabilities(&status), entering)?;
     let uname = uname().context("cannot tell the kernel's version")?;
     check_kernel(&uname.release().to_string_lossy())?;
-    check_file_system(Path::new(BPF_FILE_SYSTEM))
+    bpf_file_system::ensure().context("cannot run the daemon")
 }
 
 /// The bits of `CapEff`.
@@ -57,16 +53,6 @@ fn check_kernel(release: &str) -> anyhow::Result<()> {
     if version < OLDEST_KERNEL {
         let (major, minor) = OLDEST_KERNEL;
         bail!("cannot run the daemon: the kernel is Linux {release}, and bpfvs needs {major}.{minor} or later; use a newer kernel");
-    }
-    Ok(())
-}
-
-fn check_file_system(path: &Path) -> anyhow::Result<()> {
-    if !statfs(path).is_ok_and(|found| found.filesystem_type() == BPF_FS_MAGIC) {
-        bail!(
-            "cannot run the daemon: no BPF file system is mounted at {path}; mount it with `mount -t bpf bpf {path}`",
-            path = path.display()
-        );
     }
     Ok(())
 }
@@ -101,11 +87,5 @@ mod tests {
             let error = check_kernel(release).expect_err("it is too old").to_string();
             assert!(error.contains(release) && error.contains("6.1"), "{error}");
         }
-    }
-
-    #[test]
-    fn another_file_system_is_none_for_bpf() {
-        let error = check_file_system(Path::new("/proc")).expect_err("it is another").to_string();
-        assert!(error.contains("mount -t bpf bpf /proc"), "{error}");
     }
 }

@@ -10,6 +10,7 @@
 //! | device | interfaces are attached or forgotten; all ways are asked for anew |
 //! | address, route, rule | all ways are asked for anew |
 //! | lost events | everything is asked for anew |
+//! | a router's report that a tunnel is too wide | the way gets narrower for ten minutes ([`path_mtu`]) |
 //!
 //! "Anew" waits until a storm of events is over ([`QUIET`]), but not longer than [`PATIENCE`]. Until a way is known the
 //! server has no route; while the next hop's MAC address is unknown, tc lets the kernel's neighbour code send.
@@ -45,6 +46,7 @@ use tokio::{
 use super::{
     attach::Attachments,
     links::{self, Link, Links},
+    path_mtu::{self, Report, Reports},
     servers::Servers,
     way::{Hop, Way},
 };
@@ -101,6 +103,9 @@ pub struct Resolver {
     links: Links,
     routes: HashMap<IpAddr, Route>,
     neighbours: HashMap<NeighbourKey, Neighbour>,
+    reports: Reports,
+    /// What routers reported: the MTU, and until when it counts.
+    narrow: HashMap<IpAddr, (u32, Instant)>,
 }
 
 impl Resolver {
@@ -143,6 +148,8 @@ impl Resolver {
             links,
             routes: HashMap::new(),
             neighbours: HashMap::new(),
+            reports: Reports::listen(),
+            narrow: HashMap::new(),
         })
     }
 
@@ -152,6 +159,7 @@ impl Resolver {
         let mut storm: Option<(Instant, Instant)> = None;
         loop {
             let due = storm.map_or_else(Instant::now, |(_, due)| due);
+            let wider = self.narrow.values().map(|(_, until)| *until).min();
             let concerns_all = tokio::select! {
                 biased;
                 () = sleep_until(due), if storm.is_some() => {
@@ -159,6 +167,14 @@ impl Resolver {
                     if !self.look_at_all().await {
                         storm = Some((Instant::now(), Instant::now() + RETRY));
                     }
+                    false
+                }
+                () = sleep_until(wider.unwrap_or_else(Instant::now)), if wider.is_some() => {
+                    self.widen();
+                    false
+                }
+                report = self.reports.next() => {
+                    self.narrow(report);
                     false
                 }
                 order = self.orders.recv() => match order {
@@ -188,6 +204,28 @@ impl Resolver {
                 let first = storm.map_or(now, |(first, _)| first);
                 storm = Some((first, (now + QUIET).min(first + PATIENCE)));
             }
+        }
+    }
+
+    /// Believes a router that a tunnel is too wide, if it is ours and was wider.
+    fn narrow(&mut self, Report { address, mtu }: Report) {
+        let Some(route) = self.routes.get(&address) else { return };
+        if let Way::Through(hop) = self.way(address, *route)
+            && mtu < hop.mtu
+        {
+            tracing::info!(%address, mtu, "a router reports a narrower way to a real server");
+            self.narrow.insert(address, (mtu, Instant::now() + path_mtu::LIFETIME));
+            self.teach(address);
+        }
+    }
+
+    /// Forgets reports whose time is over.
+    fn widen(&mut self) {
+        let now = Instant::now();
+        let over: Vec<_> = self.narrow.iter().filter(|(_, (_, until))| *until <= now).map(|(address, _)| *address).collect();
+        for address in over {
+            self.narrow.remove(&address);
+            self.teach(address);
         }
     }
 
@@ -293,22 +331,23 @@ impl Resolver {
     /// Hands what is known about an address to the servers.
     fn teach(&self, address: IpAddr) {
         let Some(route) = self.routes.get(&address) else { return };
-        if let Err(error) = lock(&self.servers).learn(address, self.way(*route)) {
+        if let Err(error) = lock(&self.servers).learn(address, self.way(address, *route)) {
             tracing::error!(%address, %error, "the way to a real server cannot be told to the kernel");
         }
     }
 
     /// Joins a route with its device and neighbour.
-    fn way(&self, route: Route) -> Way {
+    fn way(&self, address: IpAddr, route: Route) -> Way {
         let Route::Via { ifindex, next_hop, preferred_source, mtu } = route else {
             return if route == Route::Local { Way::Local } else { Way::NoRoute };
         };
         let Some(link) = self.links.get(&ifindex) else { return Way::NoRoute };
+        let reported = self.narrow.get(&address).map_or(u32::MAX, |(mtu, _)| *mtu);
         let mut hop = Hop {
             ifindex,
             port_ifindex: ifindex,
             vlan: KEEP_VLAN,
-            mtu: mtu.unwrap_or(link.mtu).min(link.mtu),
+            mtu: mtu.unwrap_or(link.mtu).min(link.mtu).min(reported),
             source: link.mac.unwrap_or_default(),
             next_hop,
             mac: link.mac.and_then(|_| self.neighbours.get(&(ifindex, next_hop))?.mac),

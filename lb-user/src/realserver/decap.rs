@@ -12,7 +12,7 @@ use std::{
     path::Path,
 };
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow};
 use aya::{
     EbpfLoader, include_bytes_aligned,
     maps::{HashMap, Map, MapData, PerCpuArray},
@@ -27,7 +27,8 @@ use lb_common::{
     family::Ipv6,
     packet::tunnel::{self, Accepts, Kind, Outcome},
 };
-use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+
+use crate::bpf_file_system;
 
 use super::{
     Hook, TunnelType,
@@ -42,9 +43,6 @@ static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/decap")
 const VIPS: &str = "VIPS";
 /// The map of the counters, as the program names it.
 const OUTCOMES: &str = "OUTCOMES";
-
-/// Where the kernel's BPF file system is.
-const BPFFS: &str = "/sys/fs/bpf";
 
 /// The hook that is used when this one is asked for: kernels before 6.6 have tc only with a qdisc.
 pub(super) fn available(hook: Hook) -> Hook {
@@ -69,13 +67,7 @@ pub(super) fn add_clsact(interface: &str) -> Result<bool> {
 /// Loads the program, attaches it, and pins what keeps it there. What a broken set-up left in the directory goes.
 pub(super) fn attach(attachment: &mut Attachment) -> Result<()> {
     let Attachment { interface, hook, pins, .. } = &*attachment;
-    let on =
-        statfs(BPFFS).with_context(|| format!("cannot pin the program: there is no {BPFFS}; run `mount -t bpf bpf {BPFFS}`"))?;
-    if on.filesystem_type() != BPF_FS_MAGIC {
-        bail!(
-            "cannot pin the program: {BPFFS} is not the BPF file system here; run `mount -t bpf bpf {BPFFS}`, and in place of `ip netns exec NAME` say --netns NAME"
-        );
-    }
+    bpf_file_system::ensure().context("cannot pin the program")?;
     remove_pins(pins)?;
     let pin_failed = || format!("cannot pin the program in {}: the kernel refused; run as root", pins.display());
     fs::create_dir_all(pins).with_context(pin_failed)?;

@@ -1,0 +1,180 @@
+//! Samples, and what they come to.
+//!
+//! A round takes one sample, or a few, of each program in turn: nothing, the floor, the director. A figure is the least or
+//! the median of all rounds' samples, less that of nothing. A frame that has grown costs the wrapper more than one that has
+//! not: nothing in a grown frame has its turn, too, and half of the difference (the other half is the growing) is the wrapper's.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use nix::time::{ClockId, clock_gettime};
+use serde::Serialize;
+
+use super::{
+    Case, Path,
+    stage::{Act, NEW, Program, template},
+};
+use crate::test_run::Hook;
+
+/// Packets in a sample of what can be repeated.
+const PACKETS: u32 = 1 << 15;
+/// Packets in a sample where each is a run of its own.
+const SINGLE_PACKETS: usize = 500;
+/// Samples in a turn, at most: with a large table the lap before them is what takes time.
+const SAMPLES: u64 = 16;
+
+/// How much to measure.
+#[derive(Clone, Copy, Debug)]
+pub struct Effort {
+    /// How often each program has its turn with a large table; with a small one, whose turns are shorter, more often.
+    pub rounds: usize,
+}
+
+impl Effort {
+    fn rounds(self, case: Case) -> usize {
+        match case.flows {
+            0..=0xff if case.path != Path::New => 10 * self.rounds,
+            0x100..=0xf_ffff if case.path != Path::New => 3 * self.rounds,
+            _ => self.rounds,
+        }
+    }
+}
+
+/// Nanoseconds per packet.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Nanoseconds {
+    /// The least of all samples.
+    pub minimum: f64,
+    /// Their median.
+    pub median: f64,
+}
+
+impl Nanoseconds {
+    fn of(mut samples: Vec<f64>) -> Option<Self> {
+        samples.sort_by(f64::total_cmp);
+        Some(Self { minimum: *samples.first()?, median: *samples.get(samples.len() / 2)? })
+    }
+
+    fn less(self, other: Self) -> Self {
+        Self { minimum: self.minimum - other.minimum, median: self.median - other.median }
+    }
+
+    fn between(self, other: Self) -> Self {
+        Self { minimum: f64::midpoint(self.minimum, other.minimum), median: f64::midpoint(self.median, other.median) }
+    }
+
+    fn over(self, other: Self) -> Self {
+        Self { minimum: self.minimum / other.minimum, median: self.median / other.median }
+    }
+}
+
+/// What a case came to.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Figures {
+    /// The harness alone, in nanoseconds per packet.
+    pub nothing: Nanoseconds,
+    /// The floor, less the harness. There is none for packets that are not ours.
+    pub floor: Option<Nanoseconds>,
+    /// The director, less the harness.
+    pub director: Nanoseconds,
+    /// Director by floor.
+    pub ratio: Option<Nanoseconds>,
+    /// Samples of each.
+    pub samples: usize,
+}
+
+/// Measures a case.
+pub fn measure(act: &mut Act<'_>, case: Case, effort: Effort) -> Result<Figures> {
+    act.set(case.family, case.path, case.flows)?;
+    let programs: &[Program] = match case.path {
+        Path::NotOurs => &[Program::Nothing, Program::Director],
+        Path::Tunnelled if case.hook == Hook::Xdp => &[Program::Nothing, Program::Grown, Program::Floor, Program::Director],
+        _ => &[Program::Nothing, Program::Floor, Program::Director],
+    };
+    let mut samples: [Vec<f64>; 4] = Default::default();
+    for round in 0..=effort.rounds(case) {
+        for &program in programs {
+            let taken = turn(act, case, program).with_context(|| format!("measure {program:?} in {case:?}"))?;
+            // The first round warms up.
+            if round > 0 {
+                samples[program as usize].extend(taken);
+            }
+        }
+    }
+    let count = samples[0].len();
+    let [nothing, grown, floor, director] = samples.map(Nanoseconds::of);
+    let nothing = nothing.context("there was a round")?;
+    let floor = floor.map(|floor| floor.less(nothing));
+    let director = director.context("there was a round")?;
+    let director = director.less(grown.map_or(nothing, |grown| grown.between(nothing)));
+    Ok(Figures { nothing, floor, director, ratio: floor.map(|floor| director.over(floor)), samples: count })
+}
+
+/// A program's turn: a lap that is not timed, and samples.
+fn turn(act: &mut Act<'_>, case: Case, program: Program) -> Result<Vec<f64>> {
+    let Case { hook, family, path, flows } = case;
+    let (frame, round) = template(family, path, flows);
+    if matches!(path, Path::Routed | Path::RoutedElsewhere | Path::Tunnelled)
+        && matches!(program, Program::Floor | Program::Director)
+    {
+        act.test(Hook::Xdp, program)?;
+        act.harness().begin(&round)?;
+        act.harness().run(Hook::Xdp, &frame, flows as u32)?;
+    }
+    act.test(hook, program)?;
+    act.harness().begin(&round)?;
+    let verdict = verdict(case, program);
+    if path == Path::New {
+        let sample = repeated(act, hook, &frame, NEW, verdict);
+        act.forget_new(family, program)?;
+        return Ok(vec![sample?]);
+    }
+    if !case.repeats() {
+        return Ok(vec![singles(act, hook, &frame, verdict)?]);
+    }
+    (0..(flows / u64::from(PACKETS)).clamp(1, SAMPLES)).map(|_| repeated(act, hook, &frame, PACKETS, verdict)).collect()
+}
+
+/// Nanoseconds per packet of one run that repeats the program, by the CPU time of this thread.
+fn repeated(act: &mut Act<'_>, hook: Hook, frame: &[u8], packets: u32, verdict: u32) -> Result<f64> {
+    let begin = Duration::from(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?);
+    let result = act.harness().run(hook, frame, packets)?;
+    let taken = Duration::from(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?) - begin;
+    expect(verdict, result.return_value)?;
+    Ok(taken.as_secs_f64() * 1e9 / f64::from(packets))
+}
+
+/// The median of many runs of one packet each, by the kernel's own clock around the program: a system call costs far more
+/// than the program.
+fn singles(act: &mut Act<'_>, hook: Hook, frame: &[u8], verdict: u32) -> Result<f64> {
+    let mut taken = Vec::with_capacity(SINGLE_PACKETS);
+    for _ in 0..SINGLE_PACKETS {
+        let result = act.harness().run(hook, frame, 1)?;
+        expect(verdict, result.return_value)?;
+        taken.push(result.duration.as_secs_f64() * 1e9);
+    }
+    Ok(Nanoseconds::of(taken).context("there was a packet")?.median)
+}
+
+/// What a program must answer, as the hook's number.
+fn verdict(case: Case, program: Program) -> u32 {
+    const XDP_PASS: u32 = 2;
+    const XDP_TX: u32 = 3;
+    const XDP_REDIRECT: u32 = 4;
+    const TC_ACT_UNSPEC: u32 = u32::MAX;
+    const TC_ACT_REDIRECT: u32 = 7;
+    match (case.hook, program, case.path) {
+        (_, Program::Nothing | Program::Grown, _) | (Hook::Xdp, Program::Floor, _) => XDP_TX,
+        (Hook::Tc, Program::Floor, _) => TC_ACT_REDIRECT,
+        (Hook::Xdp, Program::Director, Path::NotOurs) => XDP_PASS,
+        (Hook::Xdp, Program::Director, Path::RoutedElsewhere) => XDP_REDIRECT,
+        (Hook::Xdp, Program::Director, _) => XDP_TX,
+        (Hook::Tc, Program::Director, Path::NotOurs) => TC_ACT_UNSPEC,
+        (Hook::Tc, Program::Director, _) => TC_ACT_REDIRECT,
+    }
+}
+
+fn expect(wanted: u32, verdict: u32) -> Result<()> {
+    ensure!(verdict == wanted, "the verdict is {verdict} instead of {wanted}: this is not the path to measure");
+    Ok(())
+}

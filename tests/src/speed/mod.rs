@@ -1,0 +1,112 @@
+//! How fast the datapath is: nanoseconds per packet, beside floors.
+//!
+//! The kernel runs a program many times over (`BPF_PROG_TEST_RUN`), and the CPU time of this thread tells how long it took.
+//! What makes a figure of it:
+//!
+//! * A repeated run hands a program its own output. So not the program itself is run, but a wrapper, which undoes the change,
+//!   writes the next flow into the packet, and tail-calls the program under test (`lb-ebpf/src/bin/floor.rs`).
+//! * The wrapper costs as much as the smallest datapath. It is measured with a program that does nothing, and subtracted.
+//! * A busy machine is slow in turns. Nothing, floor and director take turns too, in many short samples; figures are compared
+//!   only with those of the same turns, and the minimum counts: other programs can only make a sample longer.
+//! * One flow flatters: perfect branches, everything in the first cache. So there are tables of three sizes, walked in no
+//!   order. Each sample follows a lap through all flows that is not timed, so that a connection's time of last use, which is
+//!   written once a second, is as fresh as traffic keeps it.
+//!
+//! The floor is the least that a director must do: parse, one hash hit, the next hop's hardware addresses, out. For new
+//! connections it inserts into its table.
+//!
+//! | subject | module |
+//! | --- | --- |
+//! | the director under test, its tables filled | [`stage`] |
+//! | the harness and the floors, loaded | [`harness`] |
+//! | samples, and what they come to | [`measure`] |
+//! | the table for people, the file for programs | [`report`] |
+//!
+//! What this does not measure: drivers, queues, the memory of a network card, several CPUs at once.
+
+pub mod harness;
+pub mod measure;
+pub mod report;
+pub mod stage;
+
+use std::fmt::{self, Display, Formatter};
+
+use serde::Serialize;
+
+use crate::{lab::Family, test_run::Hook};
+
+/// What a packet goes through.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Path {
+    /// To an address that nobody balances.
+    NotOurs,
+    /// Of a known connection, by direct routing, out of the device that it came in by.
+    Routed,
+    /// The same, out of another device: XDP has to call a helper for it. tc always has to.
+    RoutedElsewhere,
+    /// Of a known connection, by IP in IP, out of the device that it came in by.
+    Tunnelled,
+    /// The first of a connection.
+    New,
+}
+
+impl Path {
+    /// What to measure at a hook.
+    pub const fn all(hook: Hook) -> &'static [Self] {
+        match hook {
+            Hook::Xdp => &[Self::NotOurs, Self::Routed, Self::RoutedElsewhere, Self::Tunnelled, Self::New],
+            Hook::Tc => &[Self::NotOurs, Self::Routed, Self::Tunnelled, Self::New],
+        }
+    }
+
+    /// In words.
+    pub const fn words(self) -> &'static str {
+        match self {
+            Self::NotOurs => "not ours",
+            Self::Routed => "established, DR",
+            Self::RoutedElsewhere => "established, DR, other device",
+            Self::Tunnelled => "established, TUN (IPIP)",
+            Self::New => "new connection",
+        }
+    }
+}
+
+/// One thing to measure.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Case {
+    /// Where the packet comes in.
+    pub hook: Hook,
+    /// Its IP version.
+    pub family: Family,
+    /// What it goes through.
+    pub path: Path,
+    /// Flows in the table: a power of two.
+    pub flows: u64,
+}
+
+impl Case {
+    /// The IP version, in words.
+    pub const fn ip(&self) -> &'static str {
+        match self.family {
+            Family::Ipv4 => "IPv4",
+            Family::Ipv6 => "IPv6",
+        }
+    }
+
+    /// Whether the kernel may repeat the program within one run. What tc has put into a tunnel stays marked as such, and
+    /// cannot be put into one again: there each packet is a run of its own.
+    pub fn repeats(&self) -> bool {
+        !(self.hook == Hook::Tc && self.path == Path::Tunnelled)
+    }
+}
+
+impl Display for Case {
+    fn fmt(&self, formatter: &mut Formatter<'_>) -> fmt::Result {
+        let hook = match self.hook {
+            Hook::Xdp => "xdp",
+            Hook::Tc => "tc",
+        };
+        write!(formatter, "{hook} {} {} with {} flows", self.ip(), self.path.words(), self.flows)
+    }
+}
