@@ -18,12 +18,12 @@ pub struct Round {
     pub first_client: u32,
     /// The virtual port, in network order.
     pub vip_port: u16,
-    /// Always zero.
-    pub zero: u16,
-    /// The first 56 bytes of the frame.
-    pub headers: [u64; 7],
-    /// The next 24 bytes, for IPv6.
-    pub more_headers: [u64; 3],
+    /// The first two bytes of the frame.
+    pub start: u16,
+    /// The next 52 bytes, to the end of a TCP header behind IPv4: in words that lie as those of IP headers do.
+    pub headers: [u32; 13],
+    /// The next 20 bytes, to the end of a TCP header behind IPv6.
+    pub more_headers: [u32; 5],
 }
 
 impl Round {
@@ -39,7 +39,7 @@ impl Round {
     }
 }
 
-plain! { Round = 112 }
+plain! { Round = 104 }
 
 #[cfg(test)]
 mod tests {

@@ -250,13 +250,13 @@ pub fn template(family: Family, path: Path, flows: u64) -> (Vec<u8>, Round) {
     }
 }
 
-/// Ten bytes of payload: with them the wrapper, which writes words of eight bytes, stays within a frame without options.
+/// The template of packets from these clients: frames of 64 bytes for IPv4, 84 for IPv6.
 fn frame(family: Family, flags: u8, first_client: u32, flows: u64, foreign: bool) -> (Vec<u8>, Round) {
     let addresses = Addresses::of(family);
     let socket = |address: &str, port| SocketAddr::new(address.parse().expect("the bench's addresses are well-formed"), port);
     let destination = socket(if foreign { addresses.foreign } else { addresses.vip }, ROUTED);
     let frame = Frame { payload: vec![0; 10], ..Frame::tcp(socket(addresses.client, 1), destination, flags) }.build();
-    let word = |at: usize| u64::from_ne_bytes(std::array::from_fn(|byte| frame.get(at + byte).copied().unwrap_or(0)));
+    let word = |at: usize| u32::from_ne_bytes(std::array::from_fn(|byte| frame.get(at + byte).copied().unwrap_or(0)));
     let round = Round {
         length: frame.len() as u32,
         is_v6: u32::from(family == Family::Ipv6),
@@ -264,9 +264,9 @@ fn frame(family: Family, flags: u8, first_client: u32, flows: u64, foreign: bool
         flows,
         first_client,
         vip_port: ROUTED.to_be(),
-        zero: 0,
-        headers: std::array::from_fn(|at| word(8 * at)),
-        more_headers: std::array::from_fn(|at| word(56 + 8 * at)),
+        start: u16::from_ne_bytes([frame[0], frame[1]]),
+        headers: std::array::from_fn(|at| word(2 + 4 * at)),
+        more_headers: std::array::from_fn(|at| word(54 + 4 * at)),
     };
     (frame, round)
 }
