@@ -10,6 +10,7 @@
 //! A floor sends in the cheapest way that its hook has: XDP by a verdict, tc, where there is no such verdict, by a redirect.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 #![allow(missing_docs, reason = "the macros of aya-ebpf add functions of their own to each program")]
+#![allow(clippy::needless_pass_by_value, reason = "the macros of aya-ebpf hand the context over by value")]
 #![allow(
     clippy::cast_possible_wrap,
     clippy::cast_sign_loss,
