@@ -94,13 +94,17 @@ impl Network for V4 {
     fn plain<B: Bytes + ?Sized>(bytes: &B, header: &IpHeader<u32>) -> Option<Payload> {
         let ip: Ipv4Header = bytes.read(header.offset)?;
         let whole = ip.fragment & (MORE_FRAGMENTS | FRAGMENT_OFFSET).to_be() == 0;
-        let known = ip.protocol == protocol::TCP || ip.protocol == protocol::UDP;
-        (ip.version_length == PLAIN && whole && known).then_some(Payload {
-            offset: header.offset + Self::HEADER,
-            protocol: ip.protocol,
-            fragment_id: 0,
-            fragment: Fragment::Whole,
-        })
+        if ip.version_length != PLAIN || !whole {
+            return None;
+        }
+        // One arm for each: what follows is then compiled for a protocol that is known.
+        let protocol = match ip.protocol {
+            protocol::TCP => protocol::TCP,
+            protocol::UDP => protocol::UDP,
+            _ => return None,
+        };
+        let offset = header.offset + Self::HEADER;
+        Some(Payload { offset, protocol, fragment_id: 0, fragment: Fragment::Whole })
     }
 
     #[inline(always)]
