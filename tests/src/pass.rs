@@ -45,7 +45,8 @@ impl PassProgram {
     }
 }
 
-fn object_file() -> Result<Vec<u8>> {
+/// The program as an object file, with the section `xdp`.
+pub fn object_file() -> Result<Vec<u8>> {
     let mut object = Object::new(BinaryFormat::Elf, Architecture::Bpf, Endianness::Little);
     let license = object.add_section(Vec::new(), b"license".to_vec(), SectionKind::Data);
     object.append_section_data(license, b"GPL\0", 1);

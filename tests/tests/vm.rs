@@ -5,7 +5,7 @@ use bpfvs_tests::{
     needs, skip,
     vm::{
         Kernel, Machine, Version,
-        machine::{IPVS, obstacle},
+        machine::{ipvs, obstacle},
     },
 };
 
@@ -59,7 +59,7 @@ for try in 1 2 3 4; do ip netns exec client busybox timeout 10 busybox wget -q -
 #[test]
 fn the_kernels_own_ipvs_balances() -> Result<()> {
     needs_machines!();
-    let outcome = Machine::new(Version::V6_12)?.modules(&IPVS).run(REAL_IPVS)?;
+    let outcome = Machine::new(Version::V6_12)?.modules(ipvs(Version::V6_12)).run(REAL_IPVS)?;
     ensure!(outcome.status == 0, "status {}: {}", outcome.status, outcome.output);
     ensure!(outcome.output.ends_with("balanced\n"), "{}", outcome.output);
     Ok(())

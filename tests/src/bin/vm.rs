@@ -8,7 +8,7 @@
 use std::{fs, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context, Result};
-use bpfvs_tests::vm::{Kernel, Machine, Version, machine::IPVS};
+use bpfvs_tests::vm::{Kernel, Machine, Version, machine::ipvs};
 use clap::Parser;
 
 /// Run a script as root in a virtual machine with another kernel.
@@ -85,7 +85,7 @@ fn run(options: Options) -> Result<i32> {
         .processors(options.processors)
         .deadline(Duration::from_secs(options.timeout));
     if !options.no_ipvs {
-        machine = machine.modules(&IPVS);
+        machine = machine.modules(ipvs(options.kernel));
     }
     if options.icount {
         machine = machine.deterministic();

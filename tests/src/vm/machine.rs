@@ -39,8 +39,16 @@ const MODULES: [&str; 13] = [
     "sctp",
 ];
 
-/// The kernel's own IPVS with all its schedulers.
-pub const IPVS: [&str; 15] = [
+/// The kernel's own IPVS with all its schedulers, as far as this kernel has them.
+pub fn ipvs(version: Version) -> &'static [&'static str] {
+    match version {
+        Version::V6_1 => &IPVS[..IPVS.len() - 1],
+        Version::V6_12 => &IPVS,
+    }
+}
+
+/// The last one is missing in Debian's 6.1.
+const IPVS: [&str; 15] = [
     "ip_vs",
     "ip_vs_rr",
     "ip_vs_wrr",
@@ -119,6 +127,13 @@ impl Machine {
             self.files.program(from, Path::new(to))?;
         }
         Ok(self)
+    }
+
+    /// Makes a file in the guest.
+    #[must_use]
+    pub fn file(mut self, path: &str, content: impl Into<Vec<u8>>) -> Self {
+        self.files.file(path, 0o644, content);
+        self
     }
 
     /// Makes a symbolic link in the guest.
