@@ -368,6 +368,10 @@ impl Datapath for KernelDatapath {
         self.runs.cursor(service)
     }
 
+    fn clock_rate(&self) -> u32 {
+        self.config.hz
+    }
+
     fn set_server(&mut self, index: u32, target: &Target) -> Result<(), Error> {
         let concerned = lock(&self.servers).set(index, *target)?;
         self.look(concerned);

@@ -68,6 +68,9 @@ pub trait Datapath {
     /// Where the cursor of the service with this index stands: how many picks were taken, modulo 2^32.
     fn cursor(&self, service: u32) -> u32;
 
+    /// Ticks of the kernel's clock in a second.
+    fn clock_rate(&self) -> u32;
+
     /// Makes a real server known, or changes it. The datapath finds the way to it and keeps it true.
     fn set_server(&mut self, index: u32, target: &Target) -> Result<(), Error>;
 

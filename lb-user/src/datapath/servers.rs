@@ -7,7 +7,7 @@
 //! A retired server stays [`Status::Removed`] whatever netlink says, and needs no way any more.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
 };
 
@@ -29,8 +29,8 @@ pub struct Servers {
     next_hops: Array<MapData, NextHop>,
     /// The director's servers; nothing for one that was retired.
     targets: BTreeMap<u32, Option<Target>>,
-    /// For each address in use: how many servers have it, and the way, once there was an answer.
-    ways: HashMap<IpAddr, (u32, Option<Way>)>,
+    /// For each address in use: which servers have it, and the way, once there was an answer.
+    ways: HashMap<IpAddr, (BTreeSet<u32>, Option<Way>)>,
 }
 
 impl Servers {
@@ -58,9 +58,9 @@ impl Servers {
         let old = self.targets.insert(index, Some(target)).flatten().map(|old| old.address);
         if old != Some(target.address) {
             // First in, then out: an address that stays in use keeps its way.
-            self.enter(target.address);
+            self.enter(index, target.address);
             if let Some(old) = old {
-                self.leave(old);
+                self.leave(index, old);
                 concerned.push(old);
             }
         }
@@ -77,7 +77,7 @@ impl Servers {
         entry.status = Status::Removed as u8;
         self.put(index, &entry)?;
         Ok(old.map(|target| {
-            self.leave(target.address);
+            self.leave(index, target.address);
             target.address
         }))
     }
@@ -88,22 +88,20 @@ impl Servers {
         self.put(index, &Server::default())?;
         self.put_next_hop(index, &NextHop::default())?;
         Ok(self.targets.remove(&index).flatten().map(|target| {
-            self.leave(target.address);
+            self.leave(index, target.address);
             target.address
         }))
     }
 
     /// Takes over what the resolver found out about an address.
     pub fn learn(&mut self, address: IpAddr, way: Way) -> Result<(), Error> {
-        let Some((_, known)) = self.ways.get_mut(&address) else { return Ok(()) };
+        let Some((indices, known)) = self.ways.get_mut(&address) else { return Ok(()) };
         if *known == Some(way) {
             return Ok(());
         }
         tracing::debug!(%address, ?way, "the way to a real server");
         *known = Some(way);
-        let has_address = |target: &Option<Target>| target.is_some_and(|target| target.address == address);
-        let indices: Vec<_> = self.targets.iter().filter(|(_, target)| has_address(target)).map(|(index, _)| *index).collect();
-        indices.into_iter().try_for_each(|index| self.write(index))
+        indices.clone().into_iter().try_for_each(|index| self.write(index))
     }
 
     /// Whether a server has this address.
@@ -143,14 +141,14 @@ impl Servers {
         Ok(found)
     }
 
-    fn enter(&mut self, address: IpAddr) {
-        self.ways.entry(address).or_default().0 += 1;
+    fn enter(&mut self, index: u32, address: IpAddr) {
+        self.ways.entry(address).or_default().0.insert(index);
     }
 
-    fn leave(&mut self, address: IpAddr) {
-        if let Some((count, _)) = self.ways.get_mut(&address) {
-            *count -= 1;
-            if *count == 0 {
+    fn leave(&mut self, index: u32, address: IpAddr) {
+        if let Some((indices, _)) = self.ways.get_mut(&address) {
+            indices.remove(&index);
+            if indices.is_empty() {
                 self.ways.remove(&address);
             }
         }

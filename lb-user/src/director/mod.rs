@@ -24,6 +24,7 @@
 mod indices;
 pub mod model;
 pub mod rules;
+mod servers;
 mod service;
 pub mod state;
 mod traffic;
@@ -50,6 +51,7 @@ use self::{
         Timeouts, Totals, Traffic,
     },
     rules::refuse,
+    servers::Servers,
     service::{Server, Service, overloaded},
     state::State,
     traffic::{ESTIMATOR_PERIOD, Estimator},
@@ -92,6 +94,23 @@ struct Touched {
     before: Option<Service>,
     /// Positions of the commands about it.
     commands: Vec<usize>,
+    /// How many of the newest servers the scheduler has not been told of yet.
+    untold: usize,
+}
+
+impl Touched {
+    /// Tells the scheduler of new servers, one after the other as they came. They are told of together because the list of
+    /// all servers, which goes with each, is made once.
+    fn tell(&mut self, service: &mut Service) {
+        let untold = std::mem::take(&mut self.untold);
+        if untold == 0 {
+            return;
+        }
+        let candidates = service.candidates();
+        for newest in (0..untold).rev() {
+            service.scheduler.servers_changed(&candidates[newest..], Change::Added);
+        }
+    }
 }
 
 impl<D: Datapath> Director<D> {
@@ -172,7 +191,7 @@ impl<D: Datapath> Director<D> {
             self.datapath.retire_server(removed.index)?;
         }
         for service in self.services.values_mut() {
-            for server in &mut service.servers {
+            for server in service.servers.iter_mut() {
                 self.datapath.set_server(server.index, &server.target())?;
                 if !known_servers.contains(&server.index) {
                     server.joined = self.datapath.statistics(server.index)?.into();
@@ -366,7 +385,7 @@ impl<D: Datapath> Director<D> {
                 ids.iter().try_for_each(|id| self.zero(id))
             }
             Command::SetTimeouts(timeouts) => {
-                rules::timeouts(timeouts)?;
+                rules::timeouts(timeouts, self.datapath.clock_rate())?;
                 Ok(self.set_timeouts(timeouts)?)
             }
         }
@@ -397,13 +416,13 @@ impl<D: Datapath> Director<D> {
             scheduler,
             base: self.datapath.cursor(index),
             lasts: None,
-            servers: Vec::new(),
+            servers: Servers::default(),
             left_behind: Totals::default(),
             zero: Totals::default(),
             estimator: Estimator::from(Totals::default()),
         };
         self.services.insert(id, service);
-        pending.services.insert(id, Touched { before: None, commands: vec![position] });
+        pending.services.insert(id, Touched { before: None, commands: vec![position], untold: 0 });
         Ok(())
     }
 
@@ -421,8 +440,9 @@ impl<D: Datapath> Director<D> {
         let same = scheduler.name() == old.scheduler.name();
         // A schedule must not be read in the mode of another: the service moves to a new index, in one step.
         let index = if other_mode { Some(self.new_service_index(&id)?) } else { None };
-        self.touch(&id, position, pending);
+        let touched = self.touch(&id, position, pending);
         let service = self.services.get_mut(&id).ok_or_else(|| no_such_service(&id))?;
+        touched.tell(service);
         service.config = config.clone();
         if same {
             service.scheduler.set_flags(config.flags);
@@ -447,9 +467,9 @@ impl<D: Datapath> Director<D> {
         pending.services.remove(id);
         pending.abandoned.push(index);
         if let Some(service) = self.services.remove(id) {
-            for server in service.servers {
+            for server in &service.servers {
                 pending.retiring.insert(server.index);
-                self.trash.insert(removed(id, incarnation, &server));
+                self.trash.insert(removed(id, incarnation, server));
             }
         }
         Ok(())
@@ -465,7 +485,7 @@ impl<D: Datapath> Director<D> {
     ) -> Result<(), Refusal> {
         let service = self.services.get(&service_id).ok_or_else(|| no_such_service(&service_id))?;
         rules::server(&service_id, &id, config)?;
-        if service.position(&id).is_some() {
+        if service.servers.contains(&id) {
             return refuse(
                 RefusalKind::ServerExists,
                 format!(
@@ -509,10 +529,11 @@ impl<D: Datapath> Director<D> {
         };
         server.estimator = Estimator::from(server.joined);
         server.configure(config, self.datapath.counters(index));
-        self.change_servers(&service_id, position, pending, |servers| {
-            servers.insert(0, server);
-            Change::Added
-        });
+        let touched = self.touch(&service_id, position, pending);
+        touched.untold += 1;
+        if let Some(service) = self.services.get_mut(&service_id) {
+            service.servers.add(server);
+        }
         Ok(())
     }
 
@@ -526,7 +547,7 @@ impl<D: Datapath> Director<D> {
     ) -> Result<(), Refusal> {
         let service = self.services.get(service_id).ok_or_else(|| no_such_service(service_id))?;
         rules::server(service_id, id, config)?;
-        let place = service.position(id).ok_or_else(|| no_such_server(service_id, id))?;
+        let place = service.servers.position(id).ok_or_else(|| no_such_server(service_id, id))?;
         rules::server_supported(id, config)?;
         let mut server = service.servers[place].clone();
         let method = server.config.method;
@@ -549,7 +570,7 @@ impl<D: Datapath> Director<D> {
         pending: &mut Pending,
     ) -> Result<(), Refusal> {
         let service = self.services.get(service_id).ok_or_else(|| no_such_service(service_id))?;
-        let place = service.position(id).ok_or_else(|| no_such_server(service_id, id))?;
+        let place = service.servers.position(id).ok_or_else(|| no_such_server(service_id, id))?;
         let server = &service.servers[place];
         let (index, joined) = (server.index, server.joined);
         let totals = Totals::from(self.datapath.statistics(index)?);
@@ -571,23 +592,24 @@ impl<D: Datapath> Director<D> {
         id: &ServiceId,
         position: usize,
         pending: &mut Pending,
-        change: impl FnOnce(&mut Vec<Server>) -> Change,
+        change: impl FnOnce(&mut Servers) -> Change,
     ) {
-        self.touch(id, position, pending);
+        let touched = self.touch(id, position, pending);
         if let Some(service) = self.services.get_mut(id) {
+            touched.tell(service);
             let change = change(&mut service.servers);
             service.scheduler.servers_changed(&service.candidates(), change);
         }
     }
 
     /// Notes that a command is about to change a service.
-    fn touch(&mut self, id: &ServiceId, position: usize, pending: &mut Pending) {
-        if let Some(touched) = pending.services.get_mut(id) {
-            touched.commands.push(position);
-            return;
-        }
-        self.bring_up_to_date(id);
-        pending.services.insert(*id, Touched { before: self.services.get(id).cloned(), commands: vec![position] });
+    fn touch<'a>(&mut self, id: &ServiceId, position: usize, pending: &'a mut Pending) -> &'a mut Touched {
+        let touched = pending.services.entry(*id).or_insert_with(|| {
+            self.bring_up_to_date(id);
+            Touched { before: self.services.get(id).cloned(), commands: Vec::new(), untold: 0 }
+        });
+        touched.commands.push(position);
+        touched
     }
 
     /// Brings a service's scheduler to where its cursor stands.
@@ -600,7 +622,10 @@ impl<D: Datapath> Director<D> {
     /// Publishes what a list of commands has changed.
     fn commit(&mut self, pending: Pending, outcomes: &mut [Outcome]) {
         let Pending { services, mut retiring, mut abandoned } = pending;
-        for (id, touched) in services {
+        for (id, mut touched) in services {
+            if let Some(service) = self.services.get_mut(&id) {
+                touched.tell(service);
+            }
             let Err(error) = self.publish(&id) else { continue };
             self.roll_back(&id, touched.before, &mut retiring, &mut abandoned);
             for position in touched.commands {

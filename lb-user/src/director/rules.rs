@@ -17,9 +17,6 @@ use crate::scheduler::Unavailable;
 /// The largest weight and threshold: IPVS keeps them as signed numbers.
 const LARGEST: u32 = i32::MAX as u32;
 
-/// The longest timeout in seconds: the datapath reckons with 32 bits of jiffies, of which there are up to 1000 a second.
-pub const LONGEST_TIMEOUT: u32 = LARGEST / 1000;
-
 /// Persistence engines of IPVS; bpfvs has none yet.
 const ENGINES_TO_COME: &[&str] = &["sip"];
 
@@ -161,13 +158,14 @@ pub(super) fn server_supported(server: &ServerId, config: &ServerConfig) -> Resu
     }
 }
 
-/// IPVS's rule about timeouts.
-pub(super) fn timeouts(timeouts: &Timeouts) -> Result<(), Refusal> {
+/// IPVS's rule about timeouts: 31 bits count the ticks of the kernel's clock, of which there are `clock_rate` in a second.
+pub(super) fn timeouts(timeouts: &Timeouts, clock_rate: u32) -> Result<(), Refusal> {
+    let longest = LARGEST / clock_rate.max(1);
     for (name, seconds) in [("tcp", timeouts.tcp), ("tcpfin", timeouts.tcp_fin), ("udp", timeouts.udp)] {
-        if seconds > LONGEST_TIMEOUT {
+        if seconds > longest {
             return refuse(
                 RefusalKind::Invalid,
-                format!("the {name} timeout of {seconds} s is too long for the kernel's clock; use at most {LONGEST_TIMEOUT} s"),
+                format!("the {name} timeout of {seconds} s is too long for the kernel's clock; use at most {longest} s"),
             );
         }
     }

@@ -1,13 +1,13 @@
 //! A virtual service and its real servers, as the director keeps them.
 //!
-//! Everything here is written to the state file, but for the moving averages. The servers stand in the order in which
-//! IPVS's schedulers walk over them: the newest first.
+//! Everything here is written to the state file, but for the moving averages.
 
 use lb_common::server::Counters;
 use serde::{Deserialize, Serialize};
 
 use super::{
     model::{ServerConfig, ServerId, ServiceConfig, ServiceId, Totals},
+    servers::Servers,
     traffic::Estimator,
 };
 use crate::{
@@ -34,7 +34,7 @@ pub(super) struct Service {
     #[serde(skip)]
     pub(super) lasts: Option<u32>,
     /// The real servers, the newest first.
-    pub(super) servers: Vec<Server>,
+    pub(super) servers: Servers,
     /// Traffic of servers that have left.
     pub(super) left_behind: Totals,
     /// What the totals were at the last zeroing.
@@ -48,11 +48,6 @@ impl Service {
     /// The servers as schedulers see them.
     pub(super) fn candidates(&self) -> Vec<Candidate> {
         self.servers.iter().map(Server::candidate).collect()
-    }
-
-    /// Where a server stands in the order.
-    pub(super) fn position(&self, id: &ServerId) -> Option<usize> {
-        self.servers.iter().position(|server| server.id == *id)
     }
 
     /// Brings the scheduler to where the cursor stands.

@@ -90,6 +90,10 @@ impl Datapath for Memory {
         self.cursors.get(&service).copied().unwrap_or_default()
     }
 
+    fn clock_rate(&self) -> u32 {
+        250
+    }
+
     fn set_server(&mut self, index: u32, target: &Target) -> Result<(), Error> {
         self.journal.push(format!("set_server {index} {}", target.address));
         self.retired.remove(&index);

@@ -86,7 +86,7 @@ fn picks(director: &mut Director<Memory>, count: usize) -> Vec<u8> {
 
 fn index_of(director: &Director<Memory>, last: u8) -> u32 {
     let service = &director.services[&service()];
-    service.servers[service.position(&server(last)).expect("the server is there")].index
+    service.servers[service.servers.position(&server(last)).expect("the server is there")].index
 }
 
 fn set_connections(director: &mut Director<Memory>, index: u32, total: u32) {
@@ -451,4 +451,47 @@ fn a_state_outlives_the_datapath() {
     assert_eq!((view.traffic.totals.packets_in, view.servers[0].traffic.totals.packets_in), (5, 5));
     accept(&mut director, &[add_server(2)]);
     assert_eq!(picks(&mut director, 2), [2, 1]);
+}
+
+/// The scheduler hears of servers that are added together at the end; it must not notice.
+#[test]
+fn one_list_of_commands_comes_to_the_same_as_many() {
+    let add = |last: u8, heavy| Command::AddServer { service: service(), server: server(last), config: weight(heavy) };
+    let edit = |last: u8, heavy| Command::EditServer { service: service(), server: server(last), config: weight(heavy) };
+    for scheduler in ["rr", "wrr", "sh", "dh", "mh"] {
+        let commands = [
+            add_service(scheduler),
+            add(1, 6),
+            add(2, 4),
+            edit(1, 9),
+            add(3, 12),
+            add(4, 8),
+            remove_server(2),
+            add(5, 10),
+            Command::EditService { service: service(), config: scheduled("wrr") },
+            add(6, 15),
+            add(7, 5),
+        ];
+        let (mut together, mut apart) = (director(), director());
+        accept(&mut together, &commands);
+        // The datapath in memory does not know the hash tables of services without servers.
+        let (first, others) = commands.split_at(2);
+        accept(&mut apart, first);
+        for command in others {
+            accept(&mut apart, std::slice::from_ref(command));
+        }
+        let schedulers = [&together, &apart].map(|director| director.services[&service()].scheduler.clone());
+        assert_eq!(schedulers[0], schedulers[1]);
+        assert_eq!(picks(&mut together, 60), picks(&mut apart, 60), "{scheduler}");
+    }
+}
+
+#[test]
+fn a_month_is_not_too_long_for_a_clock_of_250_ticks() {
+    let month = 31 * 86400;
+    let mut director = director();
+    accept(&mut director, &[Command::SetTimeouts(Timeouts { tcp: month, tcp_fin: month, udp: month })]);
+    let limit = i32::MAX.cast_unsigned() / 250;
+    let too_long = Command::SetTimeouts(Timeouts { tcp: limit + 1, tcp_fin: 0, udp: 0 });
+    assert_eq!(refused(&mut director, too_long), RefusalKind::Invalid);
 }

@@ -15,8 +15,8 @@ use super::{
 };
 use crate::director::model::Command;
 
-/// How much input is read at once.
-const BUFFER: usize = 1 << 16;
+/// How much input is read at once: all of a usual file, so that each service that it speaks of is made up once.
+const BUFFER: usize = 8 << 20;
 
 /// Runs the program `ipvsadm-restore`: all of the input but remarks, over an empty table.
 pub(super) fn program(table: &mut dyn Table, streams: Streams<'_>) -> u8 {
