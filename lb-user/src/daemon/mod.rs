@@ -107,13 +107,28 @@ pub struct Daemon<I> {
     /// How many connections the last sweep left.
     connections: u64,
     started: Instant,
+    commanded: Arc<Notify>,
     stopping: Arc<Notify>,
 }
 
 impl<I: Instance> Daemon<I> {
     /// A daemon around a director.
     pub fn new(director: Director<I>, identity: Identity, state: StateFile) -> Self {
-        Self { director, identity, state, unsaved: false, connections: 0, started: Instant::now(), stopping: Arc::default() }
+        Self {
+            director,
+            identity,
+            state,
+            unsaved: false,
+            connections: 0,
+            started: Instant::now(),
+            commanded: Arc::default(),
+            stopping: Arc::default(),
+        }
+    }
+
+    /// Told when commands were done.
+    pub fn commanded(&self) -> Arc<Notify> {
+        Arc::clone(&self.commanded)
     }
 
     /// Told when the daemon has to end.
@@ -131,6 +146,7 @@ impl<I: Instance> Daemon<I> {
             }
         }
         self.save();
+        self.commanded.notify_one();
         outcomes
     }
 

@@ -42,8 +42,8 @@ use crate::{
     director::{Director, model::Hook, state::State},
 };
 
-/// How often the daemon looks at what cannot wait for the next second.
-const MOMENT: Duration = Duration::from_millis(50);
+/// How often the daemon looks at what cannot wait for the next second: new connections pass a threshold for as long.
+const MOMENT: Duration = Duration::from_millis(10);
 
 /// How long requests may take to end when the daemon ends.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -176,7 +176,7 @@ pub(super) async fn run<I: Instance>(
     let listener = tokio::net::UnixListener::from_std(listener).context("cannot serve the socket; see the limits of open files")?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM; see the limits of open files")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT; see the limits of open files")?;
-    let stopping = daemon.stopping();
+    let (commanded, stopping) = (daemon.commanded(), daemon.stopping());
     let daemon = Arc::new(Mutex::new(daemon));
     let closing = Arc::new(Notify::new());
     let closed = Arc::clone(&closing);
@@ -193,7 +193,6 @@ pub(super) async fn run<I: Instance>(
     drop(writeln!(io::stdout(), "ready").and_then(|()| io::stdout().flush()));
     notify(NotifyState::Ready);
     loop {
-        // Commands change this, too: it is found out within a second.
         let watching = daemon.lock().await.needs_watching();
         tokio::select! {
             _ = seconds.tick() => {
@@ -209,6 +208,8 @@ pub(super) async fn run<I: Instance>(
                 }
             }
             _ = moments.tick(), if watching => daemon.lock().await.refresh(),
+            // They may have brought something to watch.
+            () = commanded.notified() => (),
             () = stopping.notified() => break info!("told to stop"),
             _ = terminate.recv() => break info!("told to stop by SIGTERM"),
             _ = interrupt.recv() => break info!("told to stop by SIGINT"),
