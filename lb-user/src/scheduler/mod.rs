@@ -113,20 +113,28 @@ pub enum Change {
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum Unavailable {
     /// IPVS has it, this version does not.
-    #[error("scheduler \"{0}\" cannot be used: IPVS has it, but this version of bpfvs does not yet; use one of {names}", names = listed())]
+    #[error(
+        "scheduler \"{0}\"{default} cannot be used: IPVS has it, but this version of bpfvs does not yet; use one of {names}",
+        default = if .0 == IPVSADM_DEFAULT { " (ipvsadm's choice when none is named)" } else { "" },
+        names = listed()
+    )]
     NotYet(String),
     /// There is no such scheduler.
     #[error("scheduler \"{0}\" cannot be used: there is no scheduler of this name; use one of {names}", names = listed())]
     Unknown(String),
 }
 
-/// The names in [`Scheduler::NAMES`], for people.
+/// The names in [`Scheduler::NAMES`], for people, who seldom want none.
 fn listed() -> String {
-    Scheduler::NAMES.join(", ")
+    let names: Vec<_> = Scheduler::NAMES.iter().copied().filter(|name| *name != "none").collect();
+    names.join(", ")
 }
 
 /// IPVS's schedulers that are still to come.
 const NOT_YET: [&str; 9] = ["fo", "lblc", "lblcr", "lc", "nq", "ovf", "sed", "twos", "wlc"];
+
+/// What ipvsadm asks for when its user names no scheduler.
+const IPVSADM_DEFAULT: &str = "wlc";
 
 /// What every scheduler does. The public face is [`Scheduler`], which documents each of these.
 trait Algorithm {
@@ -272,7 +280,7 @@ mod tests {
         let error = Scheduler::from_name("rrr", 0, Family::Ipv4).expect_err("there is no such scheduler");
         assert_eq!(
             error.to_string(),
-            "scheduler \"rrr\" cannot be used: there is no scheduler of this name; use one of rr, wrr, sh, dh, mh, none"
+            "scheduler \"rrr\" cannot be used: there is no scheduler of this name; use one of rr, wrr, sh, dh, mh"
         );
     }
 
