@@ -64,6 +64,11 @@ impl Namespace {
         Ok(namespace)
     }
 
+    /// Takes over a namespace that a script has made under this name; it goes away with the owner all the same.
+    pub fn adopt(name: String) -> Self {
+        Self { name }
+    }
+
     /// Its name, as `ip netns` knows it.
     pub fn name(&self) -> &str {
         &self.name

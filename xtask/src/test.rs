@@ -247,6 +247,8 @@ fn is_closing(line: &str) -> bool {
     let line = line.trim_start();
     (line.starts_with("test result: ") && !line.contains(" 0 passed; 0 failed; 0 ignored"))
         || line.starts_with("SKIPPED ")
+        || line.starts_with("golden: ")
+        || line.starts_with("FAIL ")
         || (line.starts_with("test ") && line.ends_with("FAILED"))
 }
 

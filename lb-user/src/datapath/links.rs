@@ -160,7 +160,18 @@ mod tests {
 
     fn link(index: u32, vlan: Option<Vlan>) -> Link {
         let name = format!("eth{index}");
-        Link { index, name, up: true, loopback: false, virtual_device: false, redirects: true, mac: None, mtu: 1500, vlan, generic_xdp: None }
+        Link {
+            index,
+            name,
+            up: true,
+            loopback: false,
+            virtual_device: false,
+            redirects: true,
+            mac: None,
+            mtu: 1500,
+            vlan,
+            generic_xdp: None,
+        }
     }
 
     #[test]
