@@ -12,7 +12,6 @@
 #![allow(clippy::needless_pass_by_value, reason = "the macros of aya-ebpf hand contexts over by value")]
 #![allow(clippy::needless_borrows_for_generic_args, reason = "keys and values by value would be copied once more on the stack")]
 #![allow(missing_docs, reason = "the macros of aya-ebpf add functions of their own to each program")]
-#![allow(clippy::needless_pass_by_value, reason = "the macros of aya-ebpf hand the context over by value")]
 #![allow(
     clippy::cast_possible_wrap,
     clippy::cast_sign_loss,
