@@ -130,7 +130,7 @@ const DIRECT_ROUTING_OUTPUT: &str =
     "route ipv4 rs2 rs1 rs2 rs1 \nroute ipv6 rs2 rs1 rs2 rs1 \norphaned rs2 rs1 \nadopted rs2 rs1 \n4\nleft:   \n";
 
 /// Real servers whose tunnels end in the kernel's own devices, set up as every how-to says.
-const TUNNEL_DEVICES_BY_HAND: &str = r#"
+const TUNNEL_DEVICES_BY_HAND: &str = r"
 for host in rs1 rs2; do
     ip netns exec $host ip link set tunl0 up
     ip netns exec $host ip link set ip6tnl0 up
@@ -139,10 +139,10 @@ for host in rs1 rs2; do
     ip -n $host addr add fd00:10::200/128 dev ip6tnl0 nodad
 done
 teardown() { :; }
-"#;
+";
 
 /// The same by bpfvs, which takes back what it did.
-const TUNNEL_DEVICES_BY_BPFVS: &str = r#"
+const TUNNEL_DEVICES_BY_BPFVS: &str = r"
 state_of() { # namespace
     ip -n $1 -o addr show | sed 's/ *valid_lft.*//'
     ip -n $1 -o link show | sed 's/.*: \([^:@]*\)[:@].*<\([^>]*\)>.*/\1 \2/'
@@ -159,7 +159,7 @@ teardown() {
         state_of $host | diff /run/before-$host -
     done
 }
-"#;
+";
 
 /// Tunnels that end in the kernel's own devices.
 const TUNNELS: &str = r#"
