@@ -18,7 +18,7 @@
 //! The resolver is one task. It decides nothing about servers: ways go to [`Servers`], devices to [`Attachments`].
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, HashSet},
     net::IpAddr,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -50,6 +50,9 @@ use super::{
     servers::Servers,
     way::{Hop, Way},
 };
+
+/// How many orders are carried out before events are heard again.
+const ORDERS: usize = 256;
 
 /// How long it must be quiet before all ways are asked for anew.
 const QUIET: Duration = Duration::from_millis(20);
@@ -157,6 +160,7 @@ impl Resolver {
     pub async fn run(mut self) {
         // When the first event of a storm came, and when to act on it.
         let mut storm: Option<(Instant, Instant)> = None;
+        let mut orders = Vec::new();
         loop {
             let due = storm.map_or_else(Instant::now, |(_, due)| due);
             let wider = self.narrow.values().map(|(_, until)| *until).min();
@@ -177,19 +181,15 @@ impl Resolver {
                     self.narrow(report);
                     false
                 }
-                order = self.orders.recv() => match order {
-                    None => return,
-                    Some(Order::Look(address)) => {
-                        let understood = self.look(address).await;
-                        self.answered.send_modify(|count| *count += 1);
-                        !understood
-                    }
-                    Some(Order::Release(done)) => {
-                        self.release_all().await;
-                        let _ = done.send(());
+                count = self.orders.recv_many(&mut orders, ORDERS) => {
+                    if count == 0 {
                         return;
                     }
-                },
+                    match self.obey(orders.drain(..)).await {
+                        Some(understood) => !understood,
+                        None => return,
+                    }
+                }
                 event = self.events.next() => match event {
                     None => {
                         tracing::error!("netlink closed its event socket: ways to real servers are not followed any more; restart bpfvs");
@@ -227,6 +227,32 @@ impl Resolver {
             self.narrow.remove(&address);
             self.teach(address);
         }
+    }
+
+    /// Carries orders out. Says whether all was understood; nothing if the last order was to let go.
+    async fn obey(&mut self, orders: impl Iterator<Item = Order>) -> Option<bool> {
+        let mut understood = true;
+        let mut asked = 0;
+        // Thousands of services may have the same real servers, and come at one go.
+        let mut looked = HashSet::new();
+        for order in orders {
+            match order {
+                Order::Look(address) => {
+                    if looked.insert(address) {
+                        understood &= self.look(address).await;
+                    }
+                    asked += 1;
+                }
+                Order::Release(done) => {
+                    self.release_all().await;
+                    // Nobody may wait for it any more.
+                    let _ = done.send(());
+                    return None;
+                }
+            }
+        }
+        self.answered.send_modify(|count| *count += asked);
+        Some(understood)
     }
 
     /// Reads an event. `true` if all ways must be asked for anew.
