@@ -149,6 +149,9 @@ state_of() { # namespace
     ip netns exec $1 sysctl -a 2>/dev/null | grep -E '^net.ipv4.conf.*(arp_ignore|arp_announce|rp_filter)'
 }
 for host in rs1 rs2; do
+    # A real server answers through its router, which here is the client.
+    ip -n $host route add default via 10.0.0.12
+    ip -n $host -6 route add default via fd00:10::12
     state_of $host >/run/before-$host
     bpfvs realserver setup --netns $host --interface eth0 --method tunnel --decap kernel --vip 10.0.0.200 --vip fd00:10::200 >/run/setup-$host
     bpfvs realserver check --netns $host >/run/check-$host || { cat /run/setup-$host /run/check-$host; false; }

@@ -102,19 +102,30 @@ impl Setup<'_> {
             return Ok(Arrival::Route);
         }
         if args.decap != Decapsulation::Bpf {
-            match self.devices(args.tunnel_type, interface, vip).await? {
-                Ok(devices) => return Ok(Arrival::Device { devices }),
-                Err(why) if args.decap == Decapsulation::Kernel => {
+            let (devices, missing) = self.devices(args.tunnel_type, interface, vip).await?;
+            match (missing, args.decap) {
+                (None, _) => return Ok(Arrival::Device { devices }),
+                (Some(why), Decapsulation::Kernel) if devices.is_empty() => {
                     bail!("cannot let the kernel take packets out of the tunnel: {why}; use --decap bpf")
                 }
-                Err(_) => {}
+                // The director may never use the tunnels that are missing: it goes by the real server's address.
+                (Some(why), Decapsulation::Kernel) => {
+                    self.report.note(
+                        "tunnel",
+                        format!("the kernel does not take all tunnels for {vip} apart that can reach this host: {why}"),
+                        "let the director use an address of this host of the VIP's own family, or give --decap bpf".to_owned(),
+                    );
+                    return Ok(Arrival::Device { devices });
+                }
+                _ => {}
             }
         }
         Ok(Arrival::Program { hook: decap::available(args.hook), tunnel: args.tunnel_type, port: args.tunnel_port.unwrap_or(0) })
     }
 
-    /// The kernel's devices that end such tunnels from the families in which this host can be reached, or why there are none.
-    async fn devices(&mut self, tunnel: TunnelType, interface: &Interface, vip: IpAddr) -> Result<Result<Vec<String>, String>> {
+    /// The kernel's devices that end such tunnels from the families in which this host can be reached, and why some family
+    /// has none.
+    async fn devices(&mut self, tunnel: TunnelType, interface: &Interface, vip: IpAddr) -> Result<(Vec<String>, Option<String>)> {
         let addresses = self.network.addresses().await?;
         let reachable = |ipv6: bool| {
             addresses.iter().any(|held| match held.address {
@@ -122,7 +133,7 @@ impl Setup<'_> {
                 IpAddr::V6(address) => ipv6 && held.interface == interface.index && !address.is_unicast_link_local(),
             })
         };
-        let mut names = Vec::new();
+        let (mut names, mut missing) = (Vec::new(), None);
         for outer_ipv6 in [false, true].into_iter().filter(|outer| reachable(*outer)) {
             let device = match (tunnel, outer_ipv6, vip.is_ipv6()) {
                 (TunnelType::Ipip, false, false) => Device::Ipip,
@@ -131,22 +142,23 @@ impl Setup<'_> {
                 (TunnelType::Gre, false, _) => Device::Gre,
                 (TunnelType::Gre, true, _) => Device::Ip6gre,
                 (TunnelType::Ipip, true, false) => {
-                    return Ok(Err("its device for IPv6 tunnels takes no IPv4 packets from everybody".into()));
+                    missing = Some("its device for IPv6 tunnels takes no IPv4 packets from everybody".to_owned());
+                    continue;
                 }
                 (TunnelType::Gue, ..) => {
-                    return Ok(Err("it needs a port of its FOU module, which bpfvs does not manage (`ip fou add`)".into()));
+                    missing = Some("it needs a port of its FOU module, which bpfvs does not manage (`ip fou add`)".to_owned());
+                    continue;
                 }
             };
             match self.device(device).await? {
                 Some(name) => names.push(name),
-                None => return Ok(Err(format!("it has no device like {} (module not there)", device.fallback()))),
+                None => missing = Some(format!("it has no device like {} (module not there)", device.fallback())),
             }
         }
-        Ok(if names.is_empty() {
-            Err(format!("{} has no address to which a tunnel could lead", interface.name))
-        } else {
-            Ok(names)
-        })
+        if names.is_empty() && missing.is_none() {
+            missing = Some(format!("{} has no address to which a tunnel could lead", interface.name));
+        }
+        Ok((names, missing))
     }
 
     /// Finds or makes a device.
