@@ -25,6 +25,12 @@ pub fn update(checksum: u16, old: u16, new: u16) -> u16 {
     finish(u64::from(!checksum) + u64::from(!old) + u64::from(new))
 }
 
+/// The checksum after a difference (see [`crate::family::Address::difference`]), folded or not.
+#[inline(always)]
+pub const fn gain(checksum: u16, difference: u64) -> u16 {
+    finish(!checksum as u64 + difference)
+}
+
 /// The sum of a block; an odd last byte counts as if a zero followed.
 pub fn sum(bytes: &[u8]) -> u64 {
     let (words, rest) = bytes.as_chunks::<2>();

@@ -49,6 +49,9 @@ pub mod flags {
     pub const NO_OUTPUT: u8 = 2;
     /// A packet that neither begins nor ends anything changes nothing: the state machine need not be asked.
     pub const SETTLED: u8 = 4;
+    /// The real server is masqueraded: its replies have an entry of their own ([`crate::reply`]).
+    #[doc(alias = "IP_VS_CONN_F_MASQ")]
+    pub const MASQUERADED: u8 = 8;
 }
 
 /// Which packet a fragment belongs to: the key of the table that leads later fragments after the first.

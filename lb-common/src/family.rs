@@ -2,8 +2,10 @@
 
 use core::net::{Ipv4Addr, Ipv6Addr};
 
+use crate::wire::Plain;
+
 /// An address as it stands in a header.
-pub trait Address: Copy + Eq + 'static {
+pub trait Address: Eq + Plain {
     /// IPVS's folding of an address into one number, in host order: the address itself for IPv4, the exclusive or of
     /// the four words for IPv6. All of IPVS's hashes begin with it.
     #[doc(alias = "ip_vs_sh_hashkey")]
@@ -11,6 +13,12 @@ pub trait Address: Copy + Eq + 'static {
 
     /// The words of the address in network order; an IPv4 address fills the first.
     fn words(&self) -> [u32; 4];
+
+    /// The opposite of [`Address::words`].
+    fn from_words(words: &[u32; 4]) -> Self;
+
+    /// What a checksum over the words of this address has to gain when another takes its place (RFC 1624): not folded.
+    fn difference(&self, new: &Self) -> u64;
 }
 
 /// An IPv4 address: the four bytes of the header, in memory order.
@@ -40,6 +48,16 @@ impl Address for Ipv4 {
     fn words(&self) -> [u32; 4] {
         [*self, 0, 0, 0]
     }
+
+    #[inline(always)]
+    fn from_words(words: &[u32; 4]) -> Self {
+        words[0]
+    }
+
+    #[inline(always)]
+    fn difference(&self, new: &Self) -> u64 {
+        u64::from(!*self) + u64::from(*new)
+    }
 }
 
 impl Address for Ipv6 {
@@ -51,6 +69,16 @@ impl Address for Ipv6 {
     #[inline(always)]
     fn words(&self) -> [u32; 4] {
         *self
+    }
+
+    #[inline(always)]
+    fn from_words(words: &[u32; 4]) -> Self {
+        *words
+    }
+
+    #[inline(always)]
+    fn difference(&self, new: &Self) -> u64 {
+        self[0].difference(&new[0]) + self[1].difference(&new[1]) + self[2].difference(&new[2]) + self[3].difference(&new[3])
     }
 }
 

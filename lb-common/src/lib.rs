@@ -7,10 +7,10 @@
 //! | subject | module |
 //! | --- | --- |
 //! | address families | [`family`] |
-//! | what stands in the maps | [`connection`], [`service`], [`server`], [`schedule`], [`statistics`], [`config`] |
+//! | what stands in the maps | [`connection`], [`reply`], [`service`], [`server`], [`hop`], [`schedule`], [`statistics`], [`config`] |
 //! | why a packet left | [`reason`] |
 //! | headers and their parsing | [`packet`] |
-//! | Internet checksums | [`checksum`] |
+//! | Internet checksums, SCTP's | [`checksum`], [`crc32c`] |
 //! | IPVS's hashes, and picking by them | [`hash`], [`pick`] |
 //! | protocol state machines | [`tcp`], [`sctp`] |
 //! | the "may be ours" filter | [`filter`] |
@@ -26,15 +26,18 @@ extern crate std;
 pub mod checksum;
 pub mod config;
 pub mod connection;
+pub mod crc32c;
 pub mod family;
 pub mod filter;
 pub mod floor;
 pub mod hash;
+pub mod hop;
 #[cfg(any(test, feature = "user"))]
 pub mod model;
 pub mod packet;
 pub mod pick;
 pub mod reason;
+pub mod reply;
 pub mod schedule;
 pub mod sctp;
 pub mod server;

@@ -45,7 +45,7 @@ reasons! {
     /// An ICMP error was due, but this CPU has sent its share for this second.
     AnswerLimit = "answer-limit", Dropped, "an ICMP error was due, but too many were sent this second";
     /// The packet could not be changed as needed: a helper of the kernel refused.
-    Failed = "failed", Dropped, "the kernel could not make room for headers";
+    Failed = "failed", Dropped, "the kernel could not make room for headers, or did not let them be changed";
     /// A later fragment whose first fragment was not seen.
     FragmentUnknown = "fragment-unknown", Dropped, "a later fragment of a packet whose first fragment was not seen";
     /// The chosen real server is the director itself.
@@ -60,6 +60,8 @@ reasons! {
     NoServer = "no-server", Answered, "no real server of the service takes new connections";
     /// The virtual address has no service on this protocol and port.
     NoService = "no-service", Passed, "the virtual address has no service on this protocol and port";
+    /// The kernel knows no way to the client, or does not forward.
+    NoWayBack = "no-way-back", Passed, "a real server's reply, to whose client the kernel knows no way, or forwards nothing";
     /// Neither IPv4 nor IPv6, or to nobody in particular (broadcast, multicast).
     NotIp = "not-ip", Passed, "neither IPv4 nor IPv6";
     /// The destination is not a virtual address.
@@ -70,9 +72,11 @@ reasons! {
     OtherDevice = "other-device", Passed, "left to tc: the real server's device takes no frames from XDP";
     /// The connection's real server was removed.
     ServerRemoved = "server-removed", Dropped, "the connection's real server was removed from its service";
+    /// The first part of an SCTP packet whose port is to be changed: its checksum is over parts that are not here.
+    SctpFragment = "sctp-fragment", Dropped, "a fragmented SCTP packet, to a masqueraded real server on another port";
     /// The connection table is full.
     TableFull = "table-full", Dropped, "the connection table is full";
-    /// Larger than the way to the real server allows.
+    /// Larger than the way to the real server, or to its client, allows.
     TooBig = "too-big", Answered, "larger than the way to the real server allows";
     /// The time to live ended here.
     TtlExpired = "ttl-expired", Answered, "the time to live ended here";

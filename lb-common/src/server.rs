@@ -1,6 +1,6 @@
 //! A real server, as the datapath sees it: everything that forwarding needs, in one cache line.
 
-use crate::wire::plain;
+use crate::{hop::Hop, wire::plain};
 
 /// A real server's entry in the server array. Written by userspace, which keeps it true from netlink.
 ///
@@ -17,17 +17,8 @@ pub struct Server {
     pub tunnel: u8,
     /// Bits of [`flags`].
     pub flags: u8,
-    /// The device that the route names; with VLANs the VLAN device. tc sends here.
-    pub ifindex: u32,
-    /// The device that frames leave by: the VLAN's parent, else the same as `ifindex`. XDP sends here.
-    pub port_ifindex: u32,
-    /// The VLAN that frames carry on `port_ifindex`: an identifier, 0 for none, or [`KEEP_VLAN`].
-    pub vlan: u16,
-    /// The largest packet, in bytes from the (inner) IP header, that fits the way to the server.
-    pub mtu: u16,
-    /// How frames to the server begin: the MAC addresses of the next hop and of the device that they leave by. See
-    /// [`link_addresses`].
-    pub link: [u32; 3],
+    /// How frames to the server leave; its MTU counts from the (inner) IP header.
+    pub hop: Hop,
     /// Source address of a tunnel's outer header; IPv4 in the first word.
     pub outer_source: [u32; 4],
     /// The real server's address, which is where tunnels end; IPv4 in the first word.
@@ -37,17 +28,6 @@ pub struct Server {
     /// The real server's port.
     pub port: u16,
 }
-
-/// The first twelve bytes of an Ethernet header, as words.
-pub const fn link_addresses(next_hop: [u8; 6], source: [u8; 6]) -> [u32; 3] {
-    let first = u32::from_ne_bytes([next_hop[0], next_hop[1], next_hop[2], next_hop[3]]);
-    let second = u32::from_ne_bytes([next_hop[4], next_hop[5], source[0], source[1]]);
-    let third = u32::from_ne_bytes([source[2], source[3], source[4], source[5]]);
-    [first, second, third]
-}
-
-/// [`Server::vlan`]: leave the tags of the packet as they are.
-pub const KEEP_VLAN: u16 = 0xffff;
 
 /// How packets reach a real server.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -59,6 +39,9 @@ pub enum Method {
     /// Put the packet into another (IP tunnel, `-i`).
     #[doc(alias = "IP_VS_CONN_F_TUNNEL")]
     Tunnel = 1,
+    /// Rewrite the destination address and port, and the source of the replies (NAT, `-m`).
+    #[doc(alias = "IP_VS_CONN_F_MASQ")]
+    Masquerade = 2,
 }
 
 /// Whether packets can be sent to a real server.
@@ -102,7 +85,7 @@ pub mod flags {
     /// GUE and GRE: fill in the outer checksum.
     #[doc(alias = "IP_VS_TUNNEL_ENCAP_FLAG_CSUM")]
     pub const CHECKSUM: u8 = 2;
-    /// XDP can send frames out of the server's port that came in by another one.
+    /// XDP can send frames out of the hop's port that came in by another one.
     pub const REDIRECT: u8 = 4;
 }
 

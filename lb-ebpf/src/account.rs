@@ -17,6 +17,18 @@ pub fn packet(server: u32, length: usize) {
     }
 }
 
+/// Counts a packet of a real server for a client.
+#[inline(always)]
+pub fn reply(server: u32, length: usize) {
+    if let Some(statistics) = STATISTICS.get_ptr_mut(server) {
+        // SAFETY: as in `packet`.
+        unsafe {
+            (*statistics).packets_out += 1;
+            (*statistics).bytes_out += length as u64;
+        }
+    }
+}
+
 /// Counts a scheduled connection for a real server.
 #[inline(always)]
 pub fn connection(server: u32) {

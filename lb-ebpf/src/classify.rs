@@ -1,15 +1,20 @@
 //! Is the packet for us? One array read answers for almost all that are not.
 
-use lb_common::{family::Address, filter, reason::Reason};
+use lb_common::{family::Address, filter};
 
-use crate::maps::FILTER;
+use crate::maps::{FILTER, SOURCES};
 
-/// Lets a packet through whose destination may be a virtual address.
+/// Whether a packet may be for a virtual address, by its destination.
 #[inline(always)]
-pub fn may_be_ours<A: Address>(destination: &A) -> Result<(), Reason> {
+pub fn may_be_ours<A: Address>(destination: &A) -> bool {
     let (word, bit) = filter::position(destination);
-    match FILTER.get(word) {
-        Some(bits) if bits & bit != 0 => Ok(()),
-        _ => Err(Reason::NotOurs),
-    }
+    FILTER.get(word).is_some_and(|bits| bits & bit != 0)
+}
+
+/// Whether a packet may be the reply of a masqueraded real server, by its source. Asked only of packets that are addressed to
+/// no virtual address.
+#[inline(always)]
+pub fn may_be_reply<A: Address>(source: &A) -> bool {
+    let (word, bit) = filter::position(source);
+    SOURCES.get(word).is_some_and(|bits| bits & bit != 0)
 }

@@ -27,8 +27,10 @@ mod atomic;
 mod classify;
 mod forward;
 mod maps;
+mod nat;
 mod outcome;
 mod pick;
+mod reply;
 mod sweep;
 mod track;
 
@@ -45,7 +47,7 @@ use lb_common::{
     },
     reason::Reason,
 };
-use lb_ebpf::packet::{Packet, TcBuffer, XdpFrame};
+use lb_ebpf::packet::{Packet, TcBuffer, XdpFrame, fixed};
 use maps::Family;
 use outcome::Outcome;
 
@@ -81,10 +83,12 @@ fn direct<P: Packet>(packet: &mut P) -> i32 {
 fn plain<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
     let link = Link::plain(F::ETHERTYPE);
     let header = F::parse(packet, link.payload)?;
-    classify::may_be_ours(&header.destination)?;
     let Some(payload) = F::plain(packet, &header) else { return Ok(Outcome::odd::<F>()) };
+    if !classify::may_be_ours(&header.destination) {
+        return if classify::may_be_reply(&header.source) { Ok(Outcome::reply::<F>(true)) } else { Err(Reason::NotOurs) };
+    }
     let server = track::connection::<P, F>(packet, &header, &payload);
-    Ok(deliver::<P, F>(packet, &link, &header, &payload, server))
+    Ok(deliver::<P, F, true>(packet, &link, &header, &payload, server))
 }
 
 /// A frame with VLAN tags is odd, if there is an IP packet behind them.
@@ -109,15 +113,21 @@ fn odd<P: Packet, F: Family>(context: *mut c_void) -> Outcome {
 fn any<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
     let link = ethernet::parse(packet)?;
     let header = F::parse(packet, link.payload)?;
-    classify::may_be_ours(&header.destination)?;
-    let payload = F::transport(packet, &header)?;
+    if !classify::may_be_ours(&header.destination) {
+        // ICMP errors come from routers, too: whether they are about a request, only the packet that they quote tells.
+        let may_be_reply = F::protocol(packet, header.offset) == Some(F::ICMP) || classify::may_be_reply(&header.source);
+        return if may_be_reply { Ok(Outcome::reply::<F>(false)) } else { Err(Reason::NotOurs) };
+    }
+    let mut payload = F::transport(packet, &header)?;
+    // The parser's offset, in a form that the verifier can bound.
+    payload.offset = fixed(payload.offset) & track::REACH;
     let server = track::anything::<P, F>(packet, &header, &payload);
-    Ok(deliver::<P, F>(packet, &link, &header, &payload, server))
+    Ok(deliver::<P, F, false>(packet, &link, &header, &payload, server))
 }
 
 /// The second half of either way: the packet's real server is known, or why there is none.
 #[inline(always)]
-fn deliver<P: Packet, F: Family>(
+fn deliver<P: Packet, F: Family, const PLAIN: bool>(
     packet: &mut P,
     link: &Link,
     header: &IpHeader<F::Address>,
@@ -125,14 +135,16 @@ fn deliver<P: Packet, F: Family>(
     server: Result<u32, Reason>,
 ) -> Outcome {
     let mut mtu = 0;
-    match to_server::<P, F>(packet, link, header, server, &mut mtu) {
+    match to_server::<P, F, PLAIN>(packet, link, header, server, &mut mtu) {
         Ok(outcome) => outcome,
+        // An address that looks like a virtual one to the filter may be that of a client.
+        Err(Reason::NoService) if classify::may_be_reply(&header.source) => Outcome::reply::<F>(false),
         Err(why) => Outcome::refused::<P, F>(why, mtu, link, header.length, payload),
     }
 }
 
 #[inline(always)]
-fn to_server<P: Packet, F: Family>(
+fn to_server<P: Packet, F: Family, const PLAIN: bool>(
     packet: &mut P,
     link: &Link,
     header: &IpHeader<F::Address>,
@@ -143,7 +155,7 @@ fn to_server<P: Packet, F: Family>(
     let server = forward::reachable(packet, index)?;
     *mtu = server.mtu();
     account::packet(index, header.length);
-    forward::forward::<P, F>(packet, link, header, &server)
+    forward::forward::<P, F, PLAIN>(packet, link, header, &server)
 }
 
 lb_ebpf::object!();

@@ -13,8 +13,10 @@ use lb_common::{
     connection::{Connection, ConnectionKey, FragmentKey},
     family::{Ipv4, Ipv6},
     filter,
-    packet::{Ipv4Header, Ipv6Header, Network, V4, V6},
+    hop::Device,
+    packet::{Ipv4Header, Ipv6Header, Network, V4, V6, transport::Ports},
     reason::Reason,
+    reply::Reply,
     schedule::Pair,
     server::{NextHop, Server},
     service::{Service, ServiceKey},
@@ -28,6 +30,7 @@ const SERVICE_COUNT: u32 = 1 << 16;
 const SERVER_COUNT: u32 = 1 << 17;
 const CONNECTION_COUNT: u32 = 1 << 20;
 const FRAGMENT_COUNT: u32 = 1 << 14;
+const DEVICE_COUNT: u32 = 1 << 12;
 
 /// Kernel clock ticks in a second; userspace writes it before it loads the programs.
 #[unsafe(no_mangle)]
@@ -40,6 +43,10 @@ pub static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
 /// One bit for each hashed virtual address. Userspace writes, every packet reads.
 #[map]
 pub static FILTER: Array<u64> = Array::with_max_entries(filter::WORDS, MMAPABLE);
+
+/// One bit for each hashed address of a masqueraded real server. Userspace writes, packets read that are to no virtual address.
+#[map]
+pub static SOURCES: Array<u64> = Array::with_max_entries(filter::WORDS, MMAPABLE);
 
 /// Virtual services. Userspace writes, new connections read.
 #[map]
@@ -92,11 +99,22 @@ static CONNECTIONS_V4: HashMap<ConnectionKey<Ipv4>, Connection> = HashMap::with_
 #[map]
 static CONNECTIONS_V6: HashMap<ConnectionKey<Ipv6>, Connection> = HashMap::with_max_entries(CONNECTION_COUNT, 0);
 
-/// Servers of fragmented packets that are under way. First fragments insert, later ones read. Full: the oldest go.
+/// What the replies of masqueraded connections need. New connections insert, replies read and write, whoever deletes the
+/// connection deletes. Takes memory for what is in it only; as large as the connection tables, so never full before them.
 #[map]
-static FRAGMENTS_V4: LruHashMap<FragmentKey<Ipv4>, u32> = LruHashMap::with_max_entries(FRAGMENT_COUNT, 0);
+static REPLIES_V4: HashMap<ConnectionKey<Ipv4>, Reply<Ipv4>> = HashMap::with_max_entries(CONNECTION_COUNT, BPF_F_NO_PREALLOC);
 #[map]
-static FRAGMENTS_V6: LruHashMap<FragmentKey<Ipv6>, u32> = LruHashMap::with_max_entries(FRAGMENT_COUNT, 0);
+static REPLIES_V6: HashMap<ConnectionKey<Ipv6>, Reply<Ipv6>> = HashMap::with_max_entries(CONNECTION_COUNT, BPF_F_NO_PREALLOC);
+
+/// The network devices, by index. Userspace writes, whoever looks for a way back to a client reads.
+#[map]
+pub static DEVICES: HashMap<u32, Device> = HashMap::with_max_entries(DEVICE_COUNT, BPF_F_NO_PREALLOC);
+
+/// The ports of fragmented packets that are under way. First fragments insert, later ones read. Full: the oldest go.
+#[map]
+static FRAGMENTS_V4: LruHashMap<FragmentKey<Ipv4>, Ports> = LruHashMap::with_max_entries(FRAGMENT_COUNT, 0);
+#[map]
+static FRAGMENTS_V6: LruHashMap<FragmentKey<Ipv6>, Ports> = LruHashMap::with_max_entries(FRAGMENT_COUNT, 0);
 
 /// What the last run of the sweep found.
 #[map]
@@ -110,7 +128,10 @@ pub static ANSWERS: PerCpuArray<[u32; 2]> = PerCpuArray::with_max_entries(1, 0);
 pub trait Family: Network {
     fn services() -> &'static HashMap<ServiceKey<Self::Address>, Service>;
     fn connections() -> &'static HashMap<ConnectionKey<Self::Address>, Connection>;
-    fn fragments() -> &'static LruHashMap<FragmentKey<Self::Address>, u32>;
+    fn replies() -> &'static HashMap<ConnectionKey<Self::Address>, Reply<Self::Address>>;
+    fn fragments() -> &'static LruHashMap<FragmentKey<Self::Address>, Ports>;
+    /// The key of nothing, to be filled in.
+    fn no_key() -> ConnectionKey<Self::Address>;
     /// Takes one off the time to live of the packet whose header begins at `offset`, if there is more than one left.
     fn age<P: Packet>(packet: &mut P, offset: usize) -> Result<(), Reason>;
 }
@@ -127,7 +148,17 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn fragments() -> &'static LruHashMap<FragmentKey<Ipv4>, u32> {
+    fn no_key() -> ConnectionKey<Ipv4> {
+        ConnectionKey { client: 0, vip: 0, ports: Ports::new(0, 0), protocol: 0 }
+    }
+
+    #[inline(always)]
+    fn replies() -> &'static HashMap<ConnectionKey<Ipv4>, Reply<Ipv4>> {
+        &REPLIES_V4
+    }
+
+    #[inline(always)]
+    fn fragments() -> &'static LruHashMap<FragmentKey<Ipv4>, Ports> {
         &FRAGMENTS_V4
     }
 
@@ -161,7 +192,17 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn fragments() -> &'static LruHashMap<FragmentKey<Ipv6>, u32> {
+    fn no_key() -> ConnectionKey<Ipv6> {
+        ConnectionKey { client: [0; 4], vip: [0; 4], ports: Ports::new(0, 0), protocol: 0 }
+    }
+
+    #[inline(always)]
+    fn replies() -> &'static HashMap<ConnectionKey<Ipv6>, Reply<Ipv6>> {
+        &REPLIES_V6
+    }
+
+    #[inline(always)]
+    fn fragments() -> &'static LruHashMap<FragmentKey<Ipv6>, Ports> {
         &FRAGMENTS_V6
     }
 

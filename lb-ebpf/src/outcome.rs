@@ -7,9 +7,11 @@
 //! ```text
 //! verdict   0..31 the verdict
 //! odd       nothing
+//! reply     nothing, or, with bit 57, 0..31 the verdict
 //! wrap      0..31 the real server's index, 32..36 length of the Ethernet header, 37..48 outer VLAN
+//! translate 0..31 the real server's index
 //! answer    0..15 MTU, 16..31 length of the IP packet, 32..36 length of the Ethernet header, 40..47 the reason
-//! bit 60: IPv6    bits 61..63: which of them
+//! bit 60: IPv6    bits 56..59, 61..63: which of them (56: the packet is plain)
 //! ```
 
 use lb_common::{
@@ -18,13 +20,17 @@ use lb_common::{
 };
 use lb_ebpf::packet::Packet;
 
-use crate::{account, answer, forward, maps::Family, odd};
+use crate::{account, answer, forward, maps::Family, odd, reply};
 
 /// What is left to do with a packet.
 #[derive(Clone, Copy)]
 pub struct Outcome(u64);
 
 impl Outcome {
+    const PLAIN: u64 = 1 << 56;
+    const ATTENDED: u64 = 1 << 57;
+    const REPLY: u64 = 1 << 58;
+    const TRANSLATE: u64 = 1 << 59;
     const ODD: u64 = 1 << 61;
     const WRAP: u64 = 1 << 62;
     const ANSWER: u64 = 1 << 63;
@@ -46,6 +52,29 @@ impl Outcome {
     #[inline(always)]
     pub const fn odd<F: Family>() -> Self {
         Self(Self::ODD | Self::family::<F>())
+    }
+
+    /// The packet is for no virtual address, but may be a reply.
+    #[inline(always)]
+    pub const fn reply<F: Family>(is_plain: bool) -> Self {
+        Self(Self::REPLY | Self::plain(is_plain) | Self::family::<F>())
+    }
+
+    /// The packet is a reply that only has to be translated and sent.
+    #[inline(always)]
+    pub const fn translate_reply<F: Family>(verdict: i32) -> Self {
+        Self(Self::ATTENDED | Self::family::<F>() | verdict as u32 as u64)
+    }
+
+    /// The packet is to be translated for a real server.
+    #[inline(always)]
+    pub const fn translate<F: Family>(server: u32, is_plain: bool) -> Self {
+        Self(Self::TRANSLATE | Self::plain(is_plain) | Self::family::<F>() | server as u64)
+    }
+
+    #[inline(always)]
+    const fn plain(is_plain: bool) -> u64 {
+        if is_plain { Self::PLAIN } else { 0 }
     }
 
     /// The packet is to be put into a tunnel that has a header of its own.
@@ -77,10 +106,32 @@ impl Outcome {
         if self.0 & Self::ODD != 0 {
             self = if self.0 & Self::IS_V6 != 0 { odd::<P, V6>(packet.context()) } else { odd::<P, V4>(packet.context()) };
         }
-        if self.0 & (Self::WRAP | Self::ANSWER) == 0 {
+        if self.0 & Self::REPLY != 0 {
+            self = if self.0 & Self::IS_V6 != 0 { self.reply_of::<P, V6>(packet) } else { self.reply_of::<P, V4>(packet) };
+        }
+        if self.0 & (Self::WRAP | Self::TRANSLATE | Self::ANSWER) == 0 {
             return self.0 as i32;
         }
+        if self.0 & (Self::TRANSLATE | Self::PLAIN) == Self::TRANSLATE | Self::PLAIN {
+            let (context, server) = (packet.context(), self.0 as u32);
+            let is_v6 = self.0 & Self::IS_V6 != 0;
+            return if is_v6 { forward::translate_plain::<P, V6>(context, server) } else { forward::translate_plain::<P, V4>(context, server) };
+        }
+        // However it came about: the verifier shall follow what is left to do once.
+        self.0 = packet.opaque(self.0 as usize) as u64;
         if self.0 & Self::IS_V6 != 0 { self.finish::<P, V6>(packet) } else { self.finish::<P, V4>(packet) }
+    }
+
+    #[inline(always)]
+    fn reply_of<P: Packet, F: Family>(self, packet: &P) -> Self {
+        if self.0 & Self::PLAIN != 0 {
+            let outcome = reply::plain::<P, F>(packet.context());
+            if outcome.0 & Self::REPLY == 0 {
+                return outcome;
+            }
+        }
+        let outcome = reply::attend::<P, F>(packet.context());
+        if outcome.0 & Self::ATTENDED == 0 { outcome } else { reply::deliver::<P, F>(packet.context(), outcome.0 as i32) }
     }
 
     #[inline(always)]
@@ -88,6 +139,9 @@ impl Outcome {
         let link = (self.0 >> 32) as u32 & 0x1f;
         if self.0 & Self::WRAP != 0 {
             return forward::wrap::<P, F>(packet.context(), link, (self.0 >> 37) as u32 & 0xfff, self.0 as u32);
+        }
+        if self.0 & Self::TRANSLATE != 0 {
+            return forward::translate::<P, F>(packet.context(), self.0 as u32);
         }
         let (length, why) = ((self.0 >> 16) as u32 & 0xffff, (self.0 >> 40) as u32 & 0xff);
         answer::answer::<P, F>(packet.context(), link, length, why, self.0 as u16)

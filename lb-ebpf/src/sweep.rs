@@ -56,7 +56,7 @@ unsafe extern "C" fn visit<F: Family>(
         // A connection that was seen after the sweep began has a negative idle time.
         if (idle as i32) >= 0 && idle >= track::lifetime(config, (*key).protocol as u8, known.state) {
             if F::connections().remove(&*key).is_ok() {
-                track::forget(&known);
+                track::forget::<F>(&*key, &known);
                 (*report).expired += 1;
             }
             return 0;

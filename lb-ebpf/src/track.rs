@@ -16,7 +16,7 @@ use lb_common::{
     },
     reason::Reason,
     sctp,
-    server::{Counters, Status},
+    server::{Counters, Method, Status},
     service::ServiceKey,
     tcp::{self, Direction},
 };
@@ -25,7 +25,7 @@ use lb_ebpf::packet::Packet;
 use crate::{
     account, atomic,
     maps::{CONFIG, COUNTERS, Family, HZ, SERVERS},
-    pick,
+    pick, reply,
 };
 
 /// Source port of active FTP's data connections, which IPVS never schedules.
@@ -34,7 +34,7 @@ const EEXIST: i32 = -17;
 
 /// Kernel clock ticks, the low 32 bits: comparisons are by wrapping difference.
 #[inline(always)]
-fn jiffies() -> u32 {
+pub fn jiffies() -> u32 {
     // SAFETY: a helper without arguments.
     unsafe { bpf_jiffies64() as u32 }
 }
@@ -57,14 +57,53 @@ pub fn connection<P: Packet, F: Family>(packet: &P, header: &IpHeader<F::Address
     begin::<F>(&key, segment.event)
 }
 
-/// The state after an event. Real servers answer their clients directly: only the client's half is ever seen.
-#[inline(always)]
-fn next_state(protocol: u8, state: u8, event: u8) -> u8 {
-    match protocol {
-        protocol::TCP => tcp::next(false, Direction::InputOnly, state, event),
-        protocol::SCTP => sctp::next(Direction::InputOnly, state, event),
-        _ => state,
+/// State and flags of a connection.
+#[derive(Clone, Copy)]
+pub struct Standing {
+    state: u8,
+    flags: u8,
+}
+
+impl Standing {
+    /// What follows on an event in a state; `side` are the flags that do not follow from the state.
+    #[inline(always)]
+    fn after(protocol: u8, direction: Direction, state: u8, event: u8, side: u8) -> Self {
+        let word = after(protocol.into(), direction as u32, state.into(), event.into());
+        Self { state: word as u8, flags: (word >> 8) as u8 | side }
     }
+}
+
+/// State and flags after an event, in one word. In a function of its own, so that its many ways meet again for the verifier.
+#[inline(never)]
+fn after(protocol: u32, direction: u32, state: u32, event: u32) -> u32 {
+    const ESTABLISHED: u8 = tcp::State::Established as u8;
+    let (protocol, state, event) = (protocol as u8, state as u8, event as u8);
+    let direction = match direction {
+        0 => Direction::Input,
+        1 => Direction::Output,
+        _ => Direction::InputOnly,
+    };
+    let (next, active, settled) = match protocol {
+        protocol::TCP => {
+            let next = tcp::next(false, direction, state, event);
+            (next, tcp::is_active(next), next == ESTABLISHED)
+        }
+        protocol::SCTP => {
+            let next = sctp::next(direction, state, event);
+            (next, sctp::is_active(next), false)
+        }
+        _ => (state, false, true),
+    };
+    u32::from(next) | u32::from(active) << 8 | u32::from(settled) << 10
+}
+
+const _: () = assert!(flags::ACTIVE == 1 && flags::SETTLED == 1 << 2, "`after` puts them there");
+
+/// Where the client's packets stand in the tables of states: most real servers answer their clients directly, so that only
+/// the client's half is ever seen.
+#[inline(always)]
+const fn from_client(flags: u8) -> Direction {
+    if flags & flags::NO_OUTPUT != 0 { Direction::InputOnly } else { Direction::Input }
 }
 
 /// Whether a packet asks for a new connection even if there is one.
@@ -89,38 +128,37 @@ fn attend<F: Family>(key: &ConnectionKey<F::Address>, connection: *mut Connectio
         || (starts(protocol, event) && is_reusable(config.connection_reuse, protocol, &known))
     {
         if F::connections().remove(key).is_ok() {
-            forget(&known);
+            forget::<F>(key, &known);
         }
         return false;
     }
     // A removed server's connections are left to die: neither their state nor their time moves on.
     let removed = SERVERS.get(known.server).is_none_or(|server| server.status == Status::Removed as u8);
     if !removed {
-        let next = next_state(protocol, known.state, event);
-        // SAFETY: as above.
-        unsafe {
-            (*connection).last_seen = jiffies();
-            if next != known.state {
-                (*connection).state = next;
-                (*connection).flags = flags_of(protocol, next);
-            }
-        }
-        recount(known.server, known.flags, flags_of(protocol, next));
+        move_on(connection, protocol, from_client(known.flags), event, SIDE);
     }
     true
 }
 
-/// The flags of a connection in a state.
+/// Moves a connection's state and time on after a packet. Of its flags that do not follow from the state, `side` stay.
 #[inline(always)]
-fn flags_of(protocol: u8, state: u8) -> u8 {
-    const ESTABLISHED: u8 = tcp::State::Established as u8;
-    let (active, settled) = match protocol {
-        protocol::TCP => (tcp::is_active(state), state == ESTABLISHED),
-        protocol::SCTP => (sctp::is_active(state), false),
-        _ => (false, true),
-    };
-    flags::NO_OUTPUT | if active { flags::ACTIVE } else { 0 } | if settled { flags::SETTLED } else { 0 }
+pub fn move_on(connection: *mut Connection, protocol: u8, direction: Direction, event: u8, side: u8) -> u8 {
+    // SAFETY: an element of the map, as in `connection`.
+    unsafe {
+        let (state, before) = ((*connection).state, (*connection).flags);
+        let next = Standing::after(protocol, direction, state, event, before & side);
+        (*connection).last_seen = jiffies();
+        if next.state != state || next.flags != before {
+            (*connection).state = next.state;
+            (*connection).flags = next.flags;
+        }
+        recount((*connection).server, before, next.flags);
+        next.flags
+    }
 }
+
+/// Flags that do not follow from the state.
+const SIDE: u8 = flags::NO_OUTPUT | flags::MASQUERADED;
 
 /// Moves a connection between the active and the inactive ones of its real server.
 #[inline(always)]
@@ -166,9 +204,12 @@ pub const fn share(connection: &Connection) -> u64 {
     if connection.flags & flags::ACTIVE != 0 { Counters::TOTAL + Counters::ACTIVE } else { Counters::TOTAL }
 }
 
-/// Takes a deleted connection out of its real server's counters.
+/// Takes a deleted connection out of its real server's counters, and its replies out of their table.
 #[inline(always)]
-pub fn forget(connection: &Connection) {
+pub fn forget<F: Family>(key: &ConnectionKey<F::Address>, connection: &Connection) {
+    if connection.flags & flags::MASQUERADED != 0 {
+        reply::forget::<F>(key, connection.server);
+    }
     if let Some(counter) = COUNTERS.get_ptr_mut(connection.server) {
         // SAFETY: an element of the counter array.
         unsafe { atomic::add(counter, share(connection).wrapping_neg()) };
@@ -186,8 +227,9 @@ fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8) -> Result<u32, R
         return Err(Reason::NoConnection);
     }
     let server = pick::pick(service, &key.client, key.ports.source(), &key.vip).ok_or(Reason::NoServer)?;
-    let state = next_state(protocol, 0, event);
-    let flags = flags_of(protocol, state);
+    let masqueraded = SERVERS.get(server).is_some_and(|server| server.method == Method::Masquerade as u8);
+    let side = if masqueraded { flags::MASQUERADED } else { flags::NO_OUTPUT };
+    let Standing { state, flags } = Standing::after(protocol, from_client(side), 0, event, side);
     let connection = Connection { server, last_seen: jiffies(), state, flags, zero: [0; 6] };
     match F::connections().insert(key, &connection, 1 /* BPF_NOEXIST */) {
         Ok(()) => {}
@@ -195,6 +237,10 @@ fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8) -> Result<u32, R
         // SAFETY: an element of the map, as in `track`.
         Err(EEXIST) => return F::connections().get_ptr(key).map(|known| unsafe { (*known).server }).ok_or(Reason::TableFull),
         Err(_) => return Err(Reason::TableFull),
+    }
+    if masqueraded && !reply::expect::<F>(key, server) {
+        let _ = F::connections().remove(key);
+        return Err(Reason::TableFull);
     }
     if let Some(counter) = COUNTERS.get_ptr_mut(server) {
         // SAFETY: an element of the counter array.
@@ -225,48 +271,75 @@ pub fn anything<P: Packet, F: Family>(packet: &P, header: &IpHeader<F::Address>,
     }
     let server = connection::<P, F>(packet, header, payload)?;
     if payload.fragment == Fragment::First {
-        remember_first_fragment::<P, F>(packet.context(), header.offset as u32, server);
+        remember_first_fragment::<P, F>(packet.context(), header.offset as u32);
     }
     Ok(server)
 }
 
-/// Remembers where the parts that follow a first fragment must go.
+/// Remembers the ports, which the parts that follow a first fragment do not have.
 #[inline(never)]
-fn remember_first_fragment<P: Packet, F: Family>(context: *mut c_void, offset: u32, server: u32) {
-    if let Ok(key) = fragment_key::<P, F>(context, offset) {
+pub fn remember_first_fragment<P: Packet, F: Family>(context: *mut c_void, offset: u32) {
+    // SAFETY: the context is the kernel's own.
+    let packet = unsafe { P::view(context) };
+    if let Ok((key, payload)) = fragment::<P, F>(&packet, offset)
+        && let Some(ports) = packet.read::<Ports>(payload.offset)
+    {
         // If it fails, the later parts are dropped and counted, and the sender repeats.
-        let _ = F::fragments().insert(&key, server, 0);
+        let _ = F::fragments().insert(&key, ports, 0);
     }
+}
+
+/// The ports of a later fragment: those of the first.
+#[inline(always)]
+pub fn ports_of_first_fragment<F: Family>(key: &FragmentKey<F::Address>) -> Option<Ports> {
+    // SAFETY: an element of the map.
+    F::fragments().get_ptr(key).map(|ports| unsafe { *ports })
 }
 
 /// The real server of a later fragment.
 #[inline(never)]
 fn follow_first_fragment<P: Packet, F: Family>(context: *mut c_void, offset: u32) -> Result<u32, Reason> {
-    let key = fragment_key::<P, F>(context, offset)?;
+    // SAFETY: the context is the kernel's own.
+    let packet = unsafe { P::view(context) };
+    let (fragment, _) = fragment::<P, F>(&packet, offset)?;
+    let ports = ports_of_first_fragment::<F>(&fragment).ok_or(Reason::FragmentUnknown)?;
+    let FragmentKey { source, destination, protocol, .. } = fragment;
+    let key = ConnectionKey { client: source, vip: destination, ports, protocol };
     // SAFETY: an element of the map.
-    F::fragments().get_ptr(&key).map(|server| unsafe { *server }).ok_or(Reason::FragmentUnknown)
+    F::connections().get_ptr(&key).map(|known| unsafe { (*known).server }).ok_or(Reason::FragmentUnknown)
 }
 
 /// The key of a fragmented packet, read once more from its headers: what is rare shall not take up the stack of what is not.
 #[inline(always)]
-fn fragment_key<P: Packet, F: Family>(context: *mut c_void, offset: u32) -> Result<FragmentKey<F::Address>, Reason> {
-    // SAFETY: the context is the kernel's own.
-    let packet = unsafe { P::view(context) };
+fn fragment<P: Packet, F: Family>(packet: &P, offset: u32) -> Result<(FragmentKey<F::Address>, Payload), Reason> {
     // The parser's offset, in a form that the verifier can bound.
-    let header = F::parse(&packet, offset as usize & 0x1f)?;
-    let payload = F::transport(&packet, &header)?;
-    let protocol = u32::from(payload.protocol);
-    Ok(FragmentKey { source: header.source, destination: header.destination, id: payload.fragment_id, protocol })
+    let header = F::parse(packet, offset as usize & 0x1f)?;
+    let payload = F::transport(packet, &header)?;
+    Ok((fragment_key::<F>(&header, &payload), payload))
 }
 
-/// How far into a frame an ICMP header may begin: a bound that the verifier needs.
-const REACH: usize = 0x7ff;
+/// The key of a fragmented packet.
+#[inline(always)]
+pub fn fragment_key<F: Family>(header: &IpHeader<F::Address>, payload: &Payload) -> FragmentKey<F::Address> {
+    let protocol = u32::from(payload.protocol);
+    FragmentKey { source: header.source, destination: header.destination, id: payload.fragment_id, protocol }
+}
+
+/// How far into a frame a transport header may begin: a bound that the verifier needs.
+pub const REACH: usize = 0x7ff;
 
 /// Finds the real server that an ICMP error is about: the packet that it quotes went from there to the client.
 #[inline(never)]
 fn icmp_error<P: Packet, F: Family>(context: *mut c_void, offset: u32) -> Result<u32, Reason> {
     // SAFETY: the context is the kernel's own.
-    let packet = unsafe { P::view(context) };
+    let key = quoted::<P, F>(&unsafe { P::view(context) }, offset)?;
+    // SAFETY: an element of the map.
+    F::connections().get_ptr(&key).map(|known| unsafe { (*known).server }).ok_or(Reason::NoConnection)
+}
+
+/// The key of the packets that go against those that an ICMP error quotes: the error is to go with them.
+#[inline(always)]
+pub fn quoted<P: Packet, F: Family>(packet: &P, offset: u32) -> Result<ConnectionKey<F::Address>, Reason> {
     let offset = offset as usize;
     if offset > REACH {
         return Err(Reason::Malformed);
@@ -275,12 +348,10 @@ fn icmp_error<P: Packet, F: Family>(context: *mut c_void, offset: u32) -> Result
     if !F::is_error(icmp.kind) {
         return Err(Reason::NotTransport);
     }
-    let (source, destination, payload) = F::quoted(&packet, offset + size_of::<IcmpHeader>()).ok_or(Reason::Malformed)?;
+    let (source, destination, payload) = F::quoted(packet, offset + size_of::<IcmpHeader>()).ok_or(Reason::Malformed)?;
     if payload.fragment == Fragment::Later {
         return Err(Reason::NoConnection);
     }
     let ports: Ports = packet.read(payload.offset).ok_or(Reason::Malformed)?;
-    let key = ConnectionKey { client: destination, vip: source, ports: ports.reversed(), protocol: u32::from(payload.protocol) };
-    // SAFETY: an element of the map.
-    F::connections().get_ptr(&key).map(|known| unsafe { (*known).server }).ok_or(Reason::NoConnection)
+    Ok(ConnectionKey { client: destination, vip: source, ports: ports.reversed(), protocol: u32::from(payload.protocol) })
 }

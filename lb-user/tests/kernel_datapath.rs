@@ -27,7 +27,8 @@ use lb_common::{
     config::{Config, SweepReport},
     connection::{Connection, ConnectionKey},
     packet::transport::Ports,
-    server::{self, KEEP_VLAN, NextHop, Server, Status},
+    hop::KEEP_VLAN,
+    server::{self, NextHop, Server, Status},
     service::Service,
     tcp,
 };
@@ -193,12 +194,12 @@ fn target(address: &str) -> Target {
 
 /// MAC address of the next hop.
 fn next_hop(server: &Server) -> [u8; 6] {
-    server.link.map(u32::to_ne_bytes).concat()[..6].try_into().expect("six bytes")
+    server.hop.link.map(u32::to_ne_bytes).concat()[..6].try_into().expect("six bytes")
 }
 
 /// MAC address that frames are sent from.
 fn source(server: &Server) -> [u8; 6] {
-    server.link.map(u32::to_ne_bytes).concat()[6..].try_into().expect("six bytes")
+    server.hop.link.map(u32::to_ne_bytes).concat()[6..].try_into().expect("six bytes")
 }
 
 fn is(server: &Server, status: Status) -> bool {
@@ -218,8 +219,8 @@ fn a_server_on_the_link_becomes_ready() {
             let server = entry_becomes(&datapath, index, "the neighbour answers", ready).await;
             assert_eq!(next_hop(&server), [2, 0, 0, 0, 1, 2]);
             assert_eq!(source(&server), lab.mac("east"));
-            assert_eq!((server.ifindex, server.port_ifindex), (lab.ifindex("east"), lab.ifindex("east")));
-            assert_eq!((server.vlan, server.mtu, server.port), (KEEP_VLAN, 1500, 80_u16.to_be()));
+            assert_eq!((server.hop.ifindex, server.hop.port_ifindex), (lab.ifindex("east"), lab.ifindex("east")));
+            assert_eq!((server.hop.vlan, server.hop.mtu, server.port), (KEEP_VLAN, 1500, 80_u16.to_be()));
             let neighbours = lab.ip(&format!("neighbour show {address}"));
             assert!(neighbours.contains("managed"), "the kernel keeps it resolved: {neighbours}");
         }
@@ -245,14 +246,14 @@ fn routes_are_followed() {
         lab.ip("route add 192.0.2.0/24 via 10.1.0.2 mtu 1400");
         let east = lab.ifindex("east");
         let server =
-            entry_becomes(&datapath, 1, "a route appears", |server, _| is(server, Status::Ready) && server.ifindex == east).await;
-        assert_eq!((next_hop(&server), server.mtu), ([2, 0, 0, 0, 1, 2], 1400));
+            entry_becomes(&datapath, 1, "a route appears", |server, _| is(server, Status::Ready) && server.hop.ifindex == east).await;
+        assert_eq!((next_hop(&server), server.hop.mtu), ([2, 0, 0, 0, 1, 2], 1400));
 
         lab.ip("route change 192.0.2.0/24 via 10.2.0.2");
         let west = lab.ifindex("west");
         let server =
-            entry_becomes(&datapath, 1, "the route moves", |server, _| is(server, Status::Ready) && server.ifindex == west).await;
-        assert_eq!((next_hop(&server), source(&server), server.mtu), ([2, 0, 0, 0, 2, 2], lab.mac("west"), 1500));
+            entry_becomes(&datapath, 1, "the route moves", |server, _| is(server, Status::Ready) && server.hop.ifindex == west).await;
+        assert_eq!((next_hop(&server), source(&server), server.hop.mtu), ([2, 0, 0, 0, 2, 2], lab.mac("west"), 1500));
         let left = lab.ip("neighbour show 10.1.0.2");
         assert!(!left.contains("managed"), "nobody needs the old gateway: {left}");
 
@@ -289,7 +290,7 @@ fn neighbours_and_devices_are_followed() {
         entry_becomes(&datapath, 1, "the device gets another address", |server, _| source(server) == [2, 0, 0, 0, 0xbb, 0xbb])
             .await;
         lab.ip("link set east mtu 1300");
-        entry_becomes(&datapath, 1, "the device gets another MTU", |server, _| server.mtu == 1300).await;
+        entry_becomes(&datapath, 1, "the device gets another MTU", |server, _| server.hop.mtu == 1300).await;
 
         datapath.set_server(2, &target("10.1.0.99")).expect("the server is taken");
         datapath.settled().await;
@@ -327,11 +328,11 @@ fn vlans_leave_by_their_port() {
         }
         let ready = |server: &Server, _: &NextHop| is(server, Status::Ready);
         let tagged = entry_becomes(&datapath, 1, "the neighbour in the VLAN answers", ready).await;
-        assert_eq!((tagged.ifindex, tagged.port_ifindex, tagged.vlan), (lab.ifindex("east.7"), lab.ifindex("east"), 7));
-        assert_eq!(entry_becomes(&datapath, 2, "the neighbour beside it answers", ready).await.vlan, 0);
-        assert_eq!(entry_becomes(&datapath, 3, "the other neighbour answers", ready).await.vlan, KEEP_VLAN);
+        assert_eq!((tagged.hop.ifindex, tagged.hop.port_ifindex, tagged.hop.vlan), (lab.ifindex("east.7"), lab.ifindex("east"), 7));
+        assert_eq!(entry_becomes(&datapath, 2, "the neighbour beside it answers", ready).await.hop.vlan, 0);
+        assert_eq!(entry_becomes(&datapath, 3, "the other neighbour answers", ready).await.hop.vlan, KEEP_VLAN);
         lab.ip("link delete east.7");
-        entry_becomes(&datapath, 2, "the VLAN is gone", |server, _| server.vlan == KEEP_VLAN).await;
+        entry_becomes(&datapath, 2, "the VLAN is gone", |server, _| server.hop.vlan == KEEP_VLAN).await;
         entry_becomes(&datapath, 1, "the VLAN is gone", |server, _| is(server, Status::NoRoute)).await;
         datapath.shut_down().await.expect("it shuts down");
     });
@@ -351,7 +352,7 @@ fn devices_without_addresses_are_left_to_tc() {
         datapath.set_server(4, &target("10.8.0.2")).expect("the server is taken");
         let tunnel = lab.ifindex("tunnel");
         entry_becomes(&datapath, 4, "tc sends into the tun device", |server, next_hop| {
-            is(server, Status::Unresolved) && server.ifindex == tunnel && next_hop.family == 2
+            is(server, Status::Unresolved) && server.hop.ifindex == tunnel && next_hop.family == 2
         })
         .await;
         datapath.shut_down().await.expect("it shuts down");
@@ -368,10 +369,10 @@ fn tunnels_have_a_source_and_less_room() {
         }
         let ready = |server: &Server, _: &NextHop| is(server, Status::Ready);
         let ipv4 = entry_becomes(&datapath, 1, "the neighbour answers", ready).await;
-        assert_eq!((ipv4.method, ipv4.mtu), (server::Method::Tunnel as u8, 1480));
+        assert_eq!((ipv4.method, ipv4.hop.mtu), (server::Method::Tunnel as u8, 1480));
         assert_eq!(ipv4.outer_source[0].to_ne_bytes(), [10, 1, 0, 1]);
         let ipv6 = entry_becomes(&datapath, 2, "the neighbour answers", ready).await;
-        assert_eq!(ipv6.mtu, 1460);
+        assert_eq!(ipv6.hop.mtu, 1460);
         let source: std::net::Ipv6Addr = "2001:db8:1::1".parse().expect("an address");
         assert_eq!(ipv6.outer_source.map(u32::to_ne_bytes).concat(), source.octets());
         datapath.shut_down().await.expect("it shuts down");
@@ -384,7 +385,7 @@ fn a_routers_report_narrows_a_tunnel() {
         let mut datapath = lab.start().await;
         let tunnel = Target { method: Method::Tunnel(Tunnel::Ipip), ..target("10.1.0.2") };
         datapath.set_server(1, &tunnel).expect("a server");
-        entry_becomes(&datapath, 1, "the device's MTU less the outer header", |server, _| server.mtu == 1480).await;
+        entry_becomes(&datapath, 1, "the device's MTU less the outer header", |server, _| server.hop.mtu == 1480).await;
         // The neighbour plays the router: fragmentation needed, MTU 1400, about IPIP from the director to the server.
         let quoted = "4500 05dc 0000 4000 3f04 0000 0a01 0001 0a01 0002 4500 05c8 0000 4000";
         let report = format!("0304 8ed5 0000 0578 {quoted}").replace(' ', "");
@@ -394,7 +395,7 @@ fn a_routers_report_narrows_a_tunnel() {
             lab.name
         );
         shell(&send);
-        entry_becomes(&datapath, 1, "the reported MTU less the outer header", |server, _| server.mtu == 1380).await;
+        entry_becomes(&datapath, 1, "the reported MTU less the outer header", |server, _| server.hop.mtu == 1380).await;
     });
 }
 
@@ -407,7 +408,7 @@ fn removed_servers_stay_removed() {
         entry_becomes(&datapath, 1, "the neighbour answers", |server, _| is(server, Status::Ready)).await;
         datapath.retire_server(1).expect("the server is retired");
         lab.ip("link set east mtu 1400");
-        entry_becomes(&datapath, 2, "the device gets another MTU", |server, _| server.mtu == 1400).await;
+        entry_becomes(&datapath, 2, "the device gets another MTU", |server, _| server.hop.mtu == 1400).await;
         assert_eq!(datapath.reachability(1), Status::Removed);
         datapath.retire_server(2).expect("the server is retired");
         becomes("nobody needs the neighbour", || !lab.ip("neighbour show 10.1.0.2").contains("managed")).await;

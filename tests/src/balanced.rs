@@ -46,10 +46,10 @@ impl Balanced {
             .collect::<Result<_>>()?;
         let bpfvs = Bpfvs::start(&lab.director, arguments)?;
         let balanced = Self { bpfvs, nginx, lab };
-        if balanced.lab.layout == Layout::Tunnel {
-            balanced.set_up_tunnels(&[])?;
-        } else {
-            balanced.lab.add_vip_to_servers()?;
+        match balanced.lab.layout {
+            Layout::Tunnel => balanced.set_up_tunnels(&[])?,
+            Layout::Masquerade => {}
+            _ => balanced.lab.add_vip_to_servers()?,
         }
         Ok(balanced)
     }

@@ -6,6 +6,7 @@
 //! | [`Layout::SeveralSegments`] | behind the router | in a net that only the router sends to the director | in the same segment |
 //! | [`Layout::Tunnel`] | behind the router | in the director's own net | in a segment of their own, behind the router |
 //! | [`Layout::TwoArmed`] | beside the director | routed to the director by the client | behind the director |
+//! | [`Layout::Masquerade`] | beside the director | the director's outer one, 192.168.74.204 | behind the director, their gateway |
 //!
 //! Every host has an IPv4 and an IPv6 address. The cables are veth pairs to bridges, which stand in a namespace of their
 //! own; every host's interface is called `eth0`, a second one `eth1`.
@@ -37,6 +38,8 @@ pub enum Layout {
     Tunnel,
     /// The director stands between clients and real servers.
     TwoArmed,
+    /// The same; clients know the director's outer address only, and real servers know nothing of it.
+    Masquerade,
 }
 
 /// An IP version.
@@ -126,7 +129,7 @@ pub struct Lab {
     pub layout: Layout,
     /// The client.
     pub client: Namespace,
-    /// The router; in [`Layout::TwoArmed`] there is none.
+    /// The router; in [`Layout::TwoArmed`] and [`Layout::Masquerade`] there is none.
     pub router: Option<Namespace>,
     /// The director.
     pub director: Namespace,
@@ -156,12 +159,13 @@ impl Lab {
         let mut lab = Self {
             layout,
             client: Namespace::new("client")?,
-            router: if layout == Layout::TwoArmed { None } else { Some(Namespace::new("router")?) },
+            router: if matches!(layout, Layout::TwoArmed | Layout::Masquerade) { None } else { Some(Namespace::new("router")?) },
             director: Namespace::new("director")?,
             servers: (1..=servers).map(|number| Namespace::new(&format!("rs{number}"))).collect::<Result<_>>()?,
             switches: Namespace::new("switches")?,
             vip: match layout {
                 Layout::SeveralSegments => VIRTUAL.host(204),
+                Layout::Masquerade => OUTSIDE.host(204),
                 _ => INSIDE.host(200),
             },
             client_address: OUTSIDE.host(12),
@@ -198,6 +202,9 @@ impl Lab {
             } else {
                 inside
             }
+        } else if self.layout == Layout::Masquerade {
+            self.plug(&self.director, "eth1", "outside", "director-out", self.vip)?;
+            near_director
         } else {
             let outside = OUTSIDE.host(207);
             self.plug(&self.director, "eth1", "outside", "director-out", outside)?;
@@ -222,6 +229,9 @@ impl Lab {
     }
 
     fn place_vip(&self, place: VipPlace) -> Result<()> {
+        if self.layout == Layout::Masquerade {
+            return Ok(());
+        }
         let ipv4_device = if place == VipPlace::Loopback { "lo" } else { "eth0" };
         let asked_for = matches!(self.layout, Layout::OneSegment | Layout::Tunnel);
         let ipv6_device = if asked_for { "eth0" } else { ipv4_device };

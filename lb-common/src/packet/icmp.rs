@@ -16,6 +16,11 @@ pub struct IcmpHeader {
     pub rest: u32,
 }
 
+impl IcmpHeader {
+    /// Where the checksum stands.
+    pub const CHECKSUM: usize = 2;
+}
+
 /// The errors that a director sends.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Error {

@@ -1,7 +1,7 @@
 //! IPv4, with options and fragments.
 
 use super::{Bytes, Carriage, Fragment, IpHeader, Network, Payload, ethernet, protocol};
-use crate::{reason::Reason, wire::plain};
+use crate::{family::AF_INET, reason::Reason, wire::plain};
 
 /// An IPv4 header without options; every field in network order.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -27,6 +27,11 @@ pub struct Ipv4Header {
     pub source: u32,
     /// Destination address.
     pub destination: u32,
+}
+
+impl Ipv4Header {
+    /// Where the checksum stands.
+    pub const CHECKSUM: usize = 10;
 }
 
 /// Do not fragment.
@@ -66,6 +71,7 @@ fn payload(header: &Ipv4Header, offset: usize) -> Payload {
 impl Network for V4 {
     type Address = u32;
     const ETHERTYPE: u16 = ethernet::IPV4;
+    const AF: u8 = AF_INET;
     const HEADER: usize = 20;
     const ADDRESSES: usize = 12;
     const ICMP: u8 = protocol::ICMP;
@@ -88,6 +94,11 @@ impl Network for V4 {
         let header: Ipv4Header = bytes.read(offset)?;
         let dont_fragment = header.fragment & DONT_FRAGMENT.to_be() != 0;
         Some(Carriage { traffic_class: header.tos, ttl: header.ttl, dont_fragment })
+    }
+
+    #[inline(always)]
+    fn protocol<B: Bytes + ?Sized>(bytes: &B, offset: usize) -> Option<u8> {
+        bytes.read(offset).map(|header: Ipv4Header| header.protocol)
     }
 
     #[inline(always)]

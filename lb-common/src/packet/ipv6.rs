@@ -1,7 +1,11 @@
 //! IPv6, with extension headers and fragments.
 
 use super::{Bytes, Carriage, Fragment, IpHeader, Network, Payload, ethernet, protocol};
-use crate::{family::Ipv6, reason::Reason, wire::plain};
+use crate::{
+    family::{AF_INET6, Ipv6},
+    reason::Reason,
+    wire::plain,
+};
 
 /// An IPv6 header; every field in network order.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -108,6 +112,7 @@ fn walk<B: Bytes + ?Sized>(bytes: &B, mut protocol: u8, mut offset: usize) -> Op
 impl Network for V6 {
     type Address = Ipv6;
     const ETHERTYPE: u16 = ethernet::IPV6;
+    const AF: u8 = AF_INET6;
     const HEADER: usize = 40;
     const ADDRESSES: usize = 8;
     const ICMP: u8 = protocol::ICMPV6;
@@ -130,6 +135,11 @@ impl Network for V6 {
         let header: Ipv6Header = bytes.read(offset)?;
         let traffic_class = (u32::from_be(header.version_class_flow) >> 20) as u8;
         Some(Carriage { traffic_class, ttl: header.hop_limit, dont_fragment: true })
+    }
+
+    #[inline(always)]
+    fn protocol<B: Bytes + ?Sized>(bytes: &B, offset: usize) -> Option<u8> {
+        bytes.read(offset).map(|header: Ipv6Header| header.next_header)
     }
 
     #[inline(always)]

@@ -119,6 +119,8 @@ pub trait Network: 'static {
     type Address: Address;
     /// The Ethernet type, in host order.
     const ETHERTYPE: u16;
+    /// The address family, as the kernel's helpers want it.
+    const AF: u8;
     /// Bytes of the header without options and extensions.
     const HEADER: usize;
     /// Where the two addresses stand in the header.
@@ -135,6 +137,9 @@ pub trait Network: 'static {
 
     /// Reads how the packet whose header begins at `offset` wants to be carried.
     fn carriage<B: Bytes + ?Sized>(bytes: &B, offset: usize) -> Option<Carriage>;
+
+    /// Reads the protocol that the IP header at `offset` names: that of an extension header, if there is one.
+    fn protocol<B: Bytes + ?Sized>(bytes: &B, offset: usize) -> Option<u8>;
 
     /// Where the transport header of a plain packet is: nothing between it and the IP header, not a fragment, TCP or UDP.
     /// `None` for all others, which [`Network::transport`] looks at closely.

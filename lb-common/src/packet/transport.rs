@@ -62,6 +62,21 @@ pub struct TcpHeader {
     pub urgent: u16,
 }
 
+impl TcpHeader {
+    /// Where the checksum stands.
+    pub const CHECKSUM: usize = 16;
+}
+
+impl UdpHeader {
+    /// Where the checksum stands.
+    pub const CHECKSUM: usize = 6;
+}
+
+impl SctpHeader {
+    /// Where the checksum stands.
+    pub const CHECKSUM: usize = 8;
+}
+
 /// A UDP header; every field in network order.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[repr(C)]

@@ -92,7 +92,7 @@ pub fn floor_xdp(context: XdpContext) -> u32 {
 pub fn floor_tc(context: TcContext) -> i32 {
     // SAFETY: the context is the kernel's own.
     let buffer = &mut unsafe { TcBuffer::new(context.as_ptr()) };
-    floor(buffer).map_or(TcBuffer::PASS, |server| buffer.send(server))
+    floor(buffer).map_or(TcBuffer::PASS, |server| buffer.send(&server.hop))
 }
 
 #[inline(always)]
@@ -118,7 +118,7 @@ fn floor<P: Packet>(packet: &mut P) -> Option<&'static Server> {
         hit(&FLOOR_V6, &ConnectionKey { client: ip.source, vip: ip.destination, ports, protocol: protocol::TCP as u32 })?
     };
     let server = FLOOR_SERVERS.get(known)?;
-    packet.write(0, server.link).ok()?;
+    packet.write(0, server.hop.link).ok()?;
     Some(server)
 }
 

@@ -1,4 +1,4 @@
-//! Sending a packet to its real server: by direct routing, or through a tunnel.
+//! Sending a packet to its real server: by direct routing, through a tunnel, or translated.
 
 mod tunnel;
 
@@ -6,13 +6,14 @@ use aya_ebpf::cty::c_void;
 use lb_common::{
     packet::{IpHeader, ethernet::Link},
     reason::Reason,
-    server::{Method, Server, Status, Tunnel},
+    server::{Method, Server, Status, Tunnel, flags},
 };
 use lb_ebpf::packet::{Packet, Room};
 
 use crate::{
     account,
     maps::{Family, NEXT_HOPS, SERVERS},
+    nat,
     outcome::Outcome,
 };
 
@@ -27,7 +28,7 @@ impl Reachable {
     /// The largest packet that the way to the server takes, in bytes.
     #[inline(always)]
     pub fn mtu(&self) -> u16 {
-        self.entry.mtu
+        self.entry.hop.mtu
     }
 
     /// Sends a packet that is addressed already.
@@ -35,9 +36,9 @@ impl Reachable {
     fn send<P: Packet>(&self, packet: &P) -> Result<i32, Reason> {
         if P::RESOLVES && self.status == Status::Unresolved as u8 {
             let next_hop = NEXT_HOPS.get(self.index).ok_or(Reason::Unresolved)?;
-            return Ok(packet.send_unresolved(self.entry, next_hop));
+            return Ok(packet.send_unresolved(self.entry.hop.ifindex, next_hop));
         }
-        Ok(packet.send(self.entry))
+        Ok(packet.send(&self.entry.hop))
     }
 }
 
@@ -54,7 +55,7 @@ pub fn reachable<P: Packet>(packet: &P, index: u32) -> Result<Reachable, Reason>
             return Err(Reason::Unresolved);
         }
     }
-    if status == Status::Ready as u8 && !packet.reaches(entry) {
+    if status == Status::Ready as u8 && !packet.reaches(&entry.hop, entry.flags & flags::REDIRECT != 0) {
         return Err(Reason::OtherDevice);
     }
     Ok(Reachable { index, entry, status })
@@ -62,7 +63,7 @@ pub fn reachable<P: Packet>(packet: &P, index: u32) -> Result<Reachable, Reason>
 
 /// Takes the packet to its real server.
 #[inline(always)]
-pub fn forward<P: Packet, F: Family>(
+pub fn forward<P: Packet, F: Family, const PLAIN: bool>(
     packet: &mut P,
     link: &Link,
     header: &IpHeader<F::Address>,
@@ -76,9 +77,9 @@ pub fn forward<P: Packet, F: Family>(
             return Err(Reason::NoRoute);
         }
     }
-    let (method, mtu) = (server.entry.method, server.entry.mtu);
+    let (method, mtu) = (server.entry.method, server.entry.hop.mtu);
     let too_big = header.length > mtu as usize && !packet.fits_in_segments(SEGMENT_HEADERS + F::HEADER, mtu);
-    if !packet.takes_headers(link) && (too_big || method != Method::Route as u8) {
+    if !packet.takes_headers(link) && (too_big || method == Method::Tunnel as u8) {
         return Err(Reason::Vlan);
     }
     // Like IPVS: an error about a packet that is too big quotes its lowered time to live.
@@ -87,7 +88,9 @@ pub fn forward<P: Packet, F: Family>(
         return Err(Reason::TooBig);
     }
     if method == Method::Route as u8 {
-        packet.address(link, server.entry, Room::NONE)?;
+        packet.address(link, &server.entry.hop, Room::NONE)?;
+    } else if method == Method::Masquerade as u8 {
+        return Ok(Outcome::translate::<F>(server.index, PLAIN));
     } else if server.entry.tunnel == Tunnel::Ipip as u8 {
         tunnel::ipip::<P, F>(packet, link, header, server.entry)?;
     } else {
@@ -105,6 +108,30 @@ pub fn wrap<P: Packet, F: Family>(context: *mut c_void, link: u32, vlan: u32, in
     let link = Link { ethertype: F::ETHERTYPE, payload: link as usize & 0x1f, vlan: vlan as u16 };
     let sent = reachable(&packet, index).and_then(|server| {
         tunnel::with_header::<P, F>(&mut packet, &link, server.entry)?;
+        server.send(&packet)
+    });
+    sent.unwrap_or_else(account::leave::<P>)
+}
+
+/// Translates a plain packet, and sends it.
+#[inline(never)]
+pub fn translate_plain<P: Packet, F: Family>(context: *mut c_void, index: u32) -> i32 {
+    // SAFETY: the context is the kernel's own.
+    let mut packet = unsafe { P::view(context) };
+    let sent = reachable(&packet, index).and_then(|server| {
+        nat::plain_request::<P, F>(&mut packet, server.entry)?;
+        server.send(&packet)
+    });
+    sent.unwrap_or_else(account::leave::<P>)
+}
+
+/// Translates a packet of any shape, and sends it.
+#[inline(never)]
+pub fn translate<P: Packet, F: Family>(context: *mut c_void, index: u32) -> i32 {
+    // SAFETY: the context is the kernel's own.
+    let mut packet = unsafe { P::view(context) };
+    let sent = reachable(&packet, index).and_then(|server| {
+        nat::request::<P, F>(&mut packet, server.entry)?;
         server.send(&packet)
     });
     sent.unwrap_or_else(account::leave::<P>)

@@ -116,7 +116,7 @@ fn envelope<P: Packet>(
     outer: &Outer,
 ) -> Result<usize, Reason> {
     let ethertype = if server_flags & flags::IPV6 != 0 { V6::ETHERTYPE } else { V4::ETHERTYPE };
-    packet.address(link, server, Room { bytes: ip_length(server_flags) + extra, ethertype, protocol: outer.protocol })
+    packet.address(link, &server.hop, Room { bytes: ip_length(server_flags) + extra, ethertype, protocol: outer.protocol })
 }
 
 /// Writes the outer IP header.

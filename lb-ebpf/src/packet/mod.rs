@@ -9,9 +9,10 @@ mod xdp;
 use aya_ebpf::cty::c_void;
 use lb_common::{
     Plain,
+    hop::Hop,
     packet::{Bytes, ethernet::Link},
     reason::Reason,
-    server::{NextHop, Server},
+    server::NextHop,
 };
 pub use tc::TcBuffer;
 pub use xdp::XdpFrame;
@@ -66,17 +67,27 @@ pub trait Packet: Bytes {
     fn takes_headers(&self, link: &Link) -> bool;
 
     /// Makes `room` bytes for outer headers between the Ethernet and the IP header, and addresses the frame to the
-    /// server's next hop, with the VLAN tag that its way wants. Returns where the (outer) IP header begins.
-    fn address(&mut self, link: &Link, server: &Server, room: Room) -> Result<usize, Reason>;
+    /// next hop, with the VLAN tag that its way wants. Returns where the (outer) IP header begins.
+    fn address(&mut self, link: &Link, hop: &Hop, room: Room) -> Result<usize, Reason>;
 
-    /// Whether the hook can send packets out of the server's device at all.
-    fn reaches(&self, server: &Server) -> bool;
+    /// Whether the hook can send packets out of the hop's device at all; `redirects` says whether XDP can that came in by
+    /// another one.
+    fn reaches(&self, hop: &Hop, redirects: bool) -> bool;
 
-    /// Sends the packet out of the server's device.
-    fn send(&self, server: &Server) -> i32;
+    /// Sends the packet out of the hop's device.
+    fn send(&self, hop: &Hop) -> i32;
 
-    /// Sends the packet out of the server's device, to a next hop that the kernel has to resolve first.
-    fn send_unresolved(&self, server: &Server, next_hop: &NextHop) -> i32;
+    /// Sends the packet out of a device, to a next hop that the kernel has to resolve first. Nothing is sent before the
+    /// program has ended.
+    fn send_unresolved(&self, ifindex: u32, next_hop: &NextHop) -> i32;
+
+    /// The index of the device that the packet came in by.
+    fn interface(&self) -> u32;
+
+    /// Corrects a checksum after the packet was changed: `addresses` is what the words of the addresses have gained, which
+    /// a pseudo-header repeats, and `ports` what other words have, both folded. Whether the checksum is finished, or to be
+    /// finished by a device, is the hook's to know.
+    fn correct(&mut self, checksum: usize, addresses: u16, ports: u16, kind: Checksum) -> Result<(), Reason>;
 
     /// Cuts the packet to `keep` bytes behind its Ethernet header of `link` bytes, and makes `grow` bytes of room in
     /// between; the Ethernet header has to be written again.
@@ -120,6 +131,15 @@ impl Span {
     const fn len(&self) -> usize {
         self.end - self.start
     }
+}
+
+/// Which checksum.
+#[derive(Clone, Copy, Eq, PartialEq)]
+pub enum Checksum {
+    /// TCP's.
+    Tcp,
+    /// UDP's: 0 means that there is none, and stays.
+    Udp,
 }
 
 /// Room for outer headers, and what they will be: tc has to know, so that big packets are cut right.

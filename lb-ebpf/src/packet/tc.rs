@@ -6,25 +6,26 @@
 use aya_ebpf::{
     bindings::{
         __sk_buff, BPF_F_ADJ_ROOM_ENCAP_L3_IPV4, BPF_F_ADJ_ROOM_ENCAP_L3_IPV6, BPF_F_ADJ_ROOM_ENCAP_L4_GRE,
-        BPF_F_ADJ_ROOM_ENCAP_L4_UDP, BPF_F_ADJ_ROOM_FIXED_GSO, TC_ACT_SHOT, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC, bpf_redir_neigh,
+        BPF_F_ADJ_ROOM_ENCAP_L4_UDP, BPF_F_ADJ_ROOM_FIXED_GSO, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC, bpf_redir_neigh,
     },
     cty::c_void,
     helpers::generated::{
-        bpf_redirect, bpf_redirect_neigh, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_pull_data, bpf_skb_vlan_pop,
+        bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_pull_data, bpf_skb_vlan_pop,
     },
 };
 use lb_common::{
     Plain,
+    hop::{Hop, KEEP_VLAN},
     packet::{
         Bytes,
         ethernet::{self, Link},
         protocol,
     },
     reason::Reason,
-    server::{KEEP_VLAN, NextHop, Server},
+    server::NextHop,
 };
 
-use super::{Packet, Room, Span};
+use super::{Checksum, Packet, Room, Span};
 
 /// A socket buffer at the tc hook.
 pub struct TcBuffer {
@@ -118,10 +119,10 @@ impl Packet for TcBuffer {
     }
 
     #[inline(always)]
-    fn address(&mut self, link: &Link, server: &Server, room: Room) -> Result<usize, Reason> {
+    fn address(&mut self, link: &Link, hop: &Hop, room: Room) -> Result<usize, Reason> {
         // SAFETY: the context is the kernel's.
         let tagged = unsafe { (*self.context).vlan_present != 0 };
-        if tagged && server.vlan != KEEP_VLAN {
+        if tagged && hop.vlan != KEEP_VLAN {
             // SAFETY: the context is the kernel's. The VLAN's own device puts the right tag on.
             if unsafe { bpf_skb_vlan_pop(self.context) } != 0 {
                 return Err(Reason::Failed);
@@ -146,30 +147,57 @@ impl Packet for TcBuffer {
             self.reload();
             self.write(12, room.ethertype.to_be())?;
         }
-        self.write(0, server.link)?;
+        self.write(0, hop.link)?;
         Ok(link.payload)
     }
 
     #[inline(always)]
-    fn reaches(&self, _server: &Server) -> bool {
+    fn reaches(&self, _hop: &Hop, _redirects: bool) -> bool {
         true
     }
 
     #[inline(always)]
-    fn send(&self, server: &Server) -> i32 {
+    fn send(&self, hop: &Hop) -> i32 {
         // SAFETY: a helper that takes numbers.
-        unsafe { bpf_redirect(server.ifindex, 0) as i32 }
+        unsafe { bpf_redirect(hop.ifindex, 0) as i32 }
     }
 
     #[inline(always)]
-    fn send_unresolved(&self, server: &Server, next_hop: &NextHop) -> i32 {
+    fn send_unresolved(&self, ifindex: u32, next_hop: &NextHop) -> i32 {
         // SAFETY: zeros are a value of the structure; the kernel reads it and forgets it.
         unsafe {
             let mut to: bpf_redir_neigh = core::mem::zeroed();
             to.nh_family = next_hop.family;
             to.__bindgen_anon_1.ipv6_nh = next_hop.address;
-            bpf_redirect_neigh(server.ifindex, &raw mut to, size_of::<bpf_redir_neigh>() as i32, 0) as i32
+            bpf_redirect_neigh(ifindex, &raw mut to, size_of::<bpf_redir_neigh>() as i32, 0) as i32
         }
+    }
+
+    #[inline(always)]
+    fn interface(&self) -> u32 {
+        // SAFETY: the context is the kernel's.
+        unsafe { (*self.context).ifindex }
+    }
+
+    /// Only the kernel knows whether a checksum is finished. If not, it covers the pseudo-header alone, and the addresses
+    /// count the other way round.
+    #[inline(always)]
+    fn correct(&mut self, checksum: usize, addresses: u16, ports: u16, kind: Checksum) -> Result<(), Reason> {
+        let kind = if kind == Checksum::Udp { BPF_F_MARK_MANGLED_0 } else { 0 };
+        let replace = |difference: u16, flags: u32| {
+            // SAFETY: the context is the kernel's; a refusal changes nothing.
+            let refused = unsafe {
+                bpf_l4_csum_replace(self.context, checksum as u32, 0, difference.into(), (flags | kind).into())
+            };
+            if refused == 0 { Ok(()) } else { Err(Reason::Failed) }
+        };
+        replace(addresses, BPF_F_PSEUDO_HDR)?;
+        // Zero has two faces in one's complement.
+        if ports != 0 && ports != 0xffff {
+            replace(ports, 0)?;
+        }
+        self.reload();
+        Ok(())
     }
 
     #[inline(always)]

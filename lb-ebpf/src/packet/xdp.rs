@@ -6,16 +6,17 @@ use aya_ebpf::{
     helpers::generated::{bpf_redirect, bpf_xdp_adjust_head, bpf_xdp_adjust_tail},
 };
 use lb_common::{
-    Plain,
+    Plain, checksum,
+    hop::{Hop, KEEP_VLAN},
     packet::{
         Bytes,
         ethernet::{self, Link},
     },
     reason::Reason,
-    server::{KEEP_VLAN, NextHop, Server, flags},
+    server::NextHop,
 };
 
-use super::{Packet, Room, Span};
+use super::{Checksum, Packet, Room, Span};
 
 /// A frame at the XDP hook.
 pub struct XdpFrame {
@@ -104,8 +105,8 @@ impl Packet for XdpFrame {
     }
 
     #[inline(always)]
-    fn address(&mut self, link: &Link, server: &Server, room: Room) -> Result<usize, Reason> {
-        let vlan = server.vlan;
+    fn address(&mut self, link: &Link, hop: &Hop, room: Room) -> Result<usize, Reason> {
+        let vlan = hop.vlan;
         let keeps_tags = vlan == KEEP_VLAN || (vlan == link.vlan && link.payload <= ethernet::HEADER + ethernet::TAG);
         let payload = if room.bytes == 0 && keeps_tags {
             link.payload
@@ -123,28 +124,47 @@ impl Packet for XdpFrame {
             }
             payload as usize & 0x1f
         };
-        self.write(0, server.link)?;
+        self.write(0, hop.link)?;
         Ok(payload)
     }
 
     #[inline(always)]
-    fn reaches(&self, server: &Server) -> bool {
-        // SAFETY: the context is the kernel's.
-        server.flags & flags::REDIRECT != 0 || unsafe { (*self.context).ingress_ifindex } == server.port_ifindex
+    fn reaches(&self, hop: &Hop, redirects: bool) -> bool {
+        redirects || self.interface() == hop.port_ifindex
     }
 
     #[inline(always)]
-    fn send(&self, server: &Server) -> i32 {
-        // SAFETY: the context is the kernel's; a helper that takes numbers.
-        unsafe {
-            let port = server.port_ifindex;
-            if port == (*self.context).ingress_ifindex { xdp_action::XDP_TX as i32 } else { bpf_redirect(port, 0) as i32 }
-        }
+    fn send(&self, hop: &Hop) -> i32 {
+        let port = hop.port_ifindex;
+        // SAFETY: a helper that takes numbers.
+        if port == self.interface() { xdp_action::XDP_TX as i32 } else { unsafe { bpf_redirect(port, 0) as i32 } }
     }
 
     #[inline(always)]
-    fn send_unresolved(&self, _server: &Server, _next_hop: &NextHop) -> i32 {
+    fn send_unresolved(&self, _ifindex: u32, _next_hop: &NextHop) -> i32 {
         Self::PASS
+    }
+
+    #[inline(always)]
+    fn interface(&self) -> u32 {
+        // SAFETY: the context is the kernel's.
+        unsafe { (*self.context).ingress_ifindex }
+    }
+
+    /// A frame from the wire has finished checksums.
+    #[inline(always)]
+    fn correct(&mut self, checksum: usize, addresses: u16, ports: u16, kind: Checksum) -> Result<(), Reason> {
+        let pointer = self.pointer::<u16>(checksum).ok_or(Reason::Malformed)?;
+        // SAFETY: `pointer` checked the bounds.
+        unsafe {
+            let old = pointer.read();
+            if kind == Checksum::Udp && old == 0 {
+                return Ok(());
+            }
+            let new = checksum::gain(old, u64::from(addresses) + u64::from(ports));
+            pointer.write(if kind == Checksum::Udp && new == 0 { 0xffff } else { new });
+        }
+        Ok(())
     }
 
     #[inline(always)]

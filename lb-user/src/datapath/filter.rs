@@ -1,6 +1,6 @@
-//! The "may be ours" filter: which virtual addresses are in use, one bit each.
+//! The "may be ours" filters: which virtual addresses are in use, and which real servers are masqueraded, one bit each.
 //!
-//! Addresses may share a bit, and an address may have many services; so each bit has a count of the services that want
+//! Addresses may share a bit, and an address may have many services; so each bit has a count of those that want
 //! it, and is cleared when the last one goes. The bitmap is shared with the kernel (see [`lb_common::filter`]), the counts
 //! are not: a new daemon counts the services that it finds.
 
@@ -18,7 +18,7 @@ pub struct Filter {
 }
 
 impl Filter {
-    /// Counts the virtual addresses that are in use, and makes the bitmap say the same.
+    /// Counts the addresses that are in use, and makes the bitmap say the same.
     pub fn new(bitmap: Words, addresses: impl Iterator<Item = IpAddr>) -> Self {
         let mut filter = Self { bitmap, references: vec![0; BITS as usize] };
         addresses.for_each(|address| filter.add(address));
@@ -30,7 +30,7 @@ impl Filter {
         filter
     }
 
-    /// A service has this address.
+    /// A service, or a masqueraded real server, has this address.
     pub fn add(&mut self, address: IpAddr) {
         let (index, mask) = place(address);
         let count = &mut self.references[bit(index, mask)];
@@ -40,7 +40,7 @@ impl Filter {
         }
     }
 
-    /// A service with this address is gone.
+    /// One with this address is gone.
     pub fn remove(&mut self, address: IpAddr) {
         let (index, mask) = place(address);
         let count = &mut self.references[bit(index, mask)];
@@ -52,7 +52,7 @@ impl Filter {
         }
     }
 
-    /// Whether the kernel looks at packets to this address.
+    /// Whether the kernel looks at packets to (or from) this address.
     pub fn contains(&self, address: IpAddr) -> bool {
         let (index, mask) = place(address);
         self.bitmap.load(index) & mask != 0

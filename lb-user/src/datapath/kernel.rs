@@ -38,6 +38,7 @@ use super::{
     Datapath, Error, Target,
     attach::{Attachments, remove_filter},
     connections::{Clock, Connections},
+    devices::Devices,
     filter::Filter,
     hz, kernel_error,
     links::{self},
@@ -178,7 +179,8 @@ impl KernelDatapath {
     /// Attaches to the interfaces and begins to follow netlink, in this thread's network namespace, on this runtime.
     pub async fn start(&mut self) -> anyhow::Result<()> {
         let Some((orders, answered)) = self.task.take() else { return Ok(()) };
-        let resolver = Resolver::start(orders, answered, Arc::clone(&self.servers), Arc::clone(&self.attachments)).await?;
+        let devices = Devices::open(&self.pins)?;
+        let resolver = Resolver::start(orders, answered, Arc::clone(&self.servers), Arc::clone(&self.attachments), devices).await?;
         tokio::spawn(resolver.run());
         Ok(())
     }

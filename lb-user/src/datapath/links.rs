@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use futures_util::TryStreamExt as _;
-use lb_common::server::KEEP_VLAN;
+use lb_common::hop::KEEP_VLAN;
 use rtnetlink::{
     Handle,
     packet_route::{
@@ -130,7 +130,7 @@ fn vlan(data: &[InfoVlan]) -> Vlan {
     vlan
 }
 
-/// Which device frames leave by that are sent to `link`, and what [`lb_common::server::Server::vlan`] they carry there.
+/// Which device frames leave by that are sent to `link`, and what [`lb_common::hop::Hop::vlan`] they carry there.
 ///
 /// Nothing if they carry two tags, or leave by a device of another network namespace.
 pub fn port(links: &Links, link: &Link) -> Option<(u32, u16)> {

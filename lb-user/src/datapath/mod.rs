@@ -9,13 +9,15 @@
 //! | where maps are pinned, and which are taken over | [`maps`] |
 //! | shared memory, raw system calls | [`shared`], [`system`] |
 //! | the programs, and the interfaces that they run on | [`programs`], [`attach`], [`links`] |
-//! | schedules, filter | [`runs`], [`filter`] |
+//! | schedules, filters | [`runs`], [`filter`] |
+//! | what replies leave by | [`devices`] |
 //! | real servers and the ways to them | [`servers`], [`way`], [`resolve`] |
 //! | what the kernel counts | [`sweep`], [`connections`], [`reasons`] |
 //! | the kernel's clock rate | [`hz`] |
 
 pub mod attach;
 pub mod connections;
+pub mod devices;
 pub mod filter;
 pub mod hz;
 pub mod kernel;

@@ -27,7 +27,7 @@ use std::{
 
 use anyhow::Context as _;
 use futures_util::{Stream, StreamExt as _};
-use lb_common::server::KEEP_VLAN;
+use lb_common::hop::KEEP_VLAN;
 use rtnetlink::{
     Handle, MulticastGroup, RouteMessageBuilder, new_connection, new_multicast_connection,
     packet_core::{NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
@@ -45,6 +45,7 @@ use tokio::{
 
 use super::{
     attach::Attachments,
+    devices::Devices,
     links::{self, Link, Links},
     path_mtu::{self, Report, Reports},
     servers::Servers,
@@ -103,6 +104,7 @@ pub struct Resolver {
     answered: watch::Sender<u64>,
     servers: Arc<Mutex<Servers>>,
     attachments: Arc<Mutex<Attachments>>,
+    devices: Devices,
     links: Links,
     routes: HashMap<IpAddr, Route>,
     neighbours: HashMap<NeighbourKey, Neighbour>,
@@ -120,6 +122,7 @@ impl Resolver {
         answered: watch::Sender<u64>,
         servers: Arc<Mutex<Servers>>,
         attachments: Arc<Mutex<Attachments>>,
+        mut devices: Devices,
     ) -> anyhow::Result<Self> {
         let (connection, handle, _) = new_connection().context("a netlink socket cannot be opened")?;
         tokio::spawn(connection);
@@ -140,6 +143,7 @@ impl Resolver {
         }
         tokio::spawn(connection);
         let links = links::list(&handle).await.context("the network devices cannot be listed")?;
+        devices.learn(&links)?;
         lock(&attachments).begin(&links)?;
         Ok(Self {
             handle,
@@ -148,6 +152,7 @@ impl Resolver {
             answered,
             servers,
             attachments,
+            devices,
             links,
             routes: HashMap::new(),
             neighbours: HashMap::new(),
@@ -284,12 +289,26 @@ impl Resolver {
         lock(&self.attachments).follow(&link);
         let index = link.index;
         let old = self.links.insert(index, link);
-        old.as_ref() != self.links.get(&index)
+        let changed = old.as_ref() != self.links.get(&index);
+        if changed {
+            self.learn_devices();
+        }
+        changed
     }
 
     fn link_vanished(&mut self, index: u32) -> bool {
         lock(&self.attachments).gone(index);
-        self.links.remove(&index).is_some()
+        let known = self.links.remove(&index).is_some();
+        if known {
+            self.learn_devices();
+        }
+        known
+    }
+
+    fn learn_devices(&mut self) {
+        if let Err(error) = self.devices.learn(&self.links) {
+            tracing::warn!(%error, "replies of masqueraded real servers leave by tc where XDP could send them");
+        }
     }
 
     /// Asks for all devices and all neighbours again.

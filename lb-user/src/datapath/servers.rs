@@ -4,6 +4,9 @@
 //! ([`super::resolve`]) learns ways. Each time the entries of `SERVERS` and `NEXT_HOPS` are made anew from both. Several
 //! servers (of several services) may share an address, and then they share its way.
 //!
+//! The filter of sources follows the entries: a masqueraded server has its bit as long as it has an entry, so that a removed
+//! one can still finish its sentences.
+//!
 //! A retired server stays [`Status::Removed`] whatever netlink says, and needs no way any more.
 
 use std::{
@@ -12,11 +15,14 @@ use std::{
 };
 
 use aya::maps::{Array, MapData, MapError};
-use lb_common::server::{NextHop, Server, Status, flags};
+use lb_common::server::{Method, NextHop, Server, Status, flags};
 
 use super::{
-    Error, Target, kernel_error,
+    Error, Target,
+    filter::Filter,
+    kernel_error,
     maps::Pins,
+    shared::Words,
     system::for_each_entry,
     way::{self, Way},
 };
@@ -27,6 +33,8 @@ pub struct Servers {
     data: MapData,
     entries: Array<MapData, Server>,
     next_hops: Array<MapData, NextHop>,
+    /// The addresses of masqueraded servers.
+    sources: Filter,
     /// The director's servers; nothing for one that was retired.
     targets: BTreeMap<u32, Option<Target>>,
     /// For each address in use: which servers have it, and the way, once there was an answer.
@@ -36,8 +44,12 @@ pub struct Servers {
 impl Servers {
     /// Opens the arrays.
     pub fn open(pins: &Pins) -> anyhow::Result<Self> {
+        let data = pins.data("SERVERS")?;
+        let found = in_use(&data)?;
+        let sources = found.iter().filter_map(|(_, server)| source(server));
         Ok(Self {
-            data: pins.data("SERVERS")?,
+            sources: Filter::new(Words::open(&pins.map("SOURCES"))?, sources),
+            data,
             entries: pins.typed("SERVERS")?,
             next_hops: pins.typed("NEXT_HOPS")?,
             targets: BTreeMap::new(),
@@ -131,14 +143,12 @@ impl Servers {
 
     /// Every entry in use, whoever made it.
     pub fn in_use(&self) -> Result<Vec<(u32, Server)>, Error> {
-        let mut found = Vec::new();
-        for_each_entry(&self.data, |index: &u32, server: &Server| {
-            if server.status != Status::Free as u8 {
-                found.push((*index, *server));
-            }
-        })
-        .map_err(|error| kernel_error("the table of real servers cannot be read", error))?;
-        Ok(found)
+        in_use(&self.data)
+    }
+
+    /// Whether packets from this address are looked at.
+    pub fn may_reply(&self, address: IpAddr) -> bool {
+        self.sources.contains(address)
     }
 
     fn enter(&mut self, index: u32, address: IpAddr) {
@@ -173,7 +183,19 @@ impl Servers {
     }
 
     fn put(&mut self, index: u32, entry: &Server) -> Result<(), Error> {
-        self.entries.set(index, entry, 0).map_err(|error| failed("written", index, &error))
+        let (old, new) = (source(&self.entry(index)?), source(entry));
+        if old != new
+            && let Some(new) = new
+        {
+            self.sources.add(new);
+        }
+        self.entries.set(index, entry, 0).map_err(|error| failed("written", index, &error))?;
+        if old != new
+            && let Some(old) = old
+        {
+            self.sources.remove(old);
+        }
+        Ok(())
     }
 
     fn put_next_hop(&mut self, index: u32, entry: &NextHop) -> Result<(), Error> {
@@ -190,6 +212,24 @@ impl Servers {
             advice: "remove real servers that are not needed",
         })
     }
+}
+
+/// Every entry in use of a server array.
+fn in_use(data: &MapData) -> Result<Vec<(u32, Server)>, Error> {
+    let mut found = Vec::new();
+    for_each_entry(data, |index: &u32, server: &Server| {
+        if server.status != Status::Free as u8 {
+            found.push((*index, *server));
+        }
+    })
+    .map_err(|error| kernel_error("the table of real servers cannot be read", error))?;
+    Ok(found)
+}
+
+/// Where a server's replies come from, if they pass the director.
+fn source(server: &Server) -> Option<IpAddr> {
+    let masqueraded = server.status != Status::Free as u8 && server.method == Method::Masquerade as u8;
+    masqueraded.then(|| way::address(server.address, server.flags & flags::IPV6 != 0))
 }
 
 fn failed(what: &str, index: u32, error: &MapError) -> Error {

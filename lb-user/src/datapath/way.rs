@@ -12,7 +12,8 @@ use std::net::IpAddr;
 
 use lb_common::{
     family::{AF_INET, AF_INET6},
-    server::{self, NextHop, Server, Status, flags, link_addresses},
+    hop::link_addresses,
+    server::{self, NextHop, Server, Status, flags},
 };
 
 use super::Target;
@@ -36,7 +37,7 @@ pub struct Hop {
     pub ifindex: u32,
     /// The device that frames leave by.
     pub port_ifindex: u32,
-    /// As [`Server::vlan`].
+    /// As [`lb_common::hop::Hop::vlan`].
     pub vlan: u16,
     /// Bytes that the route, or else the device, allows.
     pub mtu: u32,
@@ -62,6 +63,9 @@ pub fn server(target: &Target, way: Option<&Way>) -> Server {
         flags: if target.address.is_ipv6() { flags::IPV6 } else { 0 },
         ..Server::default()
     };
+    if target.method == Method::Masquerade {
+        server.method = server::Method::Masquerade as u8;
+    }
     if let Method::Tunnel(tunnel) = target.method {
         server.method = server::Method::Tunnel as u8;
         let (kind, checksum) = match tunnel {
@@ -82,7 +86,7 @@ pub fn server(target: &Target, way: Option<&Way>) -> Server {
         None | Some(Way::NoRoute) => {}
         Some(Way::Local) => {
             server.status = Status::Local as u8;
-            server.mtu = u16::MAX;
+            server.hop.mtu = u16::MAX;
         }
         // A tunnel needs an address to send from.
         Some(Way::Through(hop)) if hop.preferred_source.is_none() && matches!(target.method, Method::Tunnel(_)) => {}
@@ -91,11 +95,11 @@ pub fn server(target: &Target, way: Option<&Way>) -> Server {
             if hop.redirects {
                 server.flags |= flags::REDIRECT;
             }
-            server.ifindex = hop.ifindex;
-            server.port_ifindex = hop.port_ifindex;
-            server.vlan = hop.vlan;
-            server.mtu = mtu(hop.mtu, target);
-            server.link = link_addresses(hop.mac.unwrap_or_default(), hop.source);
+            server.hop.ifindex = hop.ifindex;
+            server.hop.port_ifindex = hop.port_ifindex;
+            server.hop.vlan = hop.vlan;
+            server.hop.mtu = mtu(hop.mtu, target);
+            server.hop.link = link_addresses(hop.mac.unwrap_or_default(), hop.source);
             server.outer_source = hop.preferred_source.map(words).unwrap_or_default();
         }
     }
@@ -205,10 +209,10 @@ mod tests {
         let target = target(IPV4, Method::Route);
         let ready = server(&target, Some(&hop(IPV4, Some([2, 0, 0, 0, 2, 5]))));
         assert_eq!(ready.status, Status::Ready as u8);
-        assert_eq!(ready.link.map(u32::to_ne_bytes).concat(), [2, 0, 0, 0, 2, 5, 2, 0, 0, 0, 0, 1]);
+        assert_eq!(ready.hop.link.map(u32::to_ne_bytes).concat(), [2, 0, 0, 0, 2, 5, 2, 0, 0, 0, 0, 1]);
         assert_eq!(ready.address[0].to_ne_bytes(), [10, 0, 0, 205]);
         assert_eq!(ready.port.to_ne_bytes(), [0, 80]);
-        assert_eq!((ready.ifindex, ready.port_ifindex, ready.vlan), (7, 3, 42));
+        assert_eq!((ready.hop.ifindex, ready.hop.port_ifindex, ready.hop.vlan), (7, 3, 42));
         let unresolved = server(&target, Some(&hop(IPV4, None)));
         assert_eq!(unresolved.status, Status::Unresolved as u8);
         assert_eq!(server(&target, None).status, Status::NoRoute as u8);

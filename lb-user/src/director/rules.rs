@@ -138,13 +138,6 @@ pub(super) fn server_address(server: &ServerId) -> Result<(), Refusal> {
 /// What this version cannot do for a server.
 pub(super) fn server_supported(server: &ServerId, config: &ServerConfig) -> Result<(), Refusal> {
     match config.method {
-        Method::Masquerade => refuse(
-            RefusalKind::Unsupported,
-            format!(
-                "the real server {server} cannot be masqueraded: this version of bpfvs has no address translation yet; use the \
-                 method route (`-g`) or tunnel (`-i`)"
-            ),
-        ),
         Method::Tunnel(Tunnel::Gue { checksum: TunnelChecksum::Remote, .. } | Tunnel::Gre { checksum: TunnelChecksum::Remote }) => {
             refuse(
                 RefusalKind::Unsupported,
@@ -154,7 +147,7 @@ pub(super) fn server_supported(server: &ServerId, config: &ServerConfig) -> Resu
                 ),
             )
         }
-        Method::Route | Method::Tunnel(_) => Ok(()),
+        Method::Route | Method::Masquerade | Method::Tunnel(_) => Ok(()),
     }
 }
 

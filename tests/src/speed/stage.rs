@@ -160,8 +160,8 @@ impl Act<'_> {
         let Entries { index, routed, tunnelled } = self.entries[family as usize];
         let mut server = if path == Path::Tunnelled { tunnelled } else { routed };
         if path != Path::RoutedElsewhere {
-            server.ifindex = INGRESS;
-            server.port_ifindex = INGRESS;
+            server.hop.ifindex = INGRESS;
+            server.hop.port_ifindex = INGRESS;
         }
         self.servers.set(index, server, 0).context("write the real server's entry")?;
         self.harness.set_server(&server)

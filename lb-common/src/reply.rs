@@ -1,0 +1,116 @@
+//! The replies of a masqueraded real server: what they look like when they come, and where they go.
+//!
+//! ```text
+//! request   192.168.74.12:40000 -> 192.168.74.204:80     becomes   … -> 10.0.0.205:8080     a connection
+//! reply     10.0.0.205:8080 -> 192.168.74.12:40000       becomes   192.168.74.204:80 -> …   a reply's entry
+//! ```
+//!
+//! The table's key is source and destination of a reply: a [`ConnectionKey`] with the real server where a request has
+//! its client. The entry holds all that a reply needs which begins or ends nothing; state and time are the connection's.
+
+use crate::{
+    connection::{Connection, ConnectionKey},
+    family::Address,
+    hop::Hop,
+    packet::transport::Ports,
+    server::Server,
+    wire::plain,
+};
+
+/// What the datapath knows of the replies of a connection. Written by the datapath alone.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[repr(C)]
+pub struct Reply<A> {
+    /// The virtual address, in network order.
+    pub vip: A,
+    /// The virtual port, in network order.
+    pub port: u16,
+    /// Bits of [`flags`].
+    pub flags: u8,
+    /// Always zero.
+    pub zero: u8,
+    /// Index of the real server.
+    pub server: u32,
+    /// When a reply last moved the connection on, in jiffies (the low 32 bits); at most once a second.
+    pub last_seen: u32,
+    /// The way to the client.
+    pub hop: Hop,
+}
+
+/// Bits of [`Reply::flags`].
+pub mod flags {
+    /// As [`crate::connection::flags::SETTLED`], when a reply last looked.
+    pub const SETTLED: u8 = 1;
+    /// [`super::Reply::hop`] is known.
+    pub const KNOWN: u8 = 2;
+    /// XDP can send frames out of the hop's port that came in by another one.
+    pub const REDIRECT: u8 = 4;
+}
+
+/// The port of the real server that a connection to a virtual port leads to, both in network order: a server without a
+/// port takes the virtual one.
+#[inline(always)]
+pub const fn server_port(server: &Server, virtual_port: u16) -> u16 {
+    if server.port == 0 { virtual_port } else { server.port }
+}
+
+/// Under which key the replies of a connection are found.
+#[inline(always)]
+pub fn key<A: Address>(connection: &ConnectionKey<A>, server: &Server) -> ConnectionKey<A> {
+    let port = server_port(server, connection.ports.destination());
+    ConnectionKey {
+        client: A::from_words(&server.address),
+        vip: connection.client,
+        ports: Ports::new(port, connection.ports.source()),
+        protocol: connection.protocol,
+    }
+}
+
+impl<A: Address> Reply<A> {
+    /// The entry of a new connection, whose way back nobody has looked for yet.
+    #[inline(always)]
+    pub fn new(connection: &ConnectionKey<A>, server: u32) -> Self {
+        let port = connection.ports.destination();
+        Self { vip: connection.vip, port, flags: 0, zero: 0, server, last_seen: 0, hop: Hop::default() }
+    }
+
+    /// The key of the connection that a reply with this key belongs to.
+    #[inline(always)]
+    pub const fn connection(&self, reply: &ConnectionKey<A>) -> ConnectionKey<A> {
+        let ports = Ports::new(reply.ports.destination(), self.port);
+        ConnectionKey { client: reply.vip, vip: self.vip, ports, protocol: reply.protocol }
+    }
+
+    /// Whether this is the entry of that connection.
+    #[inline(always)]
+    pub fn belongs(&self, connection: &Connection) -> bool {
+        self.server == connection.server
+    }
+}
+
+plain! {
+    Reply<crate::family::Ipv4> = 40,
+    Reply<crate::family::Ipv6> = 52,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{family::Ipv4, packet::protocol};
+
+    fn connection() -> ConnectionKey<Ipv4> {
+        let ports = Ports::new(40_000_u16.to_be(), 80_u16.to_be());
+        ConnectionKey { client: 1, vip: 2, ports, protocol: protocol::TCP.into() }
+    }
+
+    #[test]
+    fn a_reply_leads_back_to_its_connection() {
+        for (port, server_port) in [(8080_u16, 8080_u16), (0, 80)] {
+            let server = Server { address: [3, 0, 0, 0], port: port.to_be(), ..Server::default() };
+            let reply = key(&connection(), &server);
+            let ports = Ports::new(server_port.to_be(), 40_000_u16.to_be());
+            assert_eq!(reply, ConnectionKey { client: 3, vip: 1, ports, protocol: protocol::TCP.into() });
+            assert_eq!(Reply::new(&connection(), 7).connection(&reply), connection());
+        }
+    }
+}

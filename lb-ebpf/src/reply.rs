@@ -1,0 +1,286 @@
+//! Replies of masqueraded real servers, on their way back to clients.
+//!
+//! A reply is found by its source and destination in a table of its own ([`lb_common::reply`]). The common one ends nothing,
+//! and another came in the last second: it is translated and sent by what stands there ([`plain`]). Every other is attended
+//! to ([`attend`], then [`deliver`]): it moves its connection on and asks for the way to the client anew. `ipvs-semantics.md`, sections 2.3, 5.2 and 5.6.
+//!
+//! What belongs to no connection is left to the kernel as it is: a real server's own conversations.
+
+use core::mem::zeroed;
+
+use aya_ebpf::{
+    bindings::{BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup as FibLookup},
+    cty::c_void,
+    helpers::generated::bpf_fib_lookup,
+};
+use lb_common::{
+    connection::{ConnectionKey, flags as connection_flags},
+    family::Address,
+    hop::link_addresses,
+    packet::{
+        Fragment, Payload,
+        ethernet::{self, Link},
+        transport,
+    },
+    reason::Reason,
+    reply::{self, Reply, flags},
+    server::{NextHop, Status},
+    tcp::Direction,
+};
+use lb_ebpf::packet::{Packet, Room, fixed};
+
+use crate::{
+    account,
+    maps::{CONFIG, DEVICES, Family, HZ, SERVERS},
+    nat::{self, End},
+    outcome::Outcome,
+    track,
+};
+
+/// Makes the entry for the replies of a new connection. `false`: there is no room.
+#[inline(never)]
+pub fn expect<F: Family>(key: &ConnectionKey<F::Address>, server: u32) -> bool {
+    let Some(entry) = SERVERS.get(server) else { return false };
+    // An older entry is of a connection to another virtual address, whose replies cannot be told from these.
+    F::replies().insert(&reply::key(key, entry), &Reply::new(key, server), 0).is_ok()
+}
+
+/// Deletes the entry for the replies of a connection that is deleted.
+#[inline(never)]
+pub fn forget<F: Family>(key: &ConnectionKey<F::Address>, server: u32) {
+    let Some(entry) = SERVERS.get(server) else { return };
+    let reply_key = reply::key(key, entry);
+    if let Some(found) = F::replies().get_ptr(&reply_key)
+        // SAFETY: an element of the map.
+        && unsafe { (*found).vip == key.vip && (*found).port == key.ports.destination() }
+    {
+        let _ = F::replies().remove(&reply_key);
+    }
+}
+
+/// The way of a plain packet that may be a reply. The outcome is the same again if it needs more attention.
+#[inline(never)]
+pub fn plain<P: Packet, F: Family>(context: *mut c_void) -> Outcome {
+    // SAFETY: the context is the kernel's own.
+    let packet = &mut unsafe { P::view(context) };
+    quiet::<P, F>(packet).unwrap_or_else(Outcome::left::<P>)
+}
+
+#[inline(always)]
+fn quiet<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
+    let link = Link::plain(F::ETHERTYPE);
+    let header = F::parse(packet, link.payload)?;
+    let Payload { protocol, .. } = F::plain(packet, &header).ok_or(Reason::NotOurs)?;
+    // What is known of plain packets, in a form that the verifier sees, too.
+    let payload = Payload { offset: link.payload + F::HEADER, protocol, fragment_id: 0, fragment: Fragment::Whole };
+    let segment = transport::parse(packet, &payload, header.offset + header.length)?;
+    let protocol = u32::from(payload.protocol);
+    let key = ConnectionKey { client: header.source, vip: header.destination, ports: segment.ports, protocol };
+    let known = F::replies().get_ptr(&key).ok_or(Reason::NotOurs)?;
+    // SAFETY: an element of the map; it may become another reply's under our hands, but it stays memory.
+    let known = unsafe { &*known };
+    let idle = track::jiffies().wrapping_sub(known.last_seen);
+    let undisturbed = idle < HZ.load() && known.flags & ATTENDED == ATTENDED && segment.is_quiet(payload.protocol);
+    let mtu = known.hop.mtu;
+    let fits = header.length <= mtu as usize || packet.fits_in_segments(SEGMENT_HEADERS + F::HEADER, mtu);
+    let reaches = packet.reaches(&known.hop, known.flags & flags::REDIRECT != 0);
+    if !undisturbed || !fits || !reaches || F::age(packet, header.offset).is_err() {
+        return Ok(Outcome::reply::<F>(false));
+    }
+    account::reply(known.server, header.length);
+    nat::translate::<P, F>(packet, &header, &payload, End::Source, &known.vip, known.port)?;
+    packet.address(&link, &known.hop, Room::NONE)?;
+    Ok(Outcome::verdict(packet.send(&known.hop)))
+}
+
+/// Flags of an entry whose reply needs no attention.
+const ATTENDED: u8 = flags::SETTLED | flags::KNOWN;
+/// Bytes of a TCP header with the options that segments usually carry (timestamps).
+const SEGMENT_HEADERS: usize = 32;
+
+/// The first half of the way of a packet that may be a reply and is not plain or not quiet: its connection is moved on and
+/// the way to its client is made sure of. What follows is [`deliver`]'s, if the outcome says so.
+#[inline(never)]
+pub fn attend<P: Packet, F: Family>(context: *mut c_void) -> Outcome {
+    found::<P, F>(context).unwrap_or_else(Outcome::left::<P>)
+}
+
+#[inline(always)]
+fn found<P: Packet, F: Family>(context: *mut c_void) -> Result<Outcome, Reason> {
+    let mut key = F::no_key();
+    let event = identify::<P, F>(context, &mut key);
+    if event == NOT_OURS {
+        return Err(Reason::NotOurs);
+    }
+    let known = F::replies().get_ptr_mut(&key).ok_or(Reason::NotOurs)?;
+    // SAFETY: an element of the map, as in `plain`.
+    let (idle, known_way) = unsafe { (track::jiffies().wrapping_sub((*known).last_seen), (*known).flags & flags::KNOWN != 0) };
+    if event != NO_EVENT && !move_on::<F>(&key, known, event) {
+        return Err(Reason::NotOurs);
+    }
+    let verdict = if known_way && idle < HZ.load() { NO_VERDICT } else { find_way::<P, F>(context, &key, known)? };
+    Ok(Outcome::translate_reply::<F>(verdict))
+}
+
+/// In the place of a verdict: the entry's next hop sends the packet.
+const NO_VERDICT: i32 = i32::MIN;
+
+/// The second half: the packet is translated and sent, by the kernel's neighbour code if there is a verdict.
+#[inline(never)]
+pub fn deliver<P: Packet, F: Family>(context: *mut c_void, verdict: i32) -> Outcome {
+    // SAFETY: the context is the kernel's own.
+    let packet = &mut unsafe { P::view(context) };
+    translate::<P, F>(packet, verdict).unwrap_or_else(Outcome::left::<P>)
+}
+
+#[inline(always)]
+fn translate<P: Packet, F: Family>(packet: &mut P, verdict: i32) -> Result<Outcome, Reason> {
+    let mut key = F::no_key();
+    if identify::<P, F>(packet.context(), &mut key) == NOT_OURS {
+        return Err(Reason::NotOurs);
+    }
+    let known = F::replies().get_ptr(&key).ok_or(Reason::NotOurs)?;
+    // SAFETY: an element of the map, as in `plain`.
+    let known = unsafe { &*known };
+    let link = ethernet::parse(packet)?;
+    let header = F::parse(packet, link.payload)?;
+    let mut payload = F::transport(packet, &header)?;
+    payload.offset = fixed(payload.offset) & track::REACH;
+    if verdict == NO_VERDICT && !packet.reaches(&known.hop, known.flags & flags::REDIRECT != 0) {
+        return Err(Reason::OtherDevice);
+    }
+    let mtu = known.hop.mtu;
+    if let Err(why) = F::age(packet, header.offset) {
+        return Ok(Outcome::refused::<P, F>(why, mtu, &link, header.length, &payload));
+    }
+    if header.length > mtu as usize && !packet.fits_in_segments(SEGMENT_HEADERS + F::HEADER, mtu) {
+        return Ok(Outcome::refused::<P, F>(Reason::TooBig, mtu, &link, header.length, &payload));
+    }
+    account::reply(known.server, header.length);
+    if payload.fragment == Fragment::First {
+        track::remember_first_fragment::<P, F>(packet.context(), header.offset as u32);
+    }
+    if payload.protocol == F::ICMP {
+        nat::translate_error::<P, F>(packet.context(), header.offset as u32, payload.offset as u32, &known.vip, known.port.into())?;
+    } else {
+        nat::translate::<P, F>(packet, &header, &payload, End::Source, &known.vip, known.port)?;
+    }
+    packet.address(&link, &known.hop, Room::NONE)?;
+    Ok(Outcome::verdict(if verdict == NO_VERDICT { packet.send(&known.hop) } else { verdict }))
+}
+
+/// In the place of an event: the packet is about a connection, but none that moves it.
+const NO_EVENT: u32 = 1 << 8;
+/// In the place of an event: the packet can be no reply.
+const NOT_OURS: u32 = 1 << 9;
+
+/// Finds the key of a packet that may be a reply, or of the replies that an ICMP error may be about. Returns the packet's event
+/// for the state machine. In a function of its own, for the sake of the stack.
+#[inline(never)]
+fn identify<P: Packet, F: Family>(context: *mut c_void, key: &mut ConnectionKey<F::Address>) -> u32 {
+    // SAFETY: the context is the kernel's own.
+    let packet = &unsafe { P::view(context) };
+    match identity::<P, F>(packet) {
+        Some((found, event)) => {
+            *key = found;
+            event
+        }
+        None => NOT_OURS,
+    }
+}
+
+#[inline(always)]
+fn identity<P: Packet, F: Family>(packet: &P) -> Option<(ConnectionKey<F::Address>, u32)> {
+    let link = ethernet::parse(packet).ok()?;
+    let header = F::parse(packet, link.payload).ok()?;
+    let mut payload = F::transport(packet, &header).ok()?;
+    // The parser's offset, in a form that the verifier can bound.
+    payload.offset = fixed(payload.offset) & track::REACH;
+    if payload.protocol == F::ICMP && payload.fragment == Fragment::Whole {
+        // Routers on the way to the real server report, too: only the quote tells.
+        return track::quoted::<P, F>(packet, payload.offset as u32).ok().map(|key| (key, NO_EVENT));
+    }
+    let (ports, event) = if payload.fragment == Fragment::Later {
+        (track::ports_of_first_fragment::<F>(&track::fragment_key::<F>(&header, &payload))?, NO_EVENT)
+    } else {
+        let segment = transport::parse(packet, &payload, header.offset + header.length).ok()?;
+        (segment.ports, segment.event.into())
+    };
+    Some((ConnectionKey { client: header.source, vip: header.destination, ports, protocol: payload.protocol.into() }, event))
+}
+
+/// Moves the connection of a reply on. `false`: there is none any more.
+#[inline(never)]
+fn move_on<F: Family>(key: &ConnectionKey<F::Address>, known: *mut Reply<F::Address>, event: u32) -> bool {
+    let Some(config) = CONFIG.get(0) else { return false };
+    // SAFETY: elements of the maps, as in `plain`.
+    unsafe {
+        let protocol = key.protocol as u8;
+        let connection = F::connections().get_ptr_mut(&(*known).connection(key)).filter(|connection| {
+            let connection = &**connection;
+            let idle = track::jiffies().wrapping_sub(connection.last_seen);
+            (*known).belongs(connection) && idle < track::lifetime(config, protocol, connection.state)
+        });
+        let Some(connection) = connection else { return false };
+        // A removed server's connections are left to die, but it may say its last words.
+        if SERVERS.get((*known).server).is_none_or(|server| server.status == Status::Removed as u8) {
+            return true;
+        }
+        let now = track::move_on(connection, protocol, Direction::Output, event as u8, connection_flags::MASQUERADED);
+        let settled = if now & connection_flags::SETTLED != 0 { flags::SETTLED } else { 0 };
+        (*known).last_seen = track::jiffies();
+        (*known).flags = (*known).flags & !flags::SETTLED | settled;
+    }
+    true
+}
+
+/// Asks the kernel for the way to a client, and notes it. A verdict means that the kernel's neighbour code sends the packet.
+///
+/// As if the director itself sent from the virtual address, so that rules about sources apply. At tc, the packet is then left to
+/// the kernel's neighbour code even if the neighbour is known: so it learns that the neighbour is needed, and confirms it.
+#[inline(never)]
+fn find_way<P: Packet, F: Family>(
+    context: *mut c_void,
+    key: &ConnectionKey<F::Address>,
+    known: *mut Reply<F::Address>,
+) -> Result<i32, Reason> {
+    // SAFETY: the context is the kernel's own; integers and unions of integers; an element of the map, as in `plain`.
+    unsafe {
+        let packet = P::view(context);
+        let mut lookup: FibLookup = zeroed();
+        lookup.family = F::AF;
+        lookup.ifindex = packet.interface();
+        // Any length that fits: for its sake the kernel tells how much would.
+        lookup.__bindgen_anon_1.tot_len = 1;
+        lookup.__bindgen_anon_3.ipv6_src = (*known).vip.words();
+        lookup.__bindgen_anon_4.ipv6_dst = key.vip.words();
+        let result = bpf_fib_lookup(context, &raw mut lookup, size_of::<FibLookup>() as i32, 0);
+        let resolved = result == i64::from(BPF_FIB_LKUP_RET_SUCCESS);
+        if !resolved && result != i64::from(BPF_FIB_LKUP_RET_NO_NEIGH) {
+            return Err(Reason::NoWayBack);
+        }
+        if !resolved && !P::RESOLVES {
+            return Err(Reason::Unresolved);
+        }
+        let hop = &mut (*known).hop;
+        let (mut port, mut vlan, mut redirect) = (lookup.ifindex, 0, 0);
+        let ifindex = lookup.ifindex;
+        if let Some(device) = DEVICES.get_ptr(&ifindex) {
+            port = (*device).port_ifindex;
+            vlan = (*device).vlan;
+            redirect = if (*device).redirects != 0 { flags::REDIRECT } else { 0 };
+        }
+        hop.ifindex = ifindex;
+        hop.port_ifindex = port;
+        hop.vlan = vlan;
+        hop.mtu = lookup.__bindgen_anon_1.mtu_result;
+        hop.link = link_addresses(lookup.dmac, lookup.smac);
+        let learnt = if resolved { flags::KNOWN } else { 0 } | redirect;
+        (*known).flags = (*known).flags & flags::SETTLED | learnt;
+        if !P::RESOLVES {
+            return Ok(NO_VERDICT);
+        }
+        let next_hop = NextHop { family: lookup.family.into(), address: lookup.__bindgen_anon_4.ipv6_dst, zero: 0 };
+        Ok(packet.send_unresolved(ifindex, &next_hop))
+    }
+}
