@@ -42,27 +42,54 @@ use aya_ebpf::{
 };
 use lb_common::{
     packet::{
-        IpHeader, Payload, V4, V6,
+        Fragment, IpHeader, Payload, Plain, V4, V6,
         ethernet::{self, Link},
     },
     reason::Reason,
 };
-use lb_ebpf::packet::{Packet, TcBuffer, XdpFrame, fixed};
-use maps::Family;
+use lb_ebpf::packet::{Packet, TcBuffer, XdpFrame, merged};
+use maps::{Family, TC_TRANSLATION, XDP_TRANSLATION};
 use outcome::Outcome;
 
 /// The fast way in, at the driver.
 #[xdp]
 pub fn xdp_director(context: XdpContext) -> u32 {
     // SAFETY: the context is the kernel's own.
-    direct(&mut unsafe { XdpFrame::new(context.as_ptr()) }) as u32
+    let verdict = direct(&mut unsafe { XdpFrame::new(context.as_ptr()) });
+    if verdict == Outcome::DEFERRED {
+        // SAFETY: the map is a program array, whose program has the same kind of context.
+        unsafe { XDP_TRANSLATION.tail_call(&context, 0) };
+        return XdpFrame::PASS as u32;
+    }
+    verdict as u32
+}
+
+/// The translation of what is not plain. A program of its own, which the others call last: it has its own stack, and its own
+/// share of the verifier's patience.
+#[xdp]
+pub fn xdp_translate(context: XdpContext) -> u32 {
+    // SAFETY: the context is the kernel's own.
+    Outcome::resume(&unsafe { XdpFrame::view(context.as_ptr()) }) as u32
 }
 
 /// The way in for what XDP cannot finish, and for devices where XDP does not pay. Attached at ingress.
 #[classifier]
 pub fn tc_director(context: TcContext) -> i32 {
     // SAFETY: the context is the kernel's own.
-    direct(&mut unsafe { TcBuffer::new(context.as_ptr()) })
+    let verdict = direct(&mut unsafe { TcBuffer::new(context.as_ptr()) });
+    if verdict == Outcome::DEFERRED {
+        // SAFETY: the map is a program array, whose program has the same kind of context.
+        unsafe { TC_TRANSLATION.tail_call(&context, 0) };
+        return TcBuffer::PASS;
+    }
+    verdict
+}
+
+/// The same at tc.
+#[classifier]
+pub fn tc_translate(context: TcContext) -> i32 {
+    // SAFETY: the context is the kernel's own.
+    Outcome::resume(&unsafe { TcBuffer::view(context.as_ptr()) })
 }
 
 #[inline(always)]
@@ -82,13 +109,12 @@ fn direct<P: Packet>(packet: &mut P) -> i32 {
 #[inline(always)]
 fn plain<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
     let link = Link::plain(F::ETHERTYPE);
-    let header = F::parse(packet, link.payload)?;
-    let Some(payload) = F::plain(packet, &header) else { return Ok(Outcome::odd::<F>()) };
+    let Some(Plain { header, protocol, segment }) = F::plain(packet, link.payload) else { return Ok(Outcome::odd::<F>()) };
     if !classify::may_be_ours(&header.destination) {
         return if classify::may_be_reply(&header.source) { Ok(Outcome::reply::<F>(true)) } else { Err(Reason::NotOurs) };
     }
-    let server = track::connection::<P, F>(packet, &header, &payload);
-    Ok(deliver::<P, F, true>(packet, &link, &header, &payload, server))
+    let server = track::connection::<F>(&header, protocol, segment);
+    Ok(deliver::<P, F, true>(packet, &link, &header, true, server))
 }
 
 /// A frame with VLAN tags is odd, if there is an IP packet behind them.
@@ -118,11 +144,11 @@ fn any<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
         let may_be_reply = F::protocol(packet, header.offset) == Some(F::ICMP) || classify::may_be_reply(&header.source);
         return if may_be_reply { Ok(Outcome::reply::<F>(false)) } else { Err(Reason::NotOurs) };
     }
-    let mut payload = F::transport(packet, &header)?;
-    // The parser's offset, in a form that the verifier can bound.
-    payload.offset = fixed(payload.offset) & track::REACH;
-    let server = track::anything::<P, F>(packet, &header, &payload);
-    Ok(deliver::<P, F, false>(packet, &link, &header, &payload, server))
+    let Payload { offset, protocol, fragment, .. } = merged(packet, &F::transport(packet, &header)?);
+    // Never an error about an error, nor about a later fragment (RFC 1122, 3.2.2).
+    let answerable = protocol != F::ICMP && fragment != Fragment::Later;
+    let server = track::anything::<P, F>(packet, &header, offset, protocol, fragment);
+    Ok(deliver::<P, F, false>(packet, &link, &header, answerable, server))
 }
 
 /// The second half of either way: the packet's real server is known, or why there is none.
@@ -131,7 +157,7 @@ fn deliver<P: Packet, F: Family, const PLAIN: bool>(
     packet: &mut P,
     link: &Link,
     header: &IpHeader<F::Address>,
-    payload: &Payload,
+    answerable: bool,
     server: Result<u32, Reason>,
 ) -> Outcome {
     let mut mtu = 0;
@@ -139,7 +165,8 @@ fn deliver<P: Packet, F: Family, const PLAIN: bool>(
         Ok(outcome) => outcome,
         // An address that looks like a virtual one to the filter may be that of a client.
         Err(Reason::NoService) if classify::may_be_reply(&header.source) => Outcome::reply::<F>(false),
-        Err(why) => Outcome::refused::<P, F>(why, mtu, link, header.length, payload),
+        Err(why) if answerable => Outcome::refused::<P, F>(why, mtu, link, header.length),
+        Err(why) => Outcome::left::<P>(why),
     }
 }
 
@@ -152,10 +179,16 @@ fn to_server<P: Packet, F: Family, const PLAIN: bool>(
     mtu: &mut u16,
 ) -> Result<Outcome, Reason> {
     let index = server?;
-    let server = forward::reachable(packet, index)?;
-    *mtu = server.mtu();
+    let server = match forward::reachable(packet, index) {
+        // IPVS counts a packet that it only cannot send.
+        Err(why @ (Reason::LocalServer | Reason::NoRoute)) => {
+            account::packet(index, header.length);
+            return Err(why);
+        }
+        server => server?,
+    };
     account::packet(index, header.length);
-    forward::forward::<P, F, PLAIN>(packet, link, header, &server)
+    forward::forward::<P, F, PLAIN>(packet, link, header, &server, mtu)
 }
 
 lb_ebpf::object!();

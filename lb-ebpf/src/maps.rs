@@ -6,7 +6,7 @@ use aya_ebpf::{
     Global,
     bindings::BPF_F_NO_PREALLOC,
     macros::map,
-    maps::{Array, HashMap, LruHashMap, PerCpuArray},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray, ProgramArray},
 };
 use lb_common::{
     config::{Config, SweepReport},
@@ -124,6 +124,16 @@ pub static SWEEP: Array<SweepReport> = Array::with_max_entries(1, 0);
 #[map]
 pub static ANSWERS: PerCpuArray<[u32; 2]> = PerCpuArray::with_max_entries(1, 0);
 
+/// What this CPU has left to the program for translation: an outcome.
+#[map]
+pub static DEFERRED: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
+
+/// The programs for translation, one for each hook. Userspace writes.
+#[map]
+pub static XDP_TRANSLATION: ProgramArray = ProgramArray::with_max_entries(1, 0);
+#[map]
+pub static TC_TRANSLATION: ProgramArray = ProgramArray::with_max_entries(1, 0);
+
 /// A family's own maps.
 pub trait Family: Network {
     fn services() -> &'static HashMap<ServiceKey<Self::Address>, Service>;
@@ -164,17 +174,17 @@ impl Family for V4 {
 
     #[inline(always)]
     fn age<P: Packet>(packet: &mut P, offset: usize) -> Result<(), Reason> {
-        let header = packet.pointer::<Ipv4Header>(offset).ok_or(Reason::Malformed)?;
+        // Time to live, protocol and checksum stand in one word, the first of them lowest: one load, one store.
+        let word = packet.pointer::<u32>(offset + Ipv4Header::TTL).ok_or(Reason::Malformed)?;
         // SAFETY: `pointer` checked the bounds.
         unsafe {
-            let ttl = (*header).ttl;
-            if ttl <= 1 {
+            let old = u32::from_le(word.read());
+            if old & 0xff <= 1 {
                 return Err(Reason::TtlExpired);
             }
-            (*header).ttl = ttl - 1;
             // RFC 1624 for a word whose high byte lost one: the checksum gains it, with the carry around the end.
-            let sum = u32::from((*header).checksum) + u32::from(0x0100_u16.to_be());
-            (*header).checksum = (sum + (sum >= 0xffff) as u32) as u16;
+            let carry = if old >= 0xfffe_0000 { 0x1_0000 } else { 0 };
+            word.write(old.wrapping_add(0x1_0000 - 1).wrapping_add(carry).to_le());
         }
         Ok(())
     }

@@ -14,7 +14,7 @@ use lb_common::{
     crc32c::{self, Correction},
     family::Address,
     packet::{
-        Fragment, IpHeader, Network, Payload, V4,
+        Fragment, IpHeader, Network, Payload, Plain, V4,
         ethernet::{self, Link},
         icmp::IcmpHeader,
         protocol,
@@ -24,9 +24,9 @@ use lb_common::{
     reply,
     server::Server,
 };
-use lb_ebpf::packet::{Checksum, Packet, Room, fixed};
+use lb_ebpf::packet::{Checksum, Packet, REACH, Room, fixed, merged};
 
-use crate::{maps::Family, track::REACH};
+use crate::maps::Family;
 
 /// Which end of a packet is translated.
 #[derive(Clone, Copy, Eq, PartialEq)]
@@ -130,7 +130,7 @@ pub fn translate_error<P: Packet, F: Family>(
     let end = if new_port & TO_SERVER != 0 { End::Destination } else { End::Source };
     let at = icmp + size_of::<IcmpHeader>();
     let (.., payload) = F::quoted(packet, at).ok_or(Reason::Malformed)?;
-    let ports = fixed(payload.offset);
+    let ports = fixed(merged(packet, &payload).offset);
     let old: Ports = packet.read(ports).ok_or(Reason::Malformed)?;
     let old = end.other().port(old);
     let new_port = if new_port as u16 == 0 { old } else { new_port as u16 };
@@ -173,9 +173,7 @@ fn write_address<P: Packet, F: Family>(packet: &mut P, header: usize, end: End, 
 #[inline(always)]
 pub fn plain_request<P: Packet, F: Family>(packet: &mut P, server: &Server) -> Result<(), Reason> {
     let link = Link::plain(F::ETHERTYPE);
-    let header = F::parse(packet, link.payload)?;
-    let Payload { protocol, .. } = F::plain(packet, &header).ok_or(Reason::Malformed)?;
-    // What is known of plain packets, in a form that the verifier sees, too.
+    let Plain { header, protocol, .. } = F::plain(packet, link.payload).ok_or(Reason::Malformed)?;
     let payload = Payload { offset: link.payload + F::HEADER, protocol, fragment_id: 0, fragment: Fragment::Whole };
     to_server::<P, F>(packet, &link, &header, &payload, server)
 }
@@ -185,8 +183,7 @@ pub fn plain_request<P: Packet, F: Family>(packet: &mut P, server: &Server) -> R
 pub fn request<P: Packet, F: Family>(packet: &mut P, server: &Server) -> Result<(), Reason> {
     let link = ethernet::parse(packet)?;
     let header = F::parse(packet, link.payload)?;
-    let mut payload = F::transport(packet, &header)?;
-    payload.offset = fixed(payload.offset) & REACH;
+    let payload = merged(packet, &F::transport(packet, &header)?);
     if payload.protocol != F::ICMP {
         return to_server::<P, F>(packet, &link, &header, &payload, server);
     }

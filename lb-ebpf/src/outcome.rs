@@ -15,12 +15,16 @@
 //! ```
 
 use lb_common::{
-    packet::{Fragment, Network, Payload, V4, V6, ethernet::Link},
+    packet::{Network, V4, V6, ethernet::Link},
     reason::{Fate, Reason},
 };
 use lb_ebpf::packet::Packet;
 
-use crate::{account, answer, forward, maps::Family, odd, reply};
+use crate::{
+    account, answer, forward,
+    maps::{DEFERRED, Family},
+    odd, reply,
+};
 
 /// What is left to do with a packet.
 #[derive(Clone, Copy)]
@@ -86,9 +90,8 @@ impl Outcome {
 
     /// The packet was not forwarded: its sender is told, if there is something to tell.
     #[inline(always)]
-    pub fn refused<P: Packet, F: Family>(why: Reason, mtu: u16, link: &Link, length: usize, payload: &Payload) -> Self {
-        // Never an error about an error, nor about a later fragment (RFC 1122, 3.2.2).
-        if why.fate() != Fate::Answered || payload.protocol == F::ICMP || payload.fragment == Fragment::Later {
+    pub fn refused<P: Packet, F: Family>(why: Reason, mtu: u16, link: &Link, length: usize) -> Self {
+        if why.fate() != Fate::Answered {
             return Self::left::<P>(why);
         }
         let word = u64::from(mtu) | (length as u64 & 0xffff) << 16 | (link.payload as u64 & 0x1f) << 32 | (why as u64) << 40;
@@ -106,31 +109,65 @@ impl Outcome {
         if self.0 & Self::ODD != 0 {
             self = if self.0 & Self::IS_V6 != 0 { odd::<P, V6>(packet.context()) } else { odd::<P, V4>(packet.context()) };
         }
-        if self.0 & Self::REPLY != 0 {
-            self = if self.0 & Self::IS_V6 != 0 { self.reply_of::<P, V6>(packet) } else { self.reply_of::<P, V4>(packet) };
+        if self.0 & (Self::REPLY | Self::TRANSLATE) != 0 {
+            if self.0 & Self::PLAIN != 0 {
+                self = if self.0 & Self::IS_V6 != 0 { self.plain_of::<P, V6>(packet) } else { self.plain_of::<P, V4>(packet) };
+            }
+            if self.0 & (Self::REPLY | Self::TRANSLATE) != 0 {
+                return self.defer();
+            }
         }
-        if self.0 & (Self::WRAP | Self::TRANSLATE | Self::ANSWER) == 0 {
+        if self.0 & (Self::WRAP | Self::ANSWER) == 0 {
             return self.0 as i32;
         }
-        if self.0 & (Self::TRANSLATE | Self::PLAIN) == Self::TRANSLATE | Self::PLAIN {
-            let (context, server) = (packet.context(), self.0 as u32);
-            let is_v6 = self.0 & Self::IS_V6 != 0;
-            return if is_v6 { forward::translate_plain::<P, V6>(context, server) } else { forward::translate_plain::<P, V4>(context, server) };
-        }
-        // However it came about: the verifier shall follow what is left to do once.
-        self.0 = packet.opaque(self.0 as usize) as u64;
         if self.0 & Self::IS_V6 != 0 { self.finish::<P, V6>(packet) } else { self.finish::<P, V4>(packet) }
     }
 
+    /// In the place of a verdict: another program goes on.
+    pub const DEFERRED: i32 = i32::MIN;
+
+    /// Leaves what is left to the program for translation.
     #[inline(always)]
-    fn reply_of<P: Packet, F: Family>(self, packet: &P) -> Self {
-        if self.0 & Self::PLAIN != 0 {
-            let outcome = reply::plain::<P, F>(packet.context());
-            if outcome.0 & Self::REPLY == 0 {
-                return outcome;
-            }
+    fn defer(self) -> i32 {
+        if let Some(word) = DEFERRED.get_ptr_mut(0) {
+            // SAFETY: this CPU's own element.
+            unsafe { *word = self.0 };
         }
-        let outcome = reply::attend::<P, F>(packet.context());
+        Self::DEFERRED
+    }
+
+    /// Does what was left to the program for translation.
+    #[inline(always)]
+    pub fn resume<P: Packet>(packet: &P) -> i32 {
+        let Some(word) = DEFERRED.get_ptr(0) else { return P::PASS };
+        // SAFETY: this CPU's own element.
+        let mut outcome = Self(unsafe { *word });
+        if outcome.0 & Self::TRANSLATE != 0 {
+            let (context, server) = (packet.context(), outcome.0 as u32);
+            let is_v6 = outcome.0 & Self::IS_V6 != 0;
+            return if is_v6 { forward::translate::<P, V6>(context, server) } else { forward::translate::<P, V4>(context, server) };
+        }
+        outcome = if outcome.0 & Self::IS_V6 != 0 { Self::reply_of::<P, V6>(packet) } else { Self::reply_of::<P, V4>(packet) };
+        if outcome.0 & Self::ANSWER == 0 {
+            return outcome.0 as i32;
+        }
+        // However it came about: the verifier shall follow what is left to do once.
+        outcome.0 = packet.opaque(outcome.0 as usize) as u64;
+        if outcome.0 & Self::IS_V6 != 0 { outcome.answer::<P, V6>(packet) } else { outcome.answer::<P, V4>(packet) }
+    }
+
+    #[inline(always)]
+    fn plain_of<P: Packet, F: Family>(self, packet: &P) -> Self {
+        if self.0 & Self::REPLY != 0 {
+            return reply::plain::<P, F>(packet.context());
+        }
+        Self::verdict(forward::translate_plain::<P, F>(packet.context(), self.0 as u32))
+    }
+
+    #[inline(always)]
+    fn reply_of<P: Packet, F: Family>(packet: &P) -> Self {
+        // As in `resume`.
+        let outcome = Self(packet.opaque(reply::attend::<P, F>(packet.context()).0 as usize) as u64);
         if outcome.0 & Self::ATTENDED == 0 { outcome } else { reply::deliver::<P, F>(packet.context(), outcome.0 as i32) }
     }
 
@@ -140,9 +177,12 @@ impl Outcome {
         if self.0 & Self::WRAP != 0 {
             return forward::wrap::<P, F>(packet.context(), link, (self.0 >> 37) as u32 & 0xfff, self.0 as u32);
         }
-        if self.0 & Self::TRANSLATE != 0 {
-            return forward::translate::<P, F>(packet.context(), self.0 as u32);
-        }
+        self.answer::<P, F>(packet)
+    }
+
+    #[inline(always)]
+    fn answer<P: Packet, F: answer::Answer>(self, packet: &P) -> i32 {
+        let link = (self.0 >> 32) as u32 & 0x1f;
         let (length, why) = ((self.0 >> 16) as u32 & 0xffff, (self.0 >> 40) as u32 & 0xff);
         answer::answer::<P, F>(packet.context(), link, length, why, self.0 as u16)
     }

@@ -18,7 +18,7 @@ use lb_common::{
     family::Address,
     hop::link_addresses,
     packet::{
-        Fragment, Payload,
+        Fragment, Payload, Plain,
         ethernet::{self, Link},
         transport,
     },
@@ -27,7 +27,7 @@ use lb_common::{
     server::{NextHop, Status},
     tcp::Direction,
 };
-use lb_ebpf::packet::{Packet, Room, fixed};
+use lb_ebpf::packet::{Packet, Room, merged};
 
 use crate::{
     account,
@@ -37,12 +37,17 @@ use crate::{
     track,
 };
 
-/// Makes the entry for the replies of a new connection. `false`: there is no room.
+/// Makes the entry for the replies of a new connection. `false`: there is no room, and so no connection; the sweep will notice
+/// that it was counted.
 #[inline(never)]
 pub fn expect<F: Family>(key: &ConnectionKey<F::Address>, server: u32) -> bool {
     let Some(entry) = SERVERS.get(server) else { return false };
     // An older entry is of a connection to another virtual address, whose replies cannot be told from these.
-    F::replies().insert(&reply::key(key, entry), &Reply::new(key, server), 0).is_ok()
+    let expected = F::replies().insert(&reply::key(key, entry), &Reply::new(key, server), 0).is_ok();
+    if !expected {
+        let _ = F::connections().remove(key);
+    }
+    expected
 }
 
 /// Deletes the entry for the replies of a connection that is deleted.
@@ -69,18 +74,15 @@ pub fn plain<P: Packet, F: Family>(context: *mut c_void) -> Outcome {
 #[inline(always)]
 fn quiet<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
     let link = Link::plain(F::ETHERTYPE);
-    let header = F::parse(packet, link.payload)?;
-    let Payload { protocol, .. } = F::plain(packet, &header).ok_or(Reason::NotOurs)?;
-    // What is known of plain packets, in a form that the verifier sees, too.
+    let Plain { header, protocol, segment } = F::plain(packet, link.payload).ok_or(Reason::NotOurs)?;
     let payload = Payload { offset: link.payload + F::HEADER, protocol, fragment_id: 0, fragment: Fragment::Whole };
-    let segment = transport::parse(packet, &payload, header.offset + header.length)?;
-    let protocol = u32::from(payload.protocol);
+    let protocol = u32::from(protocol);
     let key = ConnectionKey { client: header.source, vip: header.destination, ports: segment.ports, protocol };
     let known = F::replies().get_ptr(&key).ok_or(Reason::NotOurs)?;
     // SAFETY: an element of the map; it may become another reply's under our hands, but it stays memory.
     let known = unsafe { &*known };
     let idle = track::jiffies().wrapping_sub(known.last_seen);
-    let undisturbed = idle < HZ.load() && known.flags & ATTENDED == ATTENDED && segment.is_quiet(payload.protocol);
+    let undisturbed = idle < HZ.load() && known.flags & ATTENDED == ATTENDED && segment.is_quiet();
     let mtu = known.hop.mtu;
     let fits = header.length <= mtu as usize || packet.fits_in_segments(SEGMENT_HEADERS + F::HEADER, mtu);
     let reaches = packet.reaches(&known.hop, known.flags & flags::REDIRECT != 0);
@@ -144,21 +146,20 @@ fn translate<P: Packet, F: Family>(packet: &mut P, verdict: i32) -> Result<Outco
     let known = unsafe { &*known };
     let link = ethernet::parse(packet)?;
     let header = F::parse(packet, link.payload)?;
-    let mut payload = F::transport(packet, &header)?;
-    payload.offset = fixed(payload.offset) & track::REACH;
+    let payload = merged(packet, &F::transport(packet, &header)?);
     if verdict == NO_VERDICT && !packet.reaches(&known.hop, known.flags & flags::REDIRECT != 0) {
         return Err(Reason::OtherDevice);
     }
     let mtu = known.hop.mtu;
-    if let Err(why) = F::age(packet, header.offset) {
-        return Ok(Outcome::refused::<P, F>(why, mtu, &link, header.length, &payload));
-    }
-    if header.length > mtu as usize && !packet.fits_in_segments(SEGMENT_HEADERS + F::HEADER, mtu) {
-        return Ok(Outcome::refused::<P, F>(Reason::TooBig, mtu, &link, header.length, &payload));
+    let too_big = header.length > mtu as usize && !packet.fits_in_segments(SEGMENT_HEADERS + F::HEADER, mtu);
+    let aged = F::age(packet, header.offset);
+    if let Err(why) = aged.and(if too_big { Err(Reason::TooBig) } else { Ok(()) }) {
+        let answerable = payload.protocol != F::ICMP && payload.fragment != Fragment::Later;
+        return if answerable { Ok(Outcome::refused::<P, F>(why, mtu, &link, header.length)) } else { Err(why) };
     }
     account::reply(known.server, header.length);
     if payload.fragment == Fragment::First {
-        track::remember_first_fragment::<P, F>(packet.context(), header.offset as u32);
+        track::remember_first_fragment::<P, F>(packet.context(), header.offset as u32, key.ports);
     }
     if payload.protocol == F::ICMP {
         nat::translate_error::<P, F>(packet.context(), header.offset as u32, payload.offset as u32, &known.vip, known.port.into())?;
@@ -193,17 +194,15 @@ fn identify<P: Packet, F: Family>(context: *mut c_void, key: &mut ConnectionKey<
 fn identity<P: Packet, F: Family>(packet: &P) -> Option<(ConnectionKey<F::Address>, u32)> {
     let link = ethernet::parse(packet).ok()?;
     let header = F::parse(packet, link.payload).ok()?;
-    let mut payload = F::transport(packet, &header).ok()?;
-    // The parser's offset, in a form that the verifier can bound.
-    payload.offset = fixed(payload.offset) & track::REACH;
+    let payload = merged(packet, &F::transport(packet, &header).ok()?);
     if payload.protocol == F::ICMP && payload.fragment == Fragment::Whole {
         // Routers on the way to the real server report, too: only the quote tells.
         return track::quoted::<P, F>(packet, payload.offset as u32).ok().map(|key| (key, NO_EVENT));
     }
     let (ports, event) = if payload.fragment == Fragment::Later {
-        (track::ports_of_first_fragment::<F>(&track::fragment_key::<F>(&header, &payload))?, NO_EVENT)
+        (track::ports_of_first_fragment::<P, F>(packet.context(), header.offset as u32).ok()?, NO_EVENT)
     } else {
-        let segment = transport::parse(packet, &payload, header.offset + header.length).ok()?;
+        let segment = transport::parse(packet, payload.offset, payload.protocol, header.offset + header.length).ok()?;
         (segment.ports, segment.event.into())
     };
     Some((ConnectionKey { client: header.source, vip: header.destination, ports, protocol: payload.protocol.into() }, event))

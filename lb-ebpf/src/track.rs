@@ -9,10 +9,10 @@ use lb_common::{
     config::{Config, flags as settings},
     connection::{Connection, ConnectionKey, FragmentKey, flags},
     packet::{
-        Fragment, IpHeader, Payload,
+        Fragment, IpHeader,
         icmp::IcmpHeader,
         protocol,
-        transport::{self, Ports},
+        transport::{self, Ports, Segment},
     },
     reason::Reason,
     sctp,
@@ -20,7 +20,7 @@ use lb_common::{
     service::ServiceKey,
     tcp::{self, Direction},
 };
-use lb_ebpf::packet::Packet;
+use lb_ebpf::packet::{Packet, REACH, merged};
 
 use crate::{
     account, atomic,
@@ -41,21 +41,27 @@ pub fn jiffies() -> u32 {
 
 /// Finds or makes the packet's connection, and moves its state on. Returns the index of its real server.
 #[inline(always)]
-pub fn connection<P: Packet, F: Family>(packet: &P, header: &IpHeader<F::Address>, payload: &Payload) -> Result<u32, Reason> {
-    let segment = transport::parse(packet, payload, header.offset + header.length)?;
-    let protocol = u32::from(payload.protocol);
-    let key = ConnectionKey { client: header.source, vip: header.destination, ports: segment.ports, protocol };
+pub fn connection<F: Family>(header: &IpHeader<F::Address>, protocol: u8, segment: Segment) -> Result<u32, Reason> {
+    let key = ConnectionKey { client: header.source, vip: header.destination, ports: segment.ports, protocol: u32::from(protocol) };
     if let Some(known) = F::connections().get_ptr_mut(&key) {
         // SAFETY: an element of the map; it may become another connection's under our hands, but it stays memory.
         let (server, last_seen, settled) = unsafe { ((*known).server, (*known).last_seen, (*known).flags & flags::SETTLED != 0) };
         let idle = jiffies().wrapping_sub(last_seen);
-        let undisturbed = idle < HZ.load() && settled && segment.is_quiet(payload.protocol);
+        let undisturbed = settled && segment.is_quiet() && idle < HZ.load();
         if undisturbed || attend::<F>(&key, known, idle, segment.event) {
             return Ok(server);
         }
     }
-    begin::<F>(&key, segment.event)
+    let server = begin::<F>(&key, segment.event)?;
+    if server & EXPECTS == 0 {
+        return Ok(server);
+    }
+    if reply::expect::<F>(&key, server & !EXPECTS) { Ok(server & !EXPECTS) } else { Err(Reason::TableFull) }
 }
+
+/// Bit of a real server's index that [`begin`] returns: the new connection's replies are to be expected. Not its own business,
+/// for the sake of the stack.
+const EXPECTS: u32 = 1 << 31;
 
 /// State and flags of a connection.
 #[derive(Clone, Copy)]
@@ -238,16 +244,12 @@ fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8) -> Result<u32, R
         Err(EEXIST) => return F::connections().get_ptr(key).map(|known| unsafe { (*known).server }).ok_or(Reason::TableFull),
         Err(_) => return Err(Reason::TableFull),
     }
-    if masqueraded && !reply::expect::<F>(key, server) {
-        let _ = F::connections().remove(key);
-        return Err(Reason::TableFull);
-    }
     if let Some(counter) = COUNTERS.get_ptr_mut(server) {
         // SAFETY: an element of the counter array.
         unsafe { atomic::add(counter, share(&connection)) };
     }
     account::connection(server);
-    Ok(server)
+    Ok(if masqueraded { server | EXPECTS } else { server })
 }
 
 /// Whether a packet without a connection may begin one.
@@ -262,71 +264,58 @@ fn may_begin(protocol: u8, event: u8, sloppy: u32) -> bool {
 
 /// The same for a packet of any kind: fragments and ICMP errors belong to connections, too.
 #[inline(always)]
-pub fn anything<P: Packet, F: Family>(packet: &P, header: &IpHeader<F::Address>, payload: &Payload) -> Result<u32, Reason> {
-    if payload.fragment == Fragment::Later {
-        return follow_first_fragment::<P, F>(packet.context(), header.offset as u32);
+pub fn anything<P: Packet, F: Family>(
+    packet: &P,
+    header: &IpHeader<F::Address>,
+    offset: usize,
+    protocol: u8,
+    fragment: Fragment,
+) -> Result<u32, Reason> {
+    if protocol == F::ICMP && fragment != Fragment::Later {
+        return icmp_error::<P, F>(packet.context(), offset as u32);
     }
-    if payload.protocol == F::ICMP {
-        return icmp_error::<P, F>(packet.context(), payload.offset as u32);
-    }
-    let server = connection::<P, F>(packet, header, payload)?;
-    if payload.fragment == Fragment::First {
-        remember_first_fragment::<P, F>(packet.context(), header.offset as u32);
+    let segment = if fragment == Fragment::Later {
+        let ports = ports_of_first_fragment::<P, F>(packet.context(), header.offset as u32)?;
+        Segment { ports, event: transport::QUIET }
+    } else {
+        transport::parse(packet, offset, protocol, header.offset + header.length)?
+    };
+    let server = connection::<F>(header, protocol, segment)?;
+    if fragment == Fragment::First {
+        remember_first_fragment::<P, F>(packet.context(), header.offset as u32, segment.ports);
     }
     Ok(server)
 }
 
 /// Remembers the ports, which the parts that follow a first fragment do not have.
 #[inline(never)]
-pub fn remember_first_fragment<P: Packet, F: Family>(context: *mut c_void, offset: u32) {
+pub fn remember_first_fragment<P: Packet, F: Family>(context: *mut c_void, offset: u32, ports: Ports) {
     // SAFETY: the context is the kernel's own.
     let packet = unsafe { P::view(context) };
-    if let Ok((key, payload)) = fragment::<P, F>(&packet, offset)
-        && let Some(ports) = packet.read::<Ports>(payload.offset)
-    {
+    if let Ok(key) = fragment_key::<P, F>(&packet, offset) {
         // If it fails, the later parts are dropped and counted, and the sender repeats.
         let _ = F::fragments().insert(&key, ports, 0);
     }
 }
 
 /// The ports of a later fragment: those of the first.
-#[inline(always)]
-pub fn ports_of_first_fragment<F: Family>(key: &FragmentKey<F::Address>) -> Option<Ports> {
-    // SAFETY: an element of the map.
-    F::fragments().get_ptr(key).map(|ports| unsafe { *ports })
-}
-
-/// The real server of a later fragment.
 #[inline(never)]
-fn follow_first_fragment<P: Packet, F: Family>(context: *mut c_void, offset: u32) -> Result<u32, Reason> {
+pub fn ports_of_first_fragment<P: Packet, F: Family>(context: *mut c_void, offset: u32) -> Result<Ports, Reason> {
     // SAFETY: the context is the kernel's own.
-    let packet = unsafe { P::view(context) };
-    let (fragment, _) = fragment::<P, F>(&packet, offset)?;
-    let ports = ports_of_first_fragment::<F>(&fragment).ok_or(Reason::FragmentUnknown)?;
-    let FragmentKey { source, destination, protocol, .. } = fragment;
-    let key = ConnectionKey { client: source, vip: destination, ports, protocol };
+    let key = fragment_key::<P, F>(&unsafe { P::view(context) }, offset)?;
     // SAFETY: an element of the map.
-    F::connections().get_ptr(&key).map(|known| unsafe { (*known).server }).ok_or(Reason::FragmentUnknown)
+    F::fragments().get_ptr(&key).map(|ports| unsafe { *ports }).ok_or(Reason::FragmentUnknown)
 }
 
 /// The key of a fragmented packet, read once more from its headers: what is rare shall not take up the stack of what is not.
 #[inline(always)]
-fn fragment<P: Packet, F: Family>(packet: &P, offset: u32) -> Result<(FragmentKey<F::Address>, Payload), Reason> {
+fn fragment_key<P: Packet, F: Family>(packet: &P, offset: u32) -> Result<FragmentKey<F::Address>, Reason> {
     // The parser's offset, in a form that the verifier can bound.
     let header = F::parse(packet, offset as usize & 0x1f)?;
     let payload = F::transport(packet, &header)?;
-    Ok((fragment_key::<F>(&header, &payload), payload))
-}
-
-/// The key of a fragmented packet.
-#[inline(always)]
-pub fn fragment_key<F: Family>(header: &IpHeader<F::Address>, payload: &Payload) -> FragmentKey<F::Address> {
     let protocol = u32::from(payload.protocol);
-    FragmentKey { source: header.source, destination: header.destination, id: payload.fragment_id, protocol }
+    Ok(FragmentKey { source: header.source, destination: header.destination, id: payload.fragment_id, protocol })
 }
-
-/// How far into a frame a transport header may begin: a bound that the verifier needs.
-pub const REACH: usize = 0x7ff;
 
 /// Finds the real server that an ICMP error is about: the packet that it quotes went from there to the client.
 #[inline(never)]
@@ -349,6 +338,7 @@ pub fn quoted<P: Packet, F: Family>(packet: &P, offset: u32) -> Result<Connectio
         return Err(Reason::NotTransport);
     }
     let (source, destination, payload) = F::quoted(packet, offset + size_of::<IcmpHeader>()).ok_or(Reason::Malformed)?;
+    let payload = merged(packet, &payload);
     if payload.fragment == Fragment::Later {
         return Err(Reason::NoConnection);
     }

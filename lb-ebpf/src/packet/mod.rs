@@ -10,7 +10,7 @@ use aya_ebpf::cty::c_void;
 use lb_common::{
     Plain,
     hop::Hop,
-    packet::{Bytes, ethernet::Link},
+    packet::{Bytes, Fragment, Payload, ethernet::Link},
     reason::Reason,
     server::NextHop,
 };
@@ -172,6 +172,24 @@ pub fn fixed(offset: usize) -> usize {
     #[cfg(not(target_arch = "bpf"))]
     offset
 }
+
+/// A payload of which the verifier only knows that it begins within the reach of the parser: however the parser found it, what
+/// follows is verified once.
+#[inline(always)]
+pub fn merged<B: Bytes>(packet: &B, payload: &Payload) -> Payload {
+    let word = payload.offset & REACH | (payload.protocol as usize) << 16 | (payload.fragment as usize) << 24;
+    let word = packet.opaque(word);
+    let fragment = match word >> 24 & 3 {
+        0 => Fragment::Whole,
+        1 => Fragment::First,
+        _ => Fragment::Later,
+    };
+    let fragment_id = packet.opaque(payload.fragment_id as usize) as u32;
+    Payload { offset: word & REACH, protocol: (word >> 16) as u8, fragment_id, fragment }
+}
+
+/// How far into a frame a transport header may begin, beyond what parsers walk: a mask, which is what the verifier understands.
+pub const REACH: usize = 0x7ff;
 
 /// A value as one that the verifier knows nothing about: exclusive-or with something unknown, twice.
 #[cfg(target_arch = "bpf")]

@@ -8,6 +8,7 @@
 use anyhow::{Context as _, anyhow};
 use aya::{
     Ebpf, EbpfLoader,
+    maps::ProgramArray,
     programs::{Program, ProgramError, RawTracePoint, SchedClassifier, Xdp},
 };
 
@@ -15,7 +16,11 @@ use super::maps::{CONNECTION_TABLES, OBJECT, Pins, remove_pin};
 
 const XDP: &str = "xdp_director";
 const TC: &str = "tc_director";
+const XDP_TRANSLATE: &str = "xdp_translate";
+const TC_TRANSLATE: &str = "tc_translate";
 const SWEEP: &str = "sweep";
+/// The arrays through which programs call those for translation.
+const TRANSLATIONS: [(&str, &str); 2] = [("XDP_TRANSLATION", XDP_TRANSLATE), ("TC_TRANSLATION", TC_TRANSLATE)];
 
 /// The loaded programs.
 #[derive(Debug)]
@@ -44,8 +49,16 @@ impl Programs {
         })?;
         load_program::<Xdp>(&mut ebpf, XDP, Xdp::load)?;
         load_program::<SchedClassifier>(&mut ebpf, TC, SchedClassifier::load)?;
+        load_program::<Xdp>(&mut ebpf, XDP_TRANSLATE, Xdp::load)?;
+        load_program::<SchedClassifier>(&mut ebpf, TC_TRANSLATE, SchedClassifier::load)?;
         load_program::<RawTracePoint>(&mut ebpf, SWEEP, RawTracePoint::load)?;
-        for name in [XDP, TC, SWEEP] {
+        for (array, name) in TRANSLATIONS {
+            let program = ebpf.program(name).with_context(|| missing(name))?.fd()?.try_clone()?;
+            let map = ebpf.map_mut(array).with_context(|| missing(array))?;
+            let mut programs = ProgramArray::try_from(map)?;
+            programs.set(0, &program, 0).with_context(|| format!("the program {name} cannot be put where the others call it"))?;
+        }
+        for name in [XDP, TC, XDP_TRANSLATE, TC_TRANSLATE, SWEEP] {
             let path = pins.program(name);
             remove_pin(&path).with_context(|| format!("the old pin {} cannot be removed", path.display()))?;
             let program = ebpf.program_mut(name).with_context(|| missing(name))?;
