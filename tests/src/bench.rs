@@ -21,6 +21,9 @@ use crate::{bpfvs::Bpfvs, lab::Family, netns::Namespace, test_run::Pinned};
 /// The hardware addresses of the two real servers.
 pub const SERVER_MACS: [[u8; 6]; 2] = [[2, 0, 0, 0, 1, 1], [2, 0, 0, 0, 1, 2]];
 
+/// The hardware address of the router towards the clients.
+pub const ROUTER_MAC: [u8; 6] = [2, 0, 0, 0, 1, 0xfe];
+
 /// The MTU of the wire.
 pub const MTU: u16 = 1500;
 

@@ -31,6 +31,7 @@ use lb_common::{
     connection::{Connection, ConnectionKey, FragmentKey},
     family::{Ipv4, Ipv6},
     reason::Reason,
+    reply::Reply,
     server::Counters,
     statistics::Statistics,
 };
@@ -175,7 +176,9 @@ impl Pinned {
     /// counters of real servers do not notice until the next sweep.
     pub fn forget_connections(&self) -> Result<()> {
         clear::<ConnectionKey<Ipv4>, Connection>(&mut self.map("CONNECTIONS_V4", Map::HashMap)?)?;
-        clear::<ConnectionKey<Ipv6>, Connection>(&mut self.map("CONNECTIONS_V6", Map::HashMap)?)
+        clear::<ConnectionKey<Ipv6>, Connection>(&mut self.map("CONNECTIONS_V6", Map::HashMap)?)?;
+        clear::<ConnectionKey<Ipv4>, Reply<Ipv4>>(&mut self.map("REPLIES_V4", Map::HashMap)?)?;
+        clear::<ConnectionKey<Ipv6>, Reply<Ipv6>>(&mut self.map("REPLIES_V6", Map::HashMap)?)
     }
 
     /// Forgets which packets' first fragments were seen.

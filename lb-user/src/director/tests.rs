@@ -155,7 +155,6 @@ fn ipvs_refusals_in_the_order_of_ipvs() {
         (server_with(server(2), thresholds(0, 2)), OutOfRange),
         (server_with(server(2), weight(1 << 31)), OutOfRange),
         (server_with(server(1), ServerConfig { method: Method::Masquerade, ..weight(1) }), ServerExists),
-        (server_with(server(2), ServerConfig { method: Method::Masquerade, ..weight(1) }), Unsupported),
         (server_with(server(2), gue(0, TunnelChecksum::None)), Invalid),
         (server_with(server(2), gue(6080, TunnelChecksum::Remote)), Unsupported),
         (server_with(address("0.0.0.0"), weight(1)), Invalid),
