@@ -47,7 +47,7 @@ use lb_common::{
     },
     reason::Reason,
 };
-use lb_ebpf::packet::{Packet, TcBuffer, XdpFrame, merged};
+use lb_ebpf::packet::{Packet, TcBuffer, XdpFrame};
 use maps::{Family, TC_TRANSLATION, XDP_TRANSLATION};
 use outcome::Outcome;
 
@@ -144,7 +144,7 @@ fn any<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
         let may_be_reply = F::protocol(packet, header.offset) == Some(F::ICMP) || classify::may_be_reply(&header.source);
         return if may_be_reply { Ok(Outcome::reply::<F>(false)) } else { Err(Reason::NotOurs) };
     }
-    let Payload { offset, protocol, fragment, .. } = merged(packet, &F::transport(packet, &header)?);
+    let Payload { offset, protocol, fragment, .. } = F::transport(packet, &header)?;
     // Never an error about an error, nor about a later fragment (RFC 1122, 3.2.2).
     let answerable = protocol != F::ICMP && fragment != Fragment::Later;
     let server = track::anything::<P, F>(packet, &header, offset, protocol, fragment);

@@ -11,14 +11,14 @@ use aya_ebpf::{
 };
 use lb_common::{
     config::SweepReport,
-    connection::{Connection, ConnectionKey},
+    connection::{Connection, ConnectionKey, flags},
     packet::{V4, V6},
 };
 
 use crate::{
     atomic,
     maps::{CONFIG, Family, SWEEP, SWEPT},
-    track,
+    reply, track,
 };
 
 /// The walk through both tables.
@@ -56,7 +56,10 @@ unsafe extern "C" fn visit<F: Family>(
         // A connection that was seen after the sweep began has a negative idle time.
         if (idle as i32) >= 0 && idle >= track::lifetime(config, (*key).protocol as u8, known.state) {
             if F::connections().remove(&*key).is_ok() {
-                track::forget::<F>(&*key, &known);
+                track::forget(&known);
+                if known.flags & flags::MASQUERADED != 0 {
+                    reply::forget::<F>(&*key, known.server);
+                }
                 (*report).expired += 1;
             }
             return 0;

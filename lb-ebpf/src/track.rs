@@ -48,8 +48,13 @@ pub fn connection<F: Family>(header: &IpHeader<F::Address>, protocol: u8, segmen
         let (server, last_seen, settled) = unsafe { ((*known).server, (*known).last_seen, (*known).flags & flags::SETTLED != 0) };
         let idle = jiffies().wrapping_sub(last_seen);
         let undisturbed = settled && segment.is_quiet() && idle < HZ.load();
-        if undisturbed || attend::<F>(&key, known, idle, segment.event) {
+        if undisturbed {
             return Ok(server);
+        }
+        match attend::<F>(&key, known, idle, segment.event) {
+            HELD => return Ok(server),
+            GONE => {}
+            masqueraded => reply::forget::<F>(&key, masqueraded),
         }
     }
     let server = begin::<F>(&key, segment.event)?;
@@ -122,11 +127,16 @@ fn starts(protocol: u8, event: u8) -> bool {
     }
 }
 
+/// Answer of [`attend`]: the connection goes on.
+const HELD: u32 = u32::MAX;
+/// Answer of [`attend`]: the connection is gone.
+const GONE: u32 = u32::MAX - 1;
+
 /// Looks closely at a connection: it was idle for a second or more, is not settled yet, or its packet begins or ends
-/// something. `false`: it was over and is gone.
+/// something. If it was over and is gone, and masqueraded, the answer is the real server whose replies are to be forgotten.
 #[inline(never)]
-fn attend<F: Family>(key: &ConnectionKey<F::Address>, connection: *mut Connection, idle: u32, event: u8) -> bool {
-    let Some(config) = CONFIG.get(0) else { return true };
+fn attend<F: Family>(key: &ConnectionKey<F::Address>, connection: *mut Connection, idle: u32, event: u8) -> u32 {
+    let Some(config) = CONFIG.get(0) else { return HELD };
     // SAFETY: an element of the map, as in `connection`.
     let known = unsafe { *connection };
     let protocol = key.protocol as u8;
@@ -134,16 +144,19 @@ fn attend<F: Family>(key: &ConnectionKey<F::Address>, connection: *mut Connectio
         || (starts(protocol, event) && is_reusable(config.connection_reuse, protocol, &known))
     {
         if F::connections().remove(key).is_ok() {
-            forget::<F>(key, &known);
+            forget(&known);
+            if known.flags & flags::MASQUERADED != 0 {
+                return known.server;
+            }
         }
-        return false;
+        return GONE;
     }
     // A removed server's connections are left to die: neither their state nor their time moves on.
     let removed = SERVERS.get(known.server).is_none_or(|server| server.status == Status::Removed as u8);
     if !removed {
         move_on(connection, protocol, from_client(known.flags), event, SIDE);
     }
-    true
+    HELD
 }
 
 /// Moves a connection's state and time on after a packet. Of its flags that do not follow from the state, `side` stay.
@@ -210,12 +223,9 @@ pub const fn share(connection: &Connection) -> u64 {
     if connection.flags & flags::ACTIVE != 0 { Counters::TOTAL + Counters::ACTIVE } else { Counters::TOTAL }
 }
 
-/// Takes a deleted connection out of its real server's counters, and its replies out of their table.
+/// Takes a deleted connection out of its real server's counters.
 #[inline(always)]
-pub fn forget<F: Family>(key: &ConnectionKey<F::Address>, connection: &Connection) {
-    if connection.flags & flags::MASQUERADED != 0 {
-        reply::forget::<F>(key, connection.server);
-    }
+pub fn forget(connection: &Connection) {
     if let Some(counter) = COUNTERS.get_ptr_mut(connection.server) {
         // SAFETY: an element of the counter array.
         unsafe { atomic::add(counter, share(connection).wrapping_neg()) };

@@ -268,8 +268,13 @@ pub struct Throughput {
 /// Sends TCP for so many seconds through iperf3's own connections (control and data: two of them, so the scheduler must
 /// send both to the same real server).
 pub fn iperf(client: &Namespace, address: IpAddr, seconds: u32) -> Result<Throughput> {
+    iperf_with(client, address, seconds, &[])
+}
+
+fn iperf_with(client: &Namespace, address: IpAddr, seconds: u32, options: &[&str]) -> Result<Throughput> {
     let (address, seconds) = (address.to_string(), seconds.to_string());
-    let text = client.run("iperf3", ["--client", &address, "--time", &seconds, "--json"])?;
+    let all = ["--client", &address, "--time", &seconds, "--json"].into_iter().chain(options.iter().copied());
+    let text = client.run("iperf3", all)?;
     let report: Value = serde_json::from_str(&text).with_context(|| format!("read iperf3's report: {text}"))?;
     let end = &report["end"];
     let bits_per_second = end["sum_received"]["bits_per_second"].as_f64();
@@ -278,6 +283,11 @@ pub fn iperf(client: &Namespace, address: IpAddr, seconds: u32) -> Result<Throug
         .zip(retransmits)
         .map(|(bits_per_second, retransmits)| Throughput { bits_per_second, retransmits })
         .with_context(|| format!("iperf3 reports no sums: {text}"))
+}
+
+/// The same the other way: the server sends.
+pub fn iperf_reverse(client: &Namespace, address: IpAddr, seconds: u32) -> Result<Throughput> {
+    iperf_with(client, address, seconds, &["--reverse"])
 }
 
 /// A running tcpdump.

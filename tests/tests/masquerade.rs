@@ -4,10 +4,12 @@
 use anyhow::{Result, ensure};
 use bpfvs_tests::{
     balanced::Balanced,
-    lab::{Family, Lab, Layout},
+    lab::{Family, Lab, Layout, Offloads},
     needs, needs_bpfvs,
     pass::PassProgram,
-    programs::{Capture, curl_times, host},
+    programs::{
+        Capture, Download, IperfServer, UdpServer, ask_udp, curl_times, host, iperf, iperf_reverse, upload,
+    },
 };
 
 /// The layout of the how-to: the director is the real servers' default gateway.
@@ -57,4 +59,121 @@ fn the_how_to_by_xdp() -> Result<()> {
     needs!(root, "nginx", "curl", "tcpdump", "ethtool");
     needs_bpfvs!();
     the_how_to("xdp")
+}
+
+#[test]
+fn udp_is_answered_from_the_virtual_address() -> Result<()> {
+    needs!(root, "nginx", "socat");
+    needs_bpfvs!();
+    let (balanced, _pass) = balanced("auto")?;
+    balanced.service_on("-u", 5353, "rr", &["-m", "-m"])?;
+    for family in Family::ALL {
+        let servers = balanced.lab.servers.iter().zip(&balanced.lab.server_addresses).zip(["rs1", "rs2"]);
+        let _servers = servers
+            .map(|((server, address), name)| UdpServer::start(server, address.of(family), 5353, name))
+            .collect::<Result<Vec<_>>>()?;
+        let answers =
+            (0..6).map(|_| ask_udp(&balanced.lab.client, balanced.lab.vip.of(family), 5353)).collect::<Result<Vec<_>>>()?;
+        ensure!(answers == ["rs2", "rs1"].repeat(3), "{family:?}: {answers:?}");
+    }
+    Ok(())
+}
+
+/// Bulk TCP both ways, and content that is checked, with unfinished checksums and GSO packets and without.
+fn bulk(hook: &str, states: &[Offloads]) -> Result<()> {
+    let (balanced, _pass) = balanced(hook)?;
+    balanced.service("rr", &["-m", "-m"])?;
+    balanced.service_on("-t", 5201, "sh", &["-m", "-m"])?;
+    let _servers = balanced.lab.servers.iter().map(IperfServer::start).collect::<Result<Vec<_>>>()?;
+    for &offloads in states {
+        if hook != "xdp" {
+            balanced.lab.set_offloads(offloads)?;
+        }
+        for family in Family::ALL {
+            let vip = balanced.lab.vip.of(family);
+            for throughput in [iperf(&balanced.lab.client, vip, 1)?, iperf_reverse(&balanced.lab.client, vip, 1)?] {
+                println!("{hook}, {offloads:?}, {family:?}: {:.0} Mbit/s", throughput.bits_per_second / 1e6);
+                ensure!(throughput.bits_per_second > 20e6, "{offloads:?}, {family:?}: {throughput:?}");
+            }
+            Download::start(&balanced.lab.client, vip, "big")?.finish()?;
+            upload(&balanced.lab.client, vip)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn bulk_tcp_both_ways_with_offloads_and_without() -> Result<()> {
+    needs!(root, "nginx", "curl", "iperf3", "ethtool");
+    needs_bpfvs!();
+    bulk("auto", &[Offloads::On, Offloads::Off])
+}
+
+#[test]
+fn bulk_tcp_both_ways_by_xdp() -> Result<()> {
+    needs!(root, "nginx", "curl", "iperf3", "ethtool");
+    needs_bpfvs!();
+    bulk("xdp", &[Offloads::Off])
+}
+
+/// A narrow link behind the director, on either side: it tells the sender, be it a client or a real server that only knows
+/// the client.
+#[test]
+fn narrow_links_are_reported_to_either_side() -> Result<()> {
+    needs!(root, "nginx", "curl", "ethtool");
+    needs_bpfvs!();
+    for narrow in ["eth0", "eth1"] {
+        let (balanced, _pass) = balanced("auto")?;
+        balanced.service("rr", &["-m", "-m"])?;
+        balanced.lab.set_offloads(Offloads::Off)?;
+        balanced.lab.director.ip(&format!("link set {narrow} mtu 1300"))?;
+        for family in Family::ALL {
+            let vip = balanced.lab.vip.of(family);
+            // What comes in by a narrow veth device must be narrow already.
+            if narrow == "eth0" {
+                upload(&balanced.lab.client, vip)?;
+            } else {
+                Download::start(&balanced.lab.client, vip, "big")?.finish()?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn statistics_count_both_directions_and_connections_are_listed_once() -> Result<()> {
+    needs!(root, "nginx", "curl");
+    needs_bpfvs!();
+    let (balanced, _pass) = balanced("auto")?;
+    balanced.service("rr", &["-m", "-m"])?;
+    curl_times(&balanced.lab.client, balanced.lab.vip.of(Family::Ipv4), 4)?;
+    let services = balanced.bpfvs.get("/v1/services")?;
+    let totals = &services[0]["traffic"]["totals"];
+    for (counter, least) in [("connections", 4), ("packets_in", 16), ("packets_out", 12), ("bytes_in", 800), ("bytes_out", 800)] {
+        ensure!(totals[counter].as_u64().is_some_and(|value| value >= least), "{counter}: {totals:#}");
+    }
+    let list = balanced.bpfvs.ipvsadm("-Lnc")?;
+    let connections: Vec<_> = list.lines().filter(|line| line.starts_with("TCP ")).collect();
+    ensure!(connections.len() == 4, "{list}");
+    ensure!(connections.iter().all(|line| line.contains("192.168.74.12:") && line.contains("192.168.74.204:80")), "{list}");
+    let rules = balanced.bpfvs.ipvsadm("-Ln")?;
+    ensure!(rules.contains("  -> 10.0.0.205:80                Masq    1"), "{rules}");
+    Ok(())
+}
+
+/// What real servers say on their own account passes the director as a router, untouched.
+#[test]
+fn real_servers_reach_the_world_by_themselves() -> Result<()> {
+    needs!(root, "nginx", "curl");
+    needs_bpfvs!();
+    let (balanced, _pass) = balanced("auto")?;
+    balanced.service("rr", &["-m", "-m"])?;
+    balanced.lab.client.ip("route add 10.0.0.0/24 via 192.168.74.204")?;
+    let _nginx = bpfvs_tests::programs::Nginx::start(&balanced.lab.client, "client")?;
+    let answers = curl_times(&balanced.lab.servers[0], balanced.lab.client_address.of(Family::Ipv4), 2)?;
+    ensure!(answers == ["client", "client"], "{answers:?}");
+    // And past the director's service, the real server itself.
+    let answers = curl_times(&balanced.lab.client, balanced.lab.server_addresses[0].of(Family::Ipv4), 2)?;
+    ensure!(answers == ["rs1", "rs1"], "{answers:?}");
+    Ok(())
 }
