@@ -41,7 +41,7 @@ use std::{
     time::Instant,
 };
 
-use lb_common::{config::Config, service::Service as ServiceEntry, tcp};
+use lb_common::{config::Config, server::Counters, service::Service as ServiceEntry, tcp};
 use tracing::warn;
 
 use self::{
@@ -59,7 +59,7 @@ use self::{
 };
 use crate::{
     datapath::{self, Datapath},
-    scheduler::{Change, Run, Scheduler},
+    scheduler::{Arrivals, Change, Run, Scheduler},
 };
 
 /// The model of all services, and the datapath that follows it.
@@ -507,6 +507,7 @@ impl<D: Datapath> Director<D> {
             index,
             last_weight: back.as_ref().map_or(0, |removed| removed.last_weight),
             overloaded: back.as_ref().is_some_and(|removed| removed.overloaded),
+            live: Counters::default(),
             joined: Totals::default(),
             zero: Totals::default(),
             estimator: Estimator::default(),
@@ -651,7 +652,11 @@ impl<D: Datapath> Director<D> {
     fn publish(&mut self, id: &ServiceId) -> Result<(), datapath::Error> {
         let Some(service) = self.services.get_mut(id) else { return Ok(()) };
         let cursor = self.datapath.cursor(service.index);
-        let run = service.scheduler.compile(&service.candidates(), cursor);
+        for server in service.servers.iter_mut() {
+            server.live = self.datapath.counters(server.index);
+        }
+        let arrivals = Arrivals { active: id.arrives_active(), ..Arrivals::after(cursor) };
+        let run = service.scheduler.compile(&service.candidates(), arrivals);
         self.datapath.publish(service.index, &run)?;
         service.base = cursor;
         service.lasts = run.truncated.then_some(run.picks.len() as u32);

@@ -80,6 +80,9 @@ pub(super) struct Server {
     /// Too many connections: it gets no new ones.
     #[serde(default)]
     pub(super) overloaded: bool,
+    /// Its connections when they were last looked at.
+    #[serde(skip)]
+    pub(super) live: Counters,
     /// What its totals were when it came to the service.
     pub(super) joined: Totals,
     /// What its totals were at the last zeroing.
@@ -99,6 +102,9 @@ impl Server {
             weight: self.config.weight,
             last_weight: self.last_weight,
             overloaded: self.overloaded,
+            upper_threshold: self.config.upper_threshold,
+            active: self.live.active,
+            total: self.live.total,
         }
     }
 

@@ -18,7 +18,7 @@ use lb_common::{
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
-use super::{Candidate, Change, Run, Scheduler};
+use super::{Arrivals, Candidate, Change, Run, Scheduler};
 use crate::director::model::{Family, service_flags};
 
 #[derive(Deserialize)]
@@ -201,7 +201,7 @@ impl Harness {
 
     fn compile(&mut self) {
         self.compiled = self.candidates();
-        self.run = self.scheduler.compile(&self.compiled, self.cursor);
+        self.run = self.scheduler.compile(&self.compiled, Arrivals::after(self.cursor));
         assert!(!self.run.truncated);
     }
 
@@ -296,6 +296,9 @@ impl Harness {
                         weight: 0,
                         last_weight: 0,
                         overloaded: false,
+                        upper_threshold: 0,
+                        active: 0,
+                        total: 0,
                     },
                     upper: 0,
                     lower: 0,
@@ -369,6 +372,9 @@ fn added(servers: &[Destination]) -> Vec<Candidate> {
         weight: server.weight,
         last_weight: server.weight,
         overloaded: false,
+        upper_threshold: 0,
+        active: 0,
+        total: 0,
     };
     servers.iter().enumerate().map(candidate).rev().collect()
 }
@@ -384,7 +390,7 @@ fn maglev_tables_are_the_kernels() {
     for table in tables {
         let servers = added(&table.dests_in_add_order);
         let mut scheduler = Scheduler::from_name("mh", 0, Family::of(servers[0].address)).expect("it is in the list");
-        let picks = scheduler.compile(&servers, 0).picks;
+        let picks = scheduler.compile(&servers, Arrivals::after(0)).picks;
         assert_eq!(picks.len(), table.table_size);
         assert_eq!(picks[..64], table.first_64);
         assert_eq!(counts(&picks, servers.len()), table.count_per_dest);
