@@ -26,6 +26,7 @@ mod answer;
 mod atomic;
 mod classify;
 mod forward;
+mod locality;
 mod maps;
 mod outcome;
 mod pick;

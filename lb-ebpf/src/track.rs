@@ -185,7 +185,7 @@ fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8) -> Result<u32, R
     if !may_begin(protocol, event, sloppy) || key.ports.source() == FTP_DATA.to_be() {
         return Err(Reason::NoConnection);
     }
-    let server = pick::pick(service, &key.client, key.ports.source(), &key.vip).ok_or(Reason::NoServer)?;
+    let server = pick::pick::<F>(service, &key.client, key.ports.source(), &key.vip).ok_or(Reason::NoServer)?;
     let state = next_state(protocol, 0, event);
     let flags = flags_of(protocol, state);
     let connection = Connection { server, last_seen: jiffies(), state, flags, zero: [0; 6] };
