@@ -58,182 +58,180 @@ plain! {
 
 /// What the datapath has to know of a real server to judge whether it goes on serving a destination.
 ///
-/// It stands in an array by the server's index, as one word: [`Standing::word`].
+/// It stands in an array by the server's index. All of it is one word, so that one store changes it.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub struct Standing {
-    /// The server's weight.
-    pub weight: u32,
-    /// The service that it belongs to.
-    pub service: u16,
-    /// It was not removed from its service.
-    pub available: bool,
-    /// It is above its threshold.
-    pub overloaded: bool,
-    /// How often its index was given to another, modulo 2^14.
-    pub generation: u16,
-}
+pub struct Standing(u64);
 
-/// Bits of a member that hold the index, increased by one so that no member is zero.
+/// Bits of a member that hold the index, increased by one so that no member is zero. The others hold the generation.
 const INDEX_BITS: u32 = 18;
-const GENERATION_MASK: u32 = (1 << (32 - INDEX_BITS)) - 1;
-const AVAILABLE: u32 = 1 << 14;
-const OVERLOADED: u32 = 1 << 15;
 
 impl Standing {
-    /// Takes a word apart.
-    #[inline(always)]
-    pub const fn from_word(word: u64) -> Self {
-        let low = word as u32;
-        Self {
-            weight: (word >> 32) as u32,
-            service: (low >> 16) as u16,
-            available: low & AVAILABLE != 0,
-            overloaded: low & OVERLOADED != 0,
-            generation: (low & GENERATION_MASK) as u16,
-        }
+    const GENERATION: u64 = (1 << (32 - INDEX_BITS)) - 1;
+    const AVAILABLE: u64 = 1 << 14;
+    const OVERLOADED: u64 = 1 << 15;
+
+    /// The standing of a server that is in a service.
+    pub const fn new(service: u16, weight: u32, overloaded: bool, generation: u32) -> Self {
+        let overloaded = if overloaded { Self::OVERLOADED } else { 0 };
+        let generation = generation as u64 & Self::GENERATION;
+        Self((weight as u64) << 32 | (service as u64) << 16 | overloaded | Self::AVAILABLE | generation)
     }
 
-    /// All of it in one word, so that one store changes it.
+    /// A word of the array.
+    #[inline(always)]
+    pub const fn from_word(word: u64) -> Self {
+        Self(word)
+    }
+
+    /// The word for the array.
     pub const fn word(self) -> u64 {
-        let available = if self.available { AVAILABLE } else { 0 };
-        let overloaded = if self.overloaded { OVERLOADED } else { 0 };
-        let low = (self.service as u32) << 16 | overloaded | available | self.generation as u32 & GENERATION_MASK;
-        (self.weight as u64) << 32 | low as u64
+        self.0
+    }
+
+    /// The same of a server that was removed from its service, and may come back.
+    pub const fn removed(self) -> Self {
+        Self(self.0 & !Self::AVAILABLE)
+    }
+
+    /// The same when the index is given to another server.
+    pub const fn dealt_anew(self) -> Self {
+        Self(self.0.wrapping_add(1) & Self::GENERATION)
+    }
+
+    /// The server's weight.
+    #[inline(always)]
+    pub const fn weight(self) -> u32 {
+        (self.0 >> 32) as u32
+    }
+
+    /// Index of the service that it belongs to.
+    #[inline(always)]
+    pub const fn service(self) -> u32 {
+        self.0 as u32 >> 16
+    }
+
+    /// It was not removed from its service.
+    #[inline(always)]
+    pub const fn is_available(self) -> bool {
+        self.0 & Self::AVAILABLE != 0
+    }
+
+    /// It is above its threshold.
+    #[inline(always)]
+    pub const fn is_overloaded(self) -> bool {
+        self.0 & Self::OVERLOADED != 0
+    }
+
+    /// How often its index was given to another, modulo 2^14.
+    #[inline(always)]
+    pub const fn generation(self) -> u32 {
+        (self.0 & Self::GENERATION) as u32
     }
 
     /// How a destination remembers the server with this index while it has this standing.
     #[inline(always)]
     pub const fn member(self, index: u32) -> u32 {
-        (self.generation as u32) << INDEX_BITS | (index + 1)
+        self.generation() << INDEX_BITS | (index + 1)
     }
 }
 
-/// Where the judgements find what they go by.
-pub trait Servers {
-    /// The standing of the server with this index; [`Standing::default`] if there is none.
-    fn standing(&self, index: u32) -> Standing;
-
-    /// Its connections.
-    fn counters(&self, index: u32) -> Counters;
-
-    /// Looks at every member of a set. The datapath has a loop of its own for it, which the verifier walks through only once.
-    fn survey(&self, service: u32, destination: &Destination) -> Survey
-    where
-        Self: Sized,
-    {
-        let mut survey = Survey::nothing(0);
-        (0..MEMBERS as u32).all(|position| survey.visit(position, service, destination, self));
-        survey
-    }
-}
-
-/// What a service's destinations have in common.
-#[derive(Clone, Copy, Debug)]
-pub struct Rules {
+/// A service with a cache, as the judgements see it.
+pub trait Service {
     /// Index of the service.
-    pub service: u32,
-    /// A destination has a set of servers (lblcr) and not only one (lblc).
-    pub replicas: bool,
+    fn index(&self) -> u32;
+
+    /// Index of a server that is far from busy, or was when the daemon last looked; [`crate::schedule::NOBODY`] if none is.
+    fn witness(&self) -> u32;
+
     /// A set that has not changed for so many jiffies loses a member.
     #[doc(alias = "lblcr_expiration")]
-    pub expiration: u32,
-    /// Index of a server that is far from busy, or was when the daemon last looked; [`crate::schedule::NOBODY`] if none is.
-    pub witness: u32,
-}
+    fn expiration(&self) -> u32;
 
-/// A member of the service, looked up.
-#[derive(Clone, Copy)]
-struct Member {
-    index: u32,
-    standing: Standing,
-    counters: Counters,
-}
+    /// Jiffies (the low 32 bits).
+    fn now(&self) -> u32;
 
-impl Member {
-    /// The server that a destination remembers; nothing if its index was dealt anew.
+    /// The standing of the server with this index, if there is one.
+    fn standing(&self, index: u32) -> Option<Standing>;
+
+    /// Its connections.
+    fn counters(&self, index: u32) -> Option<Counters>;
+
+    /// Called at each turn of a loop. The datapath hinders the compiler from keeping the survey in registers, where the
+    /// verifier would tell apart all ways that lead to the same place.
     #[inline(always)]
-    fn find<S: Servers>(member: u32, service: u32, servers: &S) -> Option<Self> {
-        let index = (member & ((1 << INDEX_BITS) - 1)).checked_sub(1)?;
-        let standing = servers.standing(index);
-        let same = u32::from(standing.service) == service && u32::from(standing.generation) == member >> INDEX_BITS;
-        same.then(|| Self { index, standing, counters: servers.counters(index) })
-    }
-
-    const fn share(&self) -> Share {
-        Share { load: self.counters.load().cast_signed(), weight: self.standing.weight }
+    fn turn(&self, survey: &mut Survey) {
+        _ = survey;
     }
 }
 
-/// How busy a server is for its weight.
-#[derive(Clone, Copy)]
-struct Share {
-    load: i32,
-    weight: u32,
+/// A server that a destination remembers; nothing if its index was dealt anew.
+#[inline(always)]
+fn find<S: Service>(member: u32, service: &S) -> Option<(u32, Standing)> {
+    let index = (member & ((1 << INDEX_BITS) - 1)).wrapping_sub(1);
+    let standing = service.standing(index)?;
+    let same = standing.service() == service.index() && standing.generation() == member >> INDEX_BITS;
+    same.then_some((index, standing))
 }
 
-impl Share {
-    /// Compares crosswise, as IPVS does.
-    #[inline(always)]
-    const fn exceeds(self, other: Self) -> bool {
-        self.load as i64 * other.weight as i64 > other.load as i64 * self.weight as i64
-    }
+/// Whether a server has too much to do while another has little.
+#[doc(alias = "is_overloaded")]
+#[inline(always)]
+fn is_busy<S: Service>(active: u32, weight: u32, service: &S) -> bool {
+    active > weight && has_room(service).unwrap_or(false)
 }
 
-impl Rules {
-    /// Whether a server has too much to do while another has little.
-    #[doc(alias = "is_overloaded")]
-    #[inline(always)]
-    fn is_busy<S: Servers>(&self, active: u32, weight: u32, servers: &S) -> bool {
-        if active <= weight {
-            return false;
-        }
-        let witness = servers.standing(self.witness);
-        let present = witness.available && u32::from(witness.service) == self.service;
-        present && u64::from(servers.counters(self.witness).active) * 2 < u64::from(witness.weight)
-    }
+/// Whether the witness still is far from busy.
+#[inline(always)]
+fn has_room<S: Service>(service: &S) -> Option<bool> {
+    let witness = service.witness();
+    let standing = service.standing(witness)?;
+    let counters = service.counters(witness)?;
+    let present = standing.is_available() && standing.service() == service.index();
+    Some(present && u64::from(counters.active) * 2 < u64::from(standing.weight()))
+}
+
+/// Whether the first load is more for its weight than the second. Compares crosswise, as IPVS does.
+#[inline(always)]
+const fn exceeds(load: u32, weight: u32, other_load: u32, other_weight: u32) -> bool {
+    load.cast_signed() as i64 * other_weight as i64 > other_load.cast_signed() as i64 * weight as i64
 }
 
 impl Destination {
-    /// A destination that a member has just begun to serve.
-    pub fn new(member: u32, now: u32) -> Self {
-        let mut members = [0; MEMBERS];
-        members[0] = member;
-        Self { last_used: now, last_changed: now, members }
-    }
-
-    /// The server that takes a new connection to this destination. If none shall, the place, counted from 1, where
-    /// [`Destination::learn`] is to remember the one that the schedule names.
+    /// lblc: the server that takes a new connection to this destination. None: the schedule is asked, and what it names is
+    /// remembered in the first place.
+    ///
+    /// Whether the server is above its threshold does not count.
     #[doc(alias = "ip_vs_lblc_schedule")]
-    #[doc(alias = "ip_vs_lblcr_schedule")]
     #[inline(always)]
-    pub fn choose<S: Servers>(&mut self, rules: &Rules, servers: &S, now: u32) -> Result<u32, u32> {
-        if self.last_used != now {
-            self.last_used = now;
-        }
-        if rules.replicas { self.choose_replica(rules, servers, now) } else { self.choose_only(rules, servers).ok_or(1) }
-    }
-
-    /// lblc does not ask whether the server is above its threshold.
-    #[inline(always)]
-    fn choose_only<S: Servers>(&self, rules: &Rules, servers: &S) -> Option<u32> {
-        let Member { index, standing, counters } = Member::find(self.members[0], rules.service, servers)?;
-        let usable = standing.available && standing.weight > 0 && !rules.is_busy(counters.active, standing.weight, servers);
+    pub fn choose_only<S: Service>(&mut self, service: &S) -> Option<u32> {
+        self.last_used = service.now();
+        let (index, standing) = find(self.members[0], service)?;
+        let counters = service.counters(index)?;
+        let usable = standing.is_available() && standing.weight() > 0 && !is_busy(counters.active, standing.weight(), service);
         usable.then_some(index)
     }
 
+    /// lblcr: the same by a set of servers. None: the survey knows the place for what the schedule names.
+    #[doc(alias = "ip_vs_lblcr_schedule")]
     #[inline(always)]
-    fn choose_replica<S: Servers>(&mut self, rules: &Rules, servers: &S, now: u32) -> Result<u32, u32> {
-        let survey = servers.survey(rules.service, self);
-        let mut place = survey.place();
-        if survey.known > 1 && now.wrapping_sub(self.last_changed) > rules.expiration && survey.most.weight > 0 {
-            self.forget(survey.most_place);
-            self.last_changed = now;
-            place = survey.occupied;
+    pub fn choose_replica<S: Service>(&mut self, service: &S, survey: &mut Survey) -> Option<u32> {
+        self.last_used = service.now();
+        *survey = Survey::default();
+        for position in 0..MEMBERS as u32 {
+            service.turn(survey);
+            if !survey.visit(position, self, service) {
+                break;
+            }
         }
-        let Survey { least, least_index, least_active, .. } = survey;
-        let exhausted = survey.occupied as usize == MEMBERS && least_active > least.weight;
-        let usable = least.weight > 0 && !exhausted && !rules.is_busy(least_active, least.weight, servers);
-        if usable { Ok(least_index) } else { Err(place) }
+        service.turn(survey);
+        if survey.known > 1 && survey.most_weight > 0 && service.now().wrapping_sub(self.last_changed) > service.expiration() {
+            self.forget(survey.most_place);
+            self.last_changed = service.now();
+            (survey.stale, survey.occupied) = (0, survey.occupied - 1);
+        }
+        let exhausted = survey.occupied as usize == MEMBERS && survey.least_active > survey.least_weight;
+        let usable = survey.least_weight > 0 && !exhausted && !is_busy(survey.least_active, survey.least_weight, service);
+        usable.then_some(survey.least_index)
     }
 
     /// Remembers a server, unless it is remembered already, before all others. Whoever had the place is forgotten.
@@ -266,6 +264,8 @@ impl Destination {
 }
 
 /// What a look at all members of a set shows. Places count from 1, and 0 is none.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
 pub struct Survey {
     /// Places that are taken.
     occupied: u32,
@@ -273,63 +273,51 @@ pub struct Survey {
     known: u32,
     /// The place of a member that it does not know any more.
     stale: u32,
-    /// Who is to take the connection: the least share of those who may. Weight 0: nobody.
-    least: Share,
+    /// Who goes when one has to: the one with the most to do for its weight. Weight 0: nobody.
+    most_place: u32,
+    most_load: u32,
+    most_weight: u32,
+    /// Who is to take the connection: the one with the least to do, of those who may. Weight 0: nobody.
     least_index: u32,
     least_active: u32,
-    /// Who goes when one has to: the greatest share of all. Weight 0: nobody.
-    most: Share,
-    most_place: u32,
+    least_load: u32,
+    least_weight: u32,
 }
 
-impl Survey {
-    /// What is seen before the first look. `zero` is a zero; the datapath has one that the verifier knows nothing about, so
-    /// that what comes out of a look is to the verifier what went into it.
-    #[inline(always)]
-    pub const fn nothing(zero: u32) -> Self {
-        Self {
-            occupied: zero,
-            known: zero,
-            stale: zero,
-            least: Share { load: zero.cast_signed(), weight: zero },
-            least_index: zero,
-            least_active: zero,
-            most: Share { load: zero.cast_signed(), weight: zero },
-            most_place: zero,
-        }
-    }
+plain! { Survey = 40 }
 
+impl Survey {
     /// Takes in the next member. `false`: there is none. Of equals, the first counts.
     #[inline(always)]
-    pub fn visit<S: Servers>(&mut self, position: u32, service: u32, destination: &Destination, servers: &S) -> bool {
+    fn visit<S: Service>(&mut self, position: u32, destination: &Destination, service: &S) -> bool {
         let Some(&member) = destination.members.get(position as usize).filter(|member| **member != 0) else { return false };
-        let place = position + 1;
-        self.occupied = place;
-        match Member::find(member, service, servers) {
-            Some(member) => self.judge(place, &member),
-            None => self.stale = place,
+        self.occupied = position + 1;
+        if self.judge(position + 1, member, service).is_none() {
+            self.stale = position + 1;
         }
         true
     }
 
     #[inline(always)]
-    fn judge(&mut self, place: u32, member: &Member) {
+    fn judge<S: Service>(&mut self, place: u32, member: u32, service: &S) -> Option<()> {
+        let (index, standing) = find(member, service)?;
+        let counters = service.counters(index)?;
         self.known += 1;
-        let share = member.share();
-        if share.weight == 0 {
-            return;
+        let (load, weight) = (counters.load(), standing.weight());
+        if weight > 0 && (self.most_weight == 0 || exceeds(load, weight, self.most_load, self.most_weight)) {
+            (self.most_place, self.most_load, self.most_weight) = (place, load, weight);
         }
-        if self.most.weight == 0 || share.exceeds(self.most) {
-            (self.most, self.most_place) = (share, place);
+        let may = weight > 0 && standing.is_available() && !standing.is_overloaded();
+        if may && (self.least_weight == 0 || exceeds(self.least_load, self.least_weight, load, weight)) {
+            (self.least_index, self.least_active) = (index, counters.active);
+            (self.least_load, self.least_weight) = (load, weight);
         }
-        let may = member.standing.available && !member.standing.overloaded;
-        if may && (self.least.weight == 0 || self.least.exceeds(share)) {
-            (self.least, self.least_index, self.least_active) = (share, member.index, member.counters.active);
-        }
+        Some(())
     }
 
     /// Where the next member goes: after the last, or to the place of one that is of no use.
-    const fn place(&self) -> u32 {
+    #[inline(always)]
+    pub const fn place(&self) -> u32 {
         if self.stale != 0 {
             self.stale
         } else if (self.occupied as usize) < MEMBERS {

@@ -3,120 +3,132 @@
 //! A destination that is remembered costs one look-up and a few array reads more than a pick of the cursor mode, whatever the
 //! number of servers. One that is new, or whose servers are busy, takes the schedule's next pick and remembers it. Who is busy
 //! is judged by [`lb_common::locality`], the same code that is tested on the host.
+//!
+//! The stack is full when a new connection comes here: kernels before 6.7 count 32 bytes for the smallest function, and there
+//! is room for one. So there is one function, and what it has to keep in mind stands in a map, the [`Case`] of this CPU.
 
-use aya_ebpf::{
-    cty::c_void,
-    helpers::generated::{bpf_jiffies64, bpf_loop},
-};
+use aya_ebpf::helpers::generated::bpf_jiffies64;
 use lb_common::{
-    locality::{Destination, DestinationKey, MEMBERS, Rules, Servers, Standing, Survey},
-    schedule::{INELIGIBLE, NOBODY, Pointer},
+    locality::{Destination, DestinationKey, Service, Standing, Survey},
+    schedule::{INELIGIBLE, NOBODY},
     server::Counters,
 };
 
 use crate::{
-    maps::{CONFIG, COUNTERS, Family, HZ, RUNS, STANDINGS},
+    maps::{CASES, CONFIG, COUNTERS, Family, HZ, RUNS, STANDINGS},
     pick,
 };
 
-/// The arrays of this datapath.
-struct Arrays;
-
-impl Servers for Arrays {
-    #[inline(always)]
-    fn standing(&self, index: u32) -> Standing {
-        // SAFETY: an element of the array.
-        STANDINGS.get_ptr(index).map_or_else(Standing::default, |word| Standing::from_word(unsafe { word.read_volatile() }))
-    }
-
-    #[inline(always)]
-    fn counters(&self, index: u32) -> Counters {
-        // SAFETY: an element of the array.
-        COUNTERS.get_ptr(index).map_or_else(Counters::default, |word| Counters::from_word(unsafe { word.read_volatile() }))
-    }
-
-    #[inline(always)]
-    fn survey(&self, service: u32, destination: &Destination) -> Survey {
-        let mut walk = Walk { survey: Survey::nothing(unknown_zero(service)), destination, service };
-        // SAFETY: the callback takes the context that is handed over here.
-        unsafe { bpf_loop(MEMBERS as u32, step as *mut c_void, (&raw mut walk).cast(), 0) };
-        walk.survey
-    }
-}
-
-/// A zero that neither the compiler nor the verifier sees through.
-#[inline(always)]
-fn unknown_zero(mut unknown: u32) -> u32 {
-    #[cfg(target_arch = "bpf")]
-    // SAFETY: a register is subtracted from itself, by way of a copy.
-    unsafe {
-        let copy = unknown;
-        core::arch::asm!("{unknown} ^= {copy}", unknown = inout(wreg) unknown, copy = in(wreg) copy, options(pure, nomem, nostack, preserves_flags));
-    };
-    unknown
-}
-
-/// A walk through the members of a set.
+/// What is known of the connection for which a server is wanted.
 #[repr(C)]
-struct Walk {
+pub struct Case {
+    /// The [`DestinationKey`], of either family. The first word is the index of the service.
+    key: [u32; 5],
     survey: Survey,
-    destination: *const Destination,
-    service: u32,
+    /// An entry for a destination that is new. Nothing but its times and its first member is ever written.
+    fresh: Destination,
 }
 
-/// One step of the walk; 1 ends it.
-unsafe extern "C" fn step(position: u32, walk: *mut Walk) -> i64 {
-    // SAFETY: the kernel hands over what `bpf_loop` was given.
-    let walk = unsafe { &mut *walk };
-    // SAFETY: an element of the map.
-    let destination = unsafe { &*walk.destination };
-    i64::from(!walk.survey.visit(position, walk.service, destination, &Arrays))
+/// The service of a case.
+struct Local(*mut Case);
+
+impl Service for Local {
+    #[inline(always)]
+    fn index(&self) -> u32 {
+        // SAFETY: an element of the map. Volatile, so that it does not take up the stack.
+        unsafe { (&raw const (*self.0).key[0]).read_volatile() }
+    }
+
+    #[inline(always)]
+    fn witness(&self) -> u32 {
+        let header = pick::pointer(self.index()).and_then(|run| RUNS.get_ptr(run.offset + 1));
+        // SAFETY: an element of the array.
+        header.map_or(NOBODY, |header| unsafe { header.read() }[1])
+    }
+
+    #[inline(always)]
+    fn expiration(&self) -> u32 {
+        CONFIG.get(0).map_or(u32::MAX, |config| config.lblcr_expiration.wrapping_mul(HZ.load()))
+    }
+
+    #[inline(always)]
+    fn now(&self) -> u32 {
+        now()
+    }
+
+    #[inline(always)]
+    fn standing(&self, index: u32) -> Option<Standing> {
+        standing(index)
+    }
+
+    #[inline(always)]
+    fn counters(&self, index: u32) -> Option<Counters> {
+        // SAFETY: an element of the array.
+        COUNTERS.get_ptr(index).map(|word| Counters::from_word(unsafe { word.read_volatile() }))
+    }
+
+    #[inline(always)]
+    fn turn(&self, survey: &mut Survey) {
+        let survey = core::ptr::from_mut(survey);
+        #[cfg(target_arch = "bpf")]
+        // SAFETY: a register is copied to itself; the compiler must believe that the memory behind it is read and written.
+        unsafe {
+            core::arch::asm!("{0} = {0}", in(reg) survey, options(nostack, preserves_flags));
+        };
+        _ = survey;
+    }
+}
+
+#[inline(always)]
+fn standing(index: u32) -> Option<Standing> {
+    // SAFETY: an element of the array.
+    STANDINGS.get_ptr(index).map(|word| Standing::from_word(unsafe { word.read_volatile() }))
+}
+
+#[inline(always)]
+fn now() -> u32 {
+    // SAFETY: a helper without arguments.
+    unsafe { bpf_jiffies64() as u32 }
 }
 
 /// Picks a real server's index for a new connection to a destination, or [`NOBODY`].
 #[inline(never)]
 pub fn pick<F: Family>(service: u32, replicas: bool, destination: &F::Address) -> u32 {
-    let Some(run) = pick::pointer(service) else { return NOBODY };
-    // SAFETY: a helper without arguments.
-    let now = unsafe { bpf_jiffies64() } as u32;
-    let key = DestinationKey { service, address: *destination };
-    let known = F::destinations().get_ptr_mut(&key);
-    let mut place = 1;
-    if let Some(known) = known {
-        let Some(rules) = rules(service, replicas, &run) else { return NOBODY };
-        // SAFETY: an element of the map; it may become another destination's under our hands, but it stays memory, and what
-        // is read from it is checked.
-        match unsafe { (*known).choose(&rules, &Arrays, now) } {
-            Ok(server) => return server,
-            Err(instead) => place = instead,
+    let Some(case) = CASES.get_ptr_mut(0) else { return NOBODY };
+    // SAFETY: elements of maps. A destination may become another one under our hands, but it stays memory, and what is read
+    // from it is checked. A case is this CPU's alone.
+    unsafe {
+        let key = (&raw mut (*case).key).cast::<DestinationKey<F::Address>>();
+        key.write(DestinationKey { service, address: *destination });
+        let known = F::destinations().get_ptr_mut(&*key);
+        let mut place = 1;
+        if let Some(known) = known {
+            let chosen = if replicas {
+                let chosen = (*known).choose_replica(&Local(case), &mut (*case).survey);
+                place = (*case).survey.place();
+                chosen
+            } else {
+                (*known).choose_only(&Local(case))
+            };
+            if let Some(server) = chosen {
+                return server;
+            }
         }
+        let service = Local(case).index();
+        let Some(picked) = pick::pointer(service).and_then(|run| pick::next_pick(service, &run)) else { return NOBODY };
+        if picked & INELIGIBLE != 0 {
+            return NOBODY;
+        }
+        let Some(standing) = standing(picked) else { return NOBODY };
+        let member = standing.member(picked);
+        if let Some(known) = known {
+            (*known).learn(member, place, now());
+        } else {
+            let fresh = &mut (*case).fresh;
+            (fresh.last_used, fresh.last_changed, fresh.members[0]) = (now(), now(), member);
+            // If it fails, another CPU was faster, or the next connection will do it.
+            let _ = F::destinations().insert(&*key, &*fresh, 1 /* BPF_NOEXIST */);
+        }
+        picked
     }
-    let Some(picked) = pick::next_pick(service, &run) else { return NOBODY };
-    if picked & INELIGIBLE != 0 {
-        return NOBODY;
-    }
-    let member = Arrays.standing(picked).member(picked);
-    match known {
-        // SAFETY: as above.
-        Some(known) => unsafe { (*known).learn(member, place, now) },
-        // If it fails, another CPU was faster, or the next connection will do it.
-        None => remember::<F>(&key, member, now),
-    }
-    picked
-}
-
-/// Makes an entry. A function of its own, for the stack's sake.
-#[inline(never)]
-fn remember<F: Family>(key: &DestinationKey<F::Address>, member: u32, now: u32) {
-    let _ = F::destinations().insert(key, &Destination::new(member, now), 1 /* BPF_NOEXIST */);
-}
-
-/// What the service's destinations have in common.
-#[inline(always)]
-fn rules(service: u32, replicas: bool, run: &Pointer) -> Option<Rules> {
-    let header = RUNS.get_ptr(run.offset + 1)?;
-    // SAFETY: an element of the array.
-    let [_, witness] = unsafe { header.read() };
-    let expiration = CONFIG.get(0)?.lblcr_expiration.wrapping_mul(HZ.load());
-    Some(Rules { service, replicas, expiration, witness })
 }

@@ -23,6 +23,8 @@ use lb_common::{
 };
 use lb_ebpf::packet::Packet;
 
+use crate::locality::Case;
+
 /// `BPF_F_MMAPABLE`: userspace reads and writes the array without system calls.
 const MMAPABLE: u32 = 1 << 10;
 const SERVICE_COUNT: u32 = 1 << 16;
@@ -111,6 +113,10 @@ static FRAGMENTS_V6: LruHashMap<FragmentKey<Ipv6>, u32> = LruHashMap::with_max_e
 static DESTINATIONS_V4: LruHashMap<DestinationKey<Ipv4>, Destination> = LruHashMap::with_max_entries(DESTINATION_COUNT, 0);
 #[map]
 static DESTINATIONS_V6: LruHashMap<DestinationKey<Ipv6>, Destination> = LruHashMap::with_max_entries(DESTINATION_COUNT, 0);
+
+/// What each CPU keeps in mind while it looks for a destination's real server.
+#[map]
+pub static CASES: PerCpuArray<Case> = PerCpuArray::with_max_entries(1, 0);
 
 /// What the last run of the sweep found.
 #[map]

@@ -19,7 +19,8 @@ struct World {
     ipvs: Locality<u32>,
     standings: HashMap<u32, Standing>,
     destinations: HashMap<u32, Destination>,
-    rules: Rules,
+    witness: u32,
+    replicas: bool,
     /// Where the open connections are.
     connections: Vec<u32>,
     now: u64,
@@ -29,16 +30,33 @@ struct World {
 struct Arrays<'a> {
     standings: &'a HashMap<u32, Standing>,
     counters: HashMap<u32, Counters>,
+    witness: u32,
+    now: u32,
 }
 
-impl Servers for Arrays<'_> {
-    fn standing(&self, index: u32) -> Standing {
-        // Through the word, as in the array.
-        Standing::from_word(self.standings.get(&index).copied().unwrap_or_default().word())
+impl Service for Arrays<'_> {
+    fn index(&self) -> u32 {
+        SERVICE
     }
 
-    fn counters(&self, index: u32) -> Counters {
-        self.counters.get(&index).copied().unwrap_or_default()
+    fn witness(&self) -> u32 {
+        self.witness
+    }
+
+    fn expiration(&self) -> u32 {
+        EXPIRATION
+    }
+
+    fn now(&self) -> u32 {
+        self.now
+    }
+
+    fn standing(&self, index: u32) -> Option<Standing> {
+        self.standings.get(&index).copied()
+    }
+
+    fn counters(&self, index: u32) -> Option<Counters> {
+        self.counters.get(&index).copied()
     }
 }
 
@@ -48,13 +66,14 @@ impl World {
             ipvs: Locality::new(replicas, EXPIRATION.into()),
             standings: HashMap::new(),
             destinations: HashMap::new(),
-            rules: Rules { service: SERVICE, replicas, expiration: EXPIRATION, witness: NOBODY },
+            witness: NOBODY,
+            replicas,
             connections: Vec::new(),
             now: u64::from(u32::MAX) - 100, // so that the datapath's clock wraps
         };
         for (index, &weight) in (0..).zip(weights) {
             world.ipvs.add(index, Server { weight, ..Server::default() });
-            world.standings.insert(index, Standing { generation: 0x3fff, service: SERVICE as u16, ..Standing::default() });
+            world.standings.insert(index, Standing::new(SERVICE as u16, weight, false, 0x3fff));
         }
         world
     }
@@ -64,11 +83,11 @@ impl World {
         let order = self.ipvs.order().to_vec();
         for (&index, standing) in &mut self.standings {
             let server = self.ipvs.server(index);
-            let available = order.contains(&index);
-            *standing = Standing { weight: server.weight, overloaded: server.overloaded, available, ..*standing };
+            let present = Standing::new(SERVICE as u16, server.weight, server.overloaded, standing.generation());
+            *standing = if order.contains(&index) { present } else { present.removed() };
         }
         let has_room = |index: &u32| u64::from(self.ipvs.server(*index).active) * 2 < u64::from(self.ipvs.server(*index).weight);
-        self.rules.witness = order.iter().copied().find(has_room).unwrap_or(NOBODY);
+        self.witness = order.iter().copied().find(has_room).unwrap_or(NOBODY);
     }
 
     /// What the datapath does with a new connection.
@@ -80,18 +99,25 @@ impl World {
             let server = self.ipvs.server(index);
             (index, Counters { active: server.active, total: server.total })
         };
-        let arrays = Arrays { counters: servers.into_iter().map(counters).collect(), standings: &self.standings };
-        let known = self.destinations.get_mut(&address);
-        let place = match known.map(|destination| destination.choose(&self.rules, &arrays, now)) {
-            Some(Ok(index)) => return Some(index),
-            Some(Err(place)) => Some(place),
-            None => None,
-        };
-        let member = arrays.standing(scheduled?).member(scheduled?);
-        let destination = self.destinations.entry(address).or_insert_with(|| Destination::new(member, now));
-        if let Some(place) = place {
-            destination.learn(member, place, now);
+        let counters = servers.into_iter().map(counters).collect();
+        let arrays = Arrays { counters, standings: &self.standings, witness: self.witness, now };
+        let mut place = 1;
+        if let Some(destination) = self.destinations.get_mut(&address) {
+            let mut survey = Survey::default();
+            let chosen = if self.replicas {
+                let chosen = destination.choose_replica(&arrays, &mut survey);
+                place = survey.place();
+                chosen
+            } else {
+                destination.choose_only(&arrays)
+            };
+            if chosen.is_some() {
+                return chosen;
+            }
         }
+        let member = self.standings[&scheduled?].member(scheduled?);
+        let fresh = Destination { last_used: now, last_changed: now, ..Destination::default() };
+        self.destinations.entry(address).or_insert(fresh).learn(member, place, now);
         scheduled
     }
 
@@ -214,17 +240,24 @@ proptest! {
 
 #[test]
 fn a_standing_is_one_word() {
-    let standing = Standing { weight: 0x7fff_ffff, service: 0xfffe, available: true, overloaded: false, generation: 0x3fff };
-    assert_eq!(Standing::from_word(standing.word()), standing);
-    let other = Standing { available: false, overloaded: true, generation: 1, weight: 0, service: 1 };
-    assert_eq!(Standing::from_word(other.word()), other);
-    assert_eq!(Standing::default().word(), 0);
+    let standing = Standing::new(0xfffe, 0x7fff_ffff, false, 0x3fff);
+    assert_eq!((standing.service(), standing.weight(), standing.generation()), (0xfffe, 0x7fff_ffff, 0x3fff));
+    assert!(standing.is_available() && !standing.is_overloaded());
+    let overloaded = Standing::new(1, 0, true, 2);
+    assert!(overloaded.is_available() && overloaded.is_overloaded());
+    let removed = overloaded.removed();
+    assert_eq!((removed.service(), removed.generation(), removed.is_available()), (1, 2, false));
+    assert_eq!(removed.dealt_anew(), Standing::from_word(3), "nothing but the generation is left");
+    assert_eq!(standing.dealt_anew(), Standing::default(), "it wraps");
     assert_ne!(Standing::default().member(0), 0, "zero is nobody");
 }
 
 #[test]
 fn an_index_that_was_dealt_anew_is_not_meant() {
-    let changes: [fn(&mut Standing); 2] = [|standing| standing.generation = 0, |standing| standing.service = 3];
+    let changes: [fn(&mut Standing); 2] = [
+        |standing| *standing = Standing::new(SERVICE as u16, 1, false, 0),
+        |standing| *standing = Standing::new(3, 1, false, 0x3fff),
+    ];
     for change in changes {
         let mut world = World::new(false, &[1, 1]);
         assert_eq!(world.arrive(7, true).0, Some(1));
