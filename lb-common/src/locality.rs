@@ -156,11 +156,11 @@ pub trait Service {
     /// Its connections.
     fn counters(&self, index: u32) -> Option<Counters>;
 
-    /// Called at each turn of a loop. The datapath hinders the compiler from keeping the survey in registers, where the
-    /// verifier would tell apart all ways that lead to the same place.
+    /// Called at each turn of a loop. The datapath hinders the compiler from keeping what is in this memory in registers: the
+    /// verifier would tell apart all ways that lead to the same place, and there are not enough of them.
     #[inline(always)]
-    fn turn(&self, survey: &mut Survey) {
-        _ = survey;
+    fn turn<T>(&self, memory: &mut T) {
+        _ = memory;
     }
 }
 
@@ -217,9 +217,9 @@ impl Destination {
     pub fn choose_replica<S: Service>(&mut self, service: &S, survey: &mut Survey) -> Option<u32> {
         self.last_used = service.now();
         *survey = Survey::default();
-        for position in 0..MEMBERS as u32 {
+        for _ in 0..MEMBERS {
             service.turn(survey);
-            if !survey.visit(position, self, service) {
+            if !survey.visit(self, service) {
                 break;
             }
         }
@@ -236,18 +236,22 @@ impl Destination {
 
     /// Remembers a server, unless it is remembered already, before all others. Whoever had the place is forgotten.
     #[inline(always)]
-    pub fn learn(&mut self, member: u32, place: u32, now: u32) {
-        if self.members.contains(&member) {
-            return;
+    pub fn learn<S: Service>(&mut self, member: u32, place: u32, service: &S) {
+        for position in 0..MEMBERS {
+            service.turn(self);
+            if self.members[position] == member {
+                return;
+            }
         }
         let mut newer = member;
-        for (position, here) in (1..).zip(&mut self.members) {
-            newer = core::mem::replace(here, newer);
-            if position == place {
+        for position in 0..MEMBERS {
+            service.turn(self);
+            newer = core::mem::replace(&mut self.members[position], newer);
+            if position as u32 + 1 == place {
                 break;
             }
         }
-        self.last_changed = now;
+        self.last_changed = service.now();
     }
 
     /// Forgets the member at a place.
@@ -289,23 +293,24 @@ plain! { Survey = 40 }
 impl Survey {
     /// Takes in the next member. `false`: there is none. Of equals, the first counts.
     #[inline(always)]
-    fn visit<S: Service>(&mut self, position: u32, destination: &Destination, service: &S) -> bool {
-        let Some(&member) = destination.members.get(position as usize).filter(|member| **member != 0) else { return false };
-        self.occupied = position + 1;
-        if self.judge(position + 1, member, service).is_none() {
-            self.stale = position + 1;
+    fn visit<S: Service>(&mut self, destination: &Destination, service: &S) -> bool {
+        let next = destination.members.get(self.occupied as usize);
+        let Some(&member) = next.filter(|member| **member != 0) else { return false };
+        self.occupied += 1;
+        if self.judge(member, service).is_none() {
+            self.stale = self.occupied;
         }
         true
     }
 
     #[inline(always)]
-    fn judge<S: Service>(&mut self, place: u32, member: u32, service: &S) -> Option<()> {
+    fn judge<S: Service>(&mut self, member: u32, service: &S) -> Option<()> {
         let (index, standing) = find(member, service)?;
         let counters = service.counters(index)?;
         self.known += 1;
         let (load, weight) = (counters.load(), standing.weight());
         if weight > 0 && (self.most_weight == 0 || exceeds(load, weight, self.most_load, self.most_weight)) {
-            (self.most_place, self.most_load, self.most_weight) = (place, load, weight);
+            (self.most_place, self.most_load, self.most_weight) = (self.occupied, load, weight);
         }
         let may = weight > 0 && standing.is_available() && !standing.is_overloaded();
         if may && (self.least_weight == 0 || exceeds(self.least_load, self.least_weight, load, weight)) {

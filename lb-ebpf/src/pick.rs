@@ -20,11 +20,10 @@ use crate::{
 pub fn pick<F: Family>(service: *const Service, client: &F::Address, client_port: u16, vip: &F::Address) -> Option<u32> {
     // SAFETY: an element of the service map.
     let service = unsafe { *service };
-    if service.mode >= Mode::Locality as u8 {
-        let picked = locality::pick::<F>(service.id, service.mode == Mode::Replicas as u8, vip);
-        return (picked != NOBODY).then_some(picked);
-    }
     let run = pointer(service.id)?;
+    if service.mode >= Mode::Locality as u8 {
+        return locality::pick::<F>(service.id, service.mode == Mode::Replicas as u8, &run, vip);
+    }
     let value = pick::client_value(client, client_port, service.flags);
     let picked = if service.mode == Mode::SourceHash as u8 {
         at(run.offset, pick::source_bucket(value))?

@@ -117,7 +117,7 @@ impl World {
         }
         let member = self.standings[&scheduled?].member(scheduled?);
         let fresh = Destination { last_used: now, last_changed: now, ..Destination::default() };
-        self.destinations.entry(address).or_insert(fresh).learn(member, place, now);
+        self.destinations.entry(address).or_insert(fresh).learn(member, place, &arrays);
         scheduled
     }
 
