@@ -31,14 +31,22 @@
 //! To add a scheduler: write its file, and name it in the list at the end of this one.
 
 mod dh;
+mod fo;
+mod forecast;
+mod lc;
 mod mh;
 mod none;
+mod nq;
+mod ovf;
 #[cfg(test)]
 mod properties;
 mod rr;
+mod sed;
 mod sh;
+mod twos;
 #[cfg(test)]
 mod vectors;
+mod wlc;
 mod wrr;
 
 use std::net::IpAddr;
@@ -99,6 +107,12 @@ impl Candidate {
         self.weight > 0 && !self.overloaded
     }
 
+    /// What it has to do, as IPVS counts it: 256 for each active connection, and 1 for each of all.
+    #[doc(alias = "ip_vs_dest_conn_overhead")]
+    pub const fn load(&self) -> u32 {
+        (self.active << 8).wrapping_add(self.total)
+    }
+
     /// Counts a new connection, as IPVS does when it binds one to a server. `active` is [`Arrivals::active`].
     #[doc(alias = "ip_vs_bind_dest")]
     pub const fn bind(&mut self, active: bool) {
@@ -117,12 +131,14 @@ pub struct Arrivals {
     pub count: u32,
     /// Whether they are active from their first packet: TCP's are, UDP's never, SCTP's only when they are established.
     pub active: bool,
+    /// What a scheduler that draws lots makes them of.
+    pub seed: u64,
 }
 
 impl Arrivals {
     /// A few TCP connections.
     pub const fn after(base: u32) -> Self {
-        Self { base, count: 64, active: true }
+        Self { base, count: 64, active: true, seed: 0 }
     }
 }
 
@@ -154,8 +170,7 @@ pub enum Change {
 pub enum Unavailable {
     /// IPVS has it, this version does not.
     #[error(
-        "scheduler \"{0}\"{default} cannot be used: IPVS has it, but this version of bpfvs does not yet; use one of {names}",
-        default = if .0 == IPVSADM_DEFAULT { " (ipvsadm's choice when none is named)" } else { "" },
+        "scheduler \"{0}\" cannot be used: IPVS has it, but this version of bpfvs does not yet; use one of {names}",
         names = listed()
     )]
     NotYet(String),
@@ -171,10 +186,7 @@ fn listed() -> String {
 }
 
 /// IPVS's schedulers that are still to come.
-const NOT_YET: [&str; 9] = ["fo", "lblc", "lblcr", "lc", "nq", "ovf", "sed", "twos", "wlc"];
-
-/// What ipvsadm asks for when its user names no scheduler.
-const IPVSADM_DEFAULT: &str = "wlc";
+const NOT_YET: [&str; 2] = ["lblc", "lblcr"];
 
 /// What every scheduler does. The public face is [`Scheduler`], which documents each of these.
 trait Algorithm {
@@ -290,6 +302,13 @@ impl Scheduler {
 schedulers! {
     "rr" = rr::RoundRobin, "Round robin: one after the other.";
     "wrr" = wrr::WeightedRoundRobin, "Weighted round robin: one after the other, the heavy ones more often.";
+    "lc" = lc::LeastConnection, "Least connection: who has the least to do.";
+    "wlc" = wlc::WeightedLeastConnection, "Weighted least connection: who has the least to do for its weight.";
+    "sed" = sed::ShortestExpectedDelay, "Shortest expected delay: who has the least to do for its weight, the new connection counted in.";
+    "nq" = nq::NeverQueue, "Never queue: who is idle, else as with sed.";
+    "fo" = fo::Failover, "Weighted failover: the heaviest, as long as it takes connections.";
+    "ovf" = ovf::Overflow, "Weighted overflow: the heaviest that has no more active connections than its weight.";
+    "twos" = twos::TwoChoices, "Power of two choices: of two that are drawn by lot, who has the least to do for its weight.";
     "sh" = sh::SourceHash, "Source hash: by the client's address.";
     "dh" = dh::DestinationHash, "Destination hash: by the address that the packet is sent to.";
     "mh" = mh::Maglev, "Maglev hash: by the client's address, and little moves when a server comes or goes.";
@@ -328,11 +347,12 @@ mod tests {
             let scheduler = Scheduler::from_name(name, 0, Family::Ipv4).expect("it is in the list");
             assert_eq!(scheduler.name(), *name);
         }
-        assert_eq!(Scheduler::from_name("wlc", 0, Family::Ipv4), Err(Unavailable::NotYet("wlc".to_owned())));
+        assert_eq!(Scheduler::from_name("lblc", 0, Family::Ipv4), Err(Unavailable::NotYet("lblc".to_owned())));
         let error = Scheduler::from_name("rrr", 0, Family::Ipv4).expect_err("there is no such scheduler");
         assert_eq!(
             error.to_string(),
-            "scheduler \"rrr\" cannot be used: there is no scheduler of this name; use one of rr, wrr, sh, dh, mh"
+            "scheduler \"rrr\" cannot be used: there is no scheduler of this name; use one of rr, wrr, \
+             lc, wlc, sed, nq, fo, ovf, twos, sh, dh, mh"
         );
     }
 
