@@ -253,9 +253,9 @@ mod tests {
     #[test]
     fn a_run_is_published_as_the_kernel_reads_it() {
         let mut runs = runs(Words::anonymous(8), Words::anonymous(64));
-        runs.publish(3, &Run { base: 17, head: 2, picks: vec![9, 8, 7, 6, 5], truncated: false }).expect("there is room");
+        runs.publish(3, &Run { base: 17, head: 2, picks: vec![9, 8, 7, 6, 5], truncated: false, locality: None }).expect("there is room");
         assert_eq!(read(&runs, 3), (17, 2, 3, vec![9, 8, 7, 6, 5]));
-        runs.publish(3, &Run { base: 18, head: 0, picks: vec![4], truncated: false }).expect("there is room");
+        runs.publish(3, &Run { base: 18, head: 0, picks: vec![4], truncated: false, locality: None }).expect("there is room");
         assert_eq!(read(&runs, 3), (18, 0, 1, vec![4]));
         runs.publish(3, &Run::default()).expect("an empty run needs no room");
         assert_eq!(runs.schedules.load(3), 0);
@@ -265,7 +265,7 @@ mod tests {
     #[test]
     fn an_old_run_is_not_written_over_at_once() {
         let mut runs = runs(Words::anonymous(8), Words::anonymous(16));
-        let run = |pick| Run { base: 0, head: 0, picks: vec![pick; 8], truncated: false };
+        let run = |pick| Run { base: 0, head: 0, picks: vec![pick; 8], truncated: false, locality: None };
         runs.publish(0, &run(1)).expect("there is room");
         let (first, _) = halves(runs.schedules.load(0));
         runs.publish(0, &run(2)).expect("there is room");
@@ -285,7 +285,7 @@ mod tests {
         assert_eq!(runs.schedules.load(1), pair(10, 8));
         assert_eq!(runs.schedules.load(2), 0);
         for service in 3..8 {
-            runs.publish(service, &Run { base: 0, head: 0, picks: vec![1; 8], truncated: false }).expect("there is room");
+            runs.publish(service, &Run { base: 0, head: 0, picks: vec![1; 8], truncated: false, locality: None }).expect("there is room");
             let (offset, _) = halves(runs.schedules.load(service));
             assert!(offset + 6 <= 10 || offset >= 16, "the found run at 10 is not written over by one at {offset}");
         }
