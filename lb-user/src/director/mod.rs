@@ -303,6 +303,7 @@ impl<D: Datapath> Director<D> {
     /// To be called each second: refreshes, empties the trash, and feeds the estimators when their time has come.
     pub fn tick(&mut self, now: Instant) {
         self.refresh();
+        self.datapath.clean_destinations();
         let datapath = &self.datapath;
         for removed in self.trash.take_idle(now, |index| datapath.counters(index).total) {
             match self.datapath.free_server(removed.index) {

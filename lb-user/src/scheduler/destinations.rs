@@ -64,11 +64,8 @@ impl Destinations {
         let mut place = 1;
         if let Some(known) = self.known.get_mut(&destination) {
             let mut survey = Survey::default();
-            let chosen = if mode == Mode::Replicas {
-                known.choose_replica(&service, &mut survey)
-            } else {
-                known.choose_only(&service)
-            };
+            let chosen =
+                if mode == Mode::Replicas { known.choose_replica(&service, &mut survey) } else { known.choose_only(&service) };
             if let Some(chosen) = chosen {
                 return chosen;
             }
