@@ -167,17 +167,17 @@ impl Family for V4 {
 
     #[inline(always)]
     fn age<P: Packet>(packet: &mut P, offset: usize) -> Result<(), Reason> {
-        let header = packet.pointer::<Ipv4Header>(offset).ok_or(Reason::Malformed)?;
+        // Time to live, protocol and checksum stand in one word, the first of them lowest: one load, one store.
+        let word = packet.pointer::<u32>(offset + Ipv4Header::TTL).ok_or(Reason::Malformed)?;
         // SAFETY: `pointer` checked the bounds.
         unsafe {
-            let ttl = (*header).ttl;
-            if ttl <= 1 {
+            let old = u32::from_le(word.read());
+            if old & 0xff <= 1 {
                 return Err(Reason::TtlExpired);
             }
-            (*header).ttl = ttl - 1;
             // RFC 1624 for a word whose high byte lost one: the checksum gains it, with the carry around the end.
-            let sum = u32::from((*header).checksum) + u32::from(0x0100_u16.to_be());
-            (*header).checksum = (sum + (sum >= 0xffff) as u32) as u16;
+            let carry = if old >= 0xfffe_0000 { 0x1_0000 } else { 0 };
+            word.write(old.wrapping_add(0x1_0000 - 1).wrapping_add(carry).to_le());
         }
         Ok(())
     }
