@@ -2,6 +2,8 @@
 //!
 //! Sizes are defaults; userspace may load other ones. Array elements are addressed by the indices that userspace deals.
 
+use core::cell::UnsafeCell;
+
 use aya_ebpf::{
     Global,
     bindings::BPF_F_NO_PREALLOC,
@@ -42,8 +44,28 @@ pub static HZ: Global<u32> = Global::new(250);
 pub static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
 
 /// One bit for each hashed virtual address. Userspace writes, every packet reads.
-#[map]
-pub static FILTER: Array<u64> = Array::with_max_entries(filter::WORDS, MMAPABLE);
+///
+/// Not a map of its own but a global variable (in the map `.bss`), because then its address stands in the program: no
+/// look-up, no call, no check for null. So each loaded program has a filter of its own, which is filled before it is
+/// attached.
+#[unsafe(no_mangle)]
+pub static FILTER: Filter = Filter(UnsafeCell::new([0; filter::WORDS as usize]));
+
+/// See [`FILTER`].
+#[repr(transparent)]
+pub struct Filter(UnsafeCell<[u64; filter::WORDS as usize]>);
+
+// SAFETY: programs read it word by word, and only userspace writes.
+unsafe impl Sync for Filter {}
+
+impl Filter {
+    /// The word at an index, which wraps.
+    #[inline(always)]
+    pub fn word(&self, index: u32) -> u64 {
+        // SAFETY: within the array by the mask; volatile, because for this program's compiler nobody ever writes it.
+        unsafe { self.0.get().cast::<u64>().add((index & (filter::WORDS - 1)) as usize).read_volatile() }
+    }
+}
 
 /// Virtual services. Userspace writes, new connections read.
 #[map]
