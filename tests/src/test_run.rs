@@ -33,7 +33,6 @@ use lb_common::{
     config::Config,
     connection::{Connection, ConnectionKey, FragmentKey},
     family::{Address, Ipv4, Ipv6, ipv4, ipv6},
-    filter::position,
     locality::{Destination, DestinationKey},
     packet::transport::Ports,
     reason::Reason,
@@ -194,21 +193,18 @@ impl Pinned {
         })
     }
 
-    /// Lets the datapath take a TCP service's address and port for one with many addresses, as a firewall mark can be. What the
-    /// daemon does to the service later is not done to the others.
+    /// Lets the datapath take a TCP service's address and port for one with many addresses, as a firewall mark can be. There must
+    /// be some other service at each of the addresses, or their packets never get so far. What the daemon does to the service
+    /// later is not done to the others.
     pub fn add_destinations(&self, service: SocketAddr, destinations: &[IpAddr]) -> Result<()> {
-        let mut filter: Array<MapData, u64> = self.map("FILTER", Map::Array)?;
-        let mut let_in = |(word, bit): (u32, u64)| filter.set(word, filter.get(&word, 0)? | bit, 0);
         let mut ipv4_services = self.map("SERVICES_V4", Map::HashMap)?;
         let mut ipv6_services = self.map("SERVICES_V6", Map::HashMap)?;
         for destination in destinations {
             match (service.ip(), destination) {
                 (IpAddr::V4(vip), IpAddr::V4(other)) => {
-                    let_in(position(&ipv4(*other)))?;
                     copy_service(&mut ipv4_services, ipv4(vip), ipv4(*other), service.port())?;
                 }
                 (IpAddr::V6(vip), IpAddr::V6(other)) => {
-                    let_in(position(&ipv6(*other)))?;
                     copy_service(&mut ipv6_services, ipv6(vip), ipv6(*other), service.port())?;
                 }
                 _ => bail!("{service} and {destination} are of two families"),

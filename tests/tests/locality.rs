@@ -91,6 +91,8 @@ impl<'a> World<'a> {
                 Family::Ipv6 => format!("fd99:{}::{number}", port % 100),
             };
             world.destinations.push(address.parse()?);
+            // Packets to this address are looked at.
+            bench.bpfvs.ipvsadm(&format!("-A -t {}:9 -s rr", bracketed(&address)))?;
         }
         bench.bpfvs.wait_for_servers()?;
         bench.pinned.add_destinations(service, &world.destinations[1..])?;
