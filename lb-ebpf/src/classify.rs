@@ -1,4 +1,4 @@
-//! Is the packet for us? One array read answers for almost all that are not.
+//! Is the packet for us? One read of memory answers for almost all that are not.
 
 use lb_common::{family::Address, filter};
 
@@ -8,7 +8,7 @@ use crate::maps::{FILTER, SOURCES};
 #[inline(always)]
 pub fn may_be_ours<A: Address>(destination: &A) -> bool {
     let (word, bit) = filter::position(destination);
-    FILTER.get(word).is_some_and(|bits| bits & bit != 0)
+    FILTER.word(word) & bit != 0
 }
 
 /// Whether a packet may be the reply of a masqueraded real server, by its source. Asked only of packets that are addressed to
@@ -16,5 +16,6 @@ pub fn may_be_ours<A: Address>(destination: &A) -> bool {
 #[inline(always)]
 pub fn may_be_reply<A: Address>(source: &A) -> bool {
     let (word, bit) = filter::position(source);
-    SOURCES.get(word).is_some_and(|bits| bits & bit != 0)
+    // SAFETY: an element of the map, and a word within it by the mask.
+    SOURCES.get_ptr(0).is_some_and(|bitmap| unsafe { *bitmap.cast::<u64>().add((word & (filter::WORDS - 1)) as usize) } & bit != 0)
 }

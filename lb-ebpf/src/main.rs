@@ -24,8 +24,10 @@
 mod account;
 mod answer;
 mod atomic;
+mod bell;
 mod classify;
 mod forward;
+mod locality;
 mod maps;
 mod nat;
 mod outcome;

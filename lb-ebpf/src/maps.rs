@@ -2,11 +2,13 @@
 //!
 //! Sizes are defaults; userspace may load other ones. Array elements are addressed by the indices that userspace deals.
 
+use core::cell::UnsafeCell;
+
 use aya_ebpf::{
     Global,
     bindings::BPF_F_NO_PREALLOC,
     macros::map,
-    maps::{Array, HashMap, LruHashMap, PerCpuArray, ProgramArray},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray, ProgramArray, RingBuf},
 };
 use lb_common::{
     config::{Config, SweepReport},
@@ -14,6 +16,7 @@ use lb_common::{
     family::{Ipv4, Ipv6},
     filter,
     hop::Device,
+    locality::{Destination, DestinationKey},
     packet::{Ipv4Header, Ipv6Header, Network, V4, V6, transport::Ports},
     reason::Reason,
     reply::Reply,
@@ -24,6 +27,8 @@ use lb_common::{
 };
 use lb_ebpf::packet::Packet;
 
+use crate::locality::Case;
+
 /// `BPF_F_MMAPABLE`: userspace reads and writes the array without system calls.
 const MMAPABLE: u32 = 1 << 10;
 const SERVICE_COUNT: u32 = 1 << 16;
@@ -31,6 +36,7 @@ const SERVER_COUNT: u32 = 1 << 17;
 const CONNECTION_COUNT: u32 = 1 << 20;
 const FRAGMENT_COUNT: u32 = 1 << 14;
 const DEVICE_COUNT: u32 = 1 << 12;
+const DESTINATION_COUNT: u32 = 1 << 15;
 
 /// Kernel clock ticks in a second; userspace writes it before it loads the programs.
 #[unsafe(no_mangle)]
@@ -41,12 +47,32 @@ pub static HZ: Global<u32> = Global::new(250);
 pub static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
 
 /// One bit for each hashed virtual address. Userspace writes, every packet reads.
-#[map]
-pub static FILTER: Array<u64> = Array::with_max_entries(filter::WORDS, MMAPABLE);
+///
+/// Not a map of its own but a global variable (in the map `.bss`), because then its address stands in the program: no
+/// look-up, no call, no check for null. So each loaded program has a filter of its own, which is filled before it is
+/// attached.
+#[unsafe(no_mangle)]
+pub static FILTER: Filter = Filter(UnsafeCell::new([0; filter::WORDS as usize]));
+
+/// See [`FILTER`].
+#[repr(transparent)]
+pub struct Filter(UnsafeCell<[u64; filter::WORDS as usize]>);
+
+// SAFETY: programs read it word by word, and only userspace writes.
+unsafe impl Sync for Filter {}
+
+impl Filter {
+    /// The word at an index, which wraps.
+    #[inline(always)]
+    pub fn word(&self, index: u32) -> u64 {
+        // SAFETY: within the array by the mask; volatile, because for this program's compiler nobody ever writes it.
+        unsafe { self.0.get().cast::<u64>().add((index & (filter::WORDS - 1)) as usize).read_volatile() }
+    }
+}
 
 /// One bit for each hashed address of a masqueraded real server. Userspace writes, packets read that are to no virtual address.
 #[map]
-pub static SOURCES: Array<u64> = Array::with_max_entries(filter::WORDS, MMAPABLE);
+pub static SOURCES: Array<[u64; filter::WORDS as usize]> = Array::with_max_entries(1, 0);
 
 /// Virtual services. Userspace writes, new connections read.
 #[map]
@@ -80,9 +106,22 @@ pub static NEXT_HOPS: Array<NextHop> = Array::with_max_entries(SERVER_COUNT, 0);
 #[map]
 pub static COUNTERS: Array<u64> = Array::with_max_entries(SERVER_COUNT, MMAPABLE);
 
+/// Whether the daemon sleeps until `COUNTERS` or `CURSORS` change: 1 or 0. Userspace sets it, the first change clears it.
+#[map]
+pub static SLEEPING: Array<u64> = Array::with_max_entries(1, MMAPABLE);
+
+/// What wakes the daemon. The change that finds it sleeping writes a word, which means nothing; userspace takes it out.
+#[map]
+pub static BELL: RingBuf = RingBuf::with_byte_size(4096, 0);
+
 /// The sweep's recount of `COUNTERS`. The sweep adds, userspace clears and compares.
 #[map]
 pub static SWEPT: Array<u64> = Array::with_max_entries(SERVER_COUNT, MMAPABLE);
+
+/// What the locality modes must know of real servers: [`lb_common::locality::Standing`] as one word. Userspace writes, new
+/// connections of such services read.
+#[map]
+pub static STANDINGS: Array<u64> = Array::with_max_entries(SERVER_COUNT, MMAPABLE);
 
 /// Traffic of real servers. Every forwarded packet writes, userspace reads.
 #[map]
@@ -116,6 +155,17 @@ static FRAGMENTS_V4: LruHashMap<FragmentKey<Ipv4>, Ports> = LruHashMap::with_max
 #[map]
 static FRAGMENTS_V6: LruHashMap<FragmentKey<Ipv6>, Ports> = LruHashMap::with_max_entries(FRAGMENT_COUNT, 0);
 
+/// Destinations, and the real servers that they went to. New connections of locality services read and write, userspace
+/// deletes those that nobody asks for. Full: the oldest go.
+#[map]
+static DESTINATIONS_V4: LruHashMap<DestinationKey<Ipv4>, Destination> = LruHashMap::with_max_entries(DESTINATION_COUNT, 0);
+#[map]
+static DESTINATIONS_V6: LruHashMap<DestinationKey<Ipv6>, Destination> = LruHashMap::with_max_entries(DESTINATION_COUNT, 0);
+
+/// What each CPU keeps in mind while it looks for a destination's real server.
+#[map]
+pub static CASES: PerCpuArray<Case> = PerCpuArray::with_max_entries(1, 0);
+
 /// What the last run of the sweep found.
 #[map]
 pub static SWEEP: Array<SweepReport> = Array::with_max_entries(1, 0);
@@ -142,6 +192,7 @@ pub trait Family: Network {
     fn fragments() -> &'static LruHashMap<FragmentKey<Self::Address>, Ports>;
     /// The key of nothing, to be filled in.
     fn no_key() -> ConnectionKey<Self::Address>;
+    fn destinations() -> &'static LruHashMap<DestinationKey<Self::Address>, Destination>;
     /// Takes one off the time to live of the packet whose header begins at `offset`, if there is more than one left.
     fn age<P: Packet>(packet: &mut P, offset: usize) -> Result<(), Reason>;
 }
@@ -170,6 +221,11 @@ impl Family for V4 {
     #[inline(always)]
     fn fragments() -> &'static LruHashMap<FragmentKey<Ipv4>, Ports> {
         &FRAGMENTS_V4
+    }
+
+    #[inline(always)]
+    fn destinations() -> &'static LruHashMap<DestinationKey<Ipv4>, Destination> {
+        &DESTINATIONS_V4
     }
 
     #[inline(always)]
@@ -214,6 +270,11 @@ impl Family for V6 {
     #[inline(always)]
     fn fragments() -> &'static LruHashMap<FragmentKey<Ipv6>, Ports> {
         &FRAGMENTS_V6
+    }
+
+    #[inline(always)]
+    fn destinations() -> &'static LruHashMap<DestinationKey<Ipv6>, Destination> {
+        &DESTINATIONS_V6
     }
 
     #[inline(always)]

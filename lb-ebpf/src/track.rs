@@ -23,7 +23,7 @@ use lb_common::{
 use lb_ebpf::packet::{Packet, REACH, merged};
 
 use crate::{
-    account, atomic,
+    account, atomic, bell,
     maps::{CONFIG, COUNTERS, Family, HZ, SERVERS},
     pick, reply,
 };
@@ -57,7 +57,7 @@ pub fn connection<F: Family>(header: &IpHeader<F::Address>, protocol: u8, segmen
             masqueraded => reply::forget::<F>(&key, masqueraded),
         }
     }
-    let server = begin::<F>(&key, segment.event)?;
+    let server = schedule::<F>(&key, segment.event).and_then(|server| begin::<F>(&key, segment.event, server))?;
     if server & EXPECTS == 0 {
         return Ok(server);
     }
@@ -188,6 +188,7 @@ fn recount(server: u32, before: u8, after: u8) {
         let change = if after & flags::ACTIVE != 0 { Counters::ACTIVE } else { Counters::ACTIVE.wrapping_neg() };
         // SAFETY: an element of the counter array.
         unsafe { atomic::add(counter, change) };
+        bell::ring();
     }
 }
 
@@ -229,12 +230,13 @@ pub fn forget(connection: &Connection) {
     if let Some(counter) = COUNTERS.get_ptr_mut(connection.server) {
         // SAFETY: an element of the counter array.
         unsafe { atomic::add(counter, share(connection).wrapping_neg()) };
+        bell::ring();
     }
 }
 
-/// Begins a connection: finds the service, picks a real server, makes the entry. Returns the server's index.
+/// Finds the service for a packet without a connection, and picks a real server.
 #[inline(never)]
-fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8) -> Result<u32, Reason> {
+fn schedule<F: Family>(key: &ConnectionKey<F::Address>, event: u8) -> Result<u32, Reason> {
     let protocol = key.protocol as u8;
     let service_key = ServiceKey { vip: key.vip, port: key.ports.destination(), protocol, zero: 0 };
     let service = F::services().get_ptr(&service_key).ok_or(Reason::NoService)?;
@@ -242,7 +244,17 @@ fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8) -> Result<u32, R
     if !may_begin(protocol, event, sloppy) || key.ports.source() == FTP_DATA.to_be() {
         return Err(Reason::NoConnection);
     }
-    let server = pick::pick(service, &key.client, key.ports.source(), &key.vip).ok_or(Reason::NoServer)?;
+    pick::pick::<F>(service, &key.client, key.ports.source(), &key.vip).ok_or_else(|| {
+        // The cursor has moved, and that the forecast says "nobody" may be out of date.
+        bell::ring();
+        Reason::NoServer
+    })
+}
+
+/// Begins a connection to a real server: makes the entry. Returns the server's index.
+#[inline(never)]
+fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8, server: u32) -> Result<u32, Reason> {
+    let protocol = key.protocol as u8;
     let masqueraded = SERVERS.get(server).is_some_and(|server| server.method == Method::Masquerade as u8);
     let side = if masqueraded { flags::MASQUERADED } else { flags::NO_OUTPUT };
     let Standing { state, flags } = Standing::after(protocol, from_client(side), 0, event, side);
@@ -257,6 +269,7 @@ fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8) -> Result<u32, R
     if let Some(counter) = COUNTERS.get_ptr_mut(server) {
         // SAFETY: an element of the counter array.
         unsafe { atomic::add(counter, share(&connection)) };
+        bell::ring();
     }
     account::connection(server);
     Ok(if masqueraded { server | EXPECTS } else { server })

@@ -153,7 +153,9 @@ impl Network for V6 {
         if ip.version_class_flow & VERSION_MASK != VERSION || offset + length > bytes.len() {
             return None;
         }
-        let header = IpHeader { source: ip.source, destination: ip.destination, offset, length };
+        // Word by word: as a whole, LLVM would copy the address byte by byte.
+        let [first, second, third, fourth] = ip.source;
+        let header = IpHeader { source: [first, second, third, fourth], destination: ip.destination, offset, length };
         Plain::new(header, Self::HEADER, ip.next_header, &transport)
     }
 

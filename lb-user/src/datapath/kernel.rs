@@ -13,7 +13,7 @@
 //! traffic goes on. [`KernelDatapath::remove`] takes everything away.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     future::Future,
     net::IpAddr,
     path::PathBuf,
@@ -28,7 +28,7 @@ use lb_common::{
     config::{Config, LAYOUT},
     family::{Ipv4, Ipv6},
     server::{Counters, NextHop, Server, Status},
-    service::{Service, ServiceKey},
+    service::{Mode, Service, ServiceKey},
     statistics::Statistics,
 };
 use nix::time::{ClockId, clock_gettime};
@@ -37,11 +37,13 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::{
     Datapath, Error, Target,
     attach::{Attachments, remove_filter},
+    bell::Bell,
     connections::{Clock, Connections},
     devices::Devices,
     filter::Filter,
     hz, kernel_error,
     links::{self},
+    locality::{Destinations, Standings},
     maps::{Found, Pins, inspect},
     programs::Programs,
     reasons::Reasons,
@@ -93,7 +95,11 @@ pub struct KernelDatapath {
     services: HashMap<ServicePlace, Service>,
     filter: Filter,
     runs: Runs,
+    standings: Standings,
+    destinations: Destinations,
     counters: Words,
+    /// Something once it is started.
+    bell: Option<Bell>,
     swept: Words,
     statistics: PerCpuArray<MapData, Statistics>,
     servers: Arc<Mutex<Servers>>,
@@ -127,10 +133,14 @@ impl KernelDatapath {
         };
         pins.create()?;
         let programs = Programs::load(&pins, found.map_or(LIKELY_HZ, |config| config.hz), options.max_connections)?;
-        let (programs, config) = match found {
+        let (mut programs, config) = match found {
             Some(config) => (programs, config),
             None => make_instance(&pins, programs, options)?,
         };
+        // Before anything is attached: until then a program lets every packet pass.
+        let services = read_services(&pins)?;
+        let addresses = services.keys().map(|(_, address, _)| *address);
+        let filter = Filter::new(Some(programs.take_filter()?), addresses).context("the filter cannot be written")?;
         let connections = Connections::open(&pins)?;
         if connections.capacity() != options.max_connections {
             tracing::info!(
@@ -141,7 +151,6 @@ impl KernelDatapath {
         }
         let services_v4 = pins.typed("SERVICES_V4")?;
         let services_v6 = pins.typed("SERVICES_V6")?;
-        let services = read_services(&pins)?;
         let words = |name| Words::open(&pins.map(name));
         let (orders, received) = mpsc::unbounded_channel();
         let (answers, answered) = watch::channel(0);
@@ -149,9 +158,12 @@ impl KernelDatapath {
             adopted: found.is_some(),
             config,
             config_map: pins.typed("CONFIG")?,
-            filter: Filter::new(words("FILTER")?, services.keys().map(|(_, address, _)| *address)),
+            filter,
             runs: Runs::new(words("SCHEDULES")?, words("CURSORS")?, words("RUNS")?),
+            standings: Standings::new(words("STANDINGS")?),
+            destinations: Destinations::open(&pins)?,
             counters: words("COUNTERS")?,
+            bell: None,
             swept: words("SWEPT")?,
             statistics: pins.typed("STATISTICS")?,
             servers: Arc::new(Mutex::new(Servers::open(&pins)?)),
@@ -179,6 +191,7 @@ impl KernelDatapath {
     /// Attaches to the interfaces and begins to follow netlink, in this thread's network namespace, on this runtime.
     pub async fn start(&mut self) -> anyhow::Result<()> {
         let Some((orders, answered)) = self.task.take() else { return Ok(()) };
+        self.bell = Some(Bell::open(&self.pins)?);
         let devices = Devices::open(&self.pins)?;
         let resolver = Resolver::start(orders, answered, Arc::clone(&self.servers), Arc::clone(&self.attachments), devices).await?;
         tokio::spawn(resolver.run());
@@ -253,6 +266,17 @@ impl KernelDatapath {
         async move {
             // An error means that the task is gone, and nothing will ever be more settled.
             let _ = answered.wait_for(|count| *count >= asked).await;
+        }
+    }
+
+    /// Resolves when connections have come, gone or changed their state since this was called.
+    pub fn changed(&mut self) -> impl Future<Output = ()> + Send + use<> {
+        let changed = self.bell.as_mut().map(Bell::listen);
+        async move {
+            match changed {
+                Some(changed) => changed.await,
+                None => std::future::pending().await,
+            }
         }
     }
 
@@ -344,14 +368,18 @@ impl Datapath for KernelDatapath {
             return Err(kernel_error(format!("the service {protocol} {address} port {port} cannot be written"), error));
         }
         if self.services.insert((protocol, address, port), service).is_none() {
-            self.filter.add(address);
+            self.filter
+                .add(address)
+                .map_err(|error| kernel_error(format!("the virtual address {address} cannot be made known"), error))?;
         }
         Ok(())
     }
 
     fn remove_service(&mut self, protocol: Protocol, address: IpAddr, port: u16) -> Result<(), Error> {
         let Some(service) = self.services.remove(&(protocol, address, port)) else { return Ok(()) };
-        self.filter.remove(address);
+        self.filter
+            .remove(address)
+            .map_err(|error| kernel_error(format!("the virtual address {address} cannot be taken back"), error))?;
         let removed = match address {
             IpAddr::V4(_) => self.services_v4.remove(&service_key(protocol, words(address)[0], port)),
             IpAddr::V6(_) => self.services_v6.remove(&service_key(protocol, words(address), port)),
@@ -363,6 +391,13 @@ impl Datapath for KernelDatapath {
     }
 
     fn publish(&mut self, service: u32, run: &Run) -> Result<(), Error> {
+        if let Some(locality) = &run.locality {
+            self.standings.publish(service, locality);
+        } else if self.standings.withdraw(service)
+            && let Err(error) = self.destinations.forget_service(service)
+        {
+            tracing::warn!(service, "destinations stay for now: {error:#}");
+        }
         self.runs.publish(service, run)
     }
 
@@ -389,6 +424,7 @@ impl Datapath for KernelDatapath {
     fn free_server(&mut self, index: u32) -> Result<(), Error> {
         let concerned = lock(&self.servers).free(index)?;
         self.look(concerned);
+        self.standings.free(index);
         self.counters.store(index, 0);
         self.swept.store(index, 0);
         let cpus = aya::util::nr_cpus().map_err(|(file, error)| kernel_error(format!("{file} cannot be read"), error))?;
@@ -427,6 +463,21 @@ impl Datapath for KernelDatapath {
 
     fn servers(&self) -> Result<Vec<u32>, Error> {
         Ok(self.server_entries()?.into_iter().map(|(index, _)| index).collect())
+    }
+
+    fn clean_destinations(&mut self) {
+        if self.standings.is_empty() {
+            return;
+        }
+        let replicas: HashSet<u32> =
+            self.services.values().filter(|service| service.mode == Mode::Replicas as u8).map(|service| service.id).collect();
+        let mode = |service| {
+            let mode = if replicas.contains(&service) { Mode::Replicas } else { Mode::Locality };
+            self.standings.contains(service).then_some(mode)
+        };
+        if let Err(error) = self.destinations.clean(&self.config, mode) {
+            tracing::warn!("destinations do not expire: {error:#}");
+        }
     }
 
     /// The layout, the namespace's cookie and the clock rate are the datapath's own and stay as they are.

@@ -7,21 +7,24 @@
 //! | --- | --- |
 //! | the real one | [`kernel`] |
 //! | where maps are pinned, and which are taken over | [`maps`] |
-//! | shared memory, raw system calls | [`shared`], [`system`] |
+//! | shared memory, what wakes its reader, raw system calls | [`shared`], [`bell`], [`system`] |
 //! | the programs, and the interfaces that they run on | [`programs`], [`attach`], [`links`] |
 //! | schedules, filters | [`runs`], [`filter`] |
 //! | what replies leave by | [`devices`] |
+//! | destinations of lblc and lblcr | [`locality`] |
 //! | real servers and the ways to them | [`servers`], [`way`], [`resolve`] |
 //! | what the kernel counts | [`sweep`], [`connections`], [`reasons`] |
 //! | the kernel's clock rate | [`hz`] |
 
 pub mod attach;
+pub mod bell;
 pub mod connections;
 pub mod devices;
 pub mod filter;
 pub mod hz;
 pub mod kernel;
 pub mod links;
+pub mod locality;
 pub mod maps;
 pub mod path_mtu;
 pub mod programs;
@@ -97,6 +100,9 @@ pub trait Datapath {
 
     /// The index of every real server that is not free, whoever made it known.
     fn servers(&self) -> Result<Vec<u32>, Error>;
+
+    /// To be called each second: forgets, when it is time to, destinations of lblc and lblcr that nobody asks for.
+    fn clean_destinations(&mut self);
 
     /// Writes the settings.
     fn configure(&mut self, config: &Config) -> Result<(), Error>;

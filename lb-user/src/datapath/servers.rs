@@ -14,6 +14,7 @@ use std::{
     net::IpAddr,
 };
 
+use anyhow::Context as _;
 use aya::maps::{Array, MapData, MapError};
 use lb_common::server::{Method, NextHop, Server, Status, flags};
 
@@ -22,7 +23,6 @@ use super::{
     filter::Filter,
     kernel_error,
     maps::Pins,
-    shared::Words,
     system::for_each_entry,
     way::{self, Way},
 };
@@ -48,7 +48,7 @@ impl Servers {
         let found = in_use(&data)?;
         let sources = found.iter().filter_map(|(_, server)| source(server));
         Ok(Self {
-            sources: Filter::new(Words::open(&pins.map("SOURCES"))?, sources),
+            sources: Filter::new(Some(pins.typed("SOURCES")?), sources).context("the filter of sources cannot be written")?,
             data,
             entries: pins.typed("SERVERS")?,
             next_hops: pins.typed("NEXT_HOPS")?,
@@ -187,13 +187,13 @@ impl Servers {
         if old != new
             && let Some(new) = new
         {
-            self.sources.add(new);
+            self.sources.add(new).map_err(|error| failed("heard", index, &error))?;
         }
         self.entries.set(index, entry, 0).map_err(|error| failed("written", index, &error))?;
         if old != new
             && let Some(old) = old
         {
-            self.sources.remove(old);
+            self.sources.remove(old).map_err(|error| failed("left unheard", index, &error))?;
         }
         Ok(())
     }

@@ -18,10 +18,11 @@
 //! If the datapath has no room for a schedule, the service goes back to what it was before the list, and the list's
 //! commands about it are refused.
 //!
-//! Overload flags (`ipvsadm -x`/`-y`) are looked at whenever [`Director::refresh`] is called, not at each connection:
-//! a server can get a few connections more than its threshold between two looks.
+//! Schedules that depend on connections (dynamic schedulers, overload flags of `ipvsadm -x`/`-y`) are kept true by
+//! [`Director::refresh`], which is called whenever connections come or go ([`live`]).
 
 mod indices;
+mod live;
 pub mod model;
 pub mod rules;
 mod servers;
@@ -37,11 +38,12 @@ mod tests;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    hash::{BuildHasher as _, Hasher as _, RandomState},
     path::Path,
     time::Instant,
 };
 
-use lb_common::{config::Config, service::Service as ServiceEntry, tcp};
+use lb_common::{config::Config, server::Counters, service::Service as ServiceEntry, tcp};
 use tracing::warn;
 
 use self::{
@@ -52,7 +54,7 @@ use self::{
     },
     rules::refuse,
     servers::Servers,
-    service::{Server, Service, overloaded},
+    service::{Server, Service},
     state::State,
     traffic::{ESTIMATOR_PERIOD, Estimator},
     trash::{Removed, Trash},
@@ -75,6 +77,8 @@ pub struct Director<D> {
     next_incarnation: u64,
     estimated: Option<Instant>,
     changed: bool,
+    /// What schedulers that draw lots make them of.
+    seed: u64,
 }
 
 /// What a list of commands has touched so far.
@@ -126,6 +130,7 @@ impl<D: Datapath> Director<D> {
             next_incarnation: 0,
             estimated: None,
             changed: true,
+            seed: seed(),
             datapath,
         };
         director.take_in_orphans()?;
@@ -169,6 +174,7 @@ impl<D: Datapath> Director<D> {
             next_incarnation: state.next_incarnation,
             estimated: None,
             changed: true,
+            seed: seed(),
         };
         director.restore()?;
         Ok(director)
@@ -210,6 +216,7 @@ impl<D: Datapath> Director<D> {
         let ids: Vec<ServiceId> = self.services.keys().copied().collect();
         for id in ids {
             self.bring_up_to_date(&id);
+            self.start_from_now(&id);
             self.publish(&id)?;
         }
         Ok(())
@@ -293,44 +300,10 @@ impl<D: Datapath> Director<D> {
         self.services.values().map(|service| service.servers.len()).sum()
     }
 
-    /// Whether [`Director::refresh`] should be called more often than once a second: there are thresholds to watch,
-    /// or schedules that end.
-    pub fn needs_watching(&self) -> bool {
-        self.services
-            .values()
-            .any(|service| service.lasts.is_some() || service.servers.iter().any(|server| server.config.upper_threshold > 0))
-    }
-
-    /// Looks at thresholds, and at schedules that come to their end. Cheap: it reads memory that the kernel shares.
-    pub fn refresh(&mut self) {
-        let datapath = &self.datapath;
-        let mut stale = Vec::new();
-        for service in self.services.values_mut() {
-            let cursor = datapath.cursor(service.index);
-            let flag = |server: &Server| overloaded(&server.config, datapath.counters(server.index), server.overloaded);
-            let flags: Vec<bool> = service.servers.iter().map(flag).collect();
-            let flipped = service.servers.iter().zip(&flags).any(|(server, flag)| server.overloaded != *flag);
-            let half_used = service.lasts.is_some_and(|picks| cursor.wrapping_sub(service.base) > picks / 2);
-            if flipped || half_used {
-                // The picks until now were made with the old flags.
-                service.advance(cursor);
-                for (server, flag) in service.servers.iter_mut().zip(flags) {
-                    server.overloaded = flag;
-                }
-                self.changed |= flipped;
-                stale.push(service.id);
-            }
-        }
-        for id in stale {
-            if let Err(error) = self.publish(&id) {
-                warn!("{id} keeps its old schedule: {error}");
-            }
-        }
-    }
-
     /// To be called each second: refreshes, empties the trash, and feeds the estimators when their time has come.
     pub fn tick(&mut self, now: Instant) {
         self.refresh();
+        self.datapath.clean_destinations();
         let datapath = &self.datapath;
         for removed in self.trash.take_idle(now, |index| datapath.counters(index).total) {
             match self.datapath.free_server(removed.index) {
@@ -415,6 +388,7 @@ impl<D: Datapath> Director<D> {
             incarnation: self.next_incarnation,
             scheduler,
             base: self.datapath.cursor(index),
+            ahead: 0,
             lasts: None,
             servers: Servers::default(),
             left_behind: Totals::default(),
@@ -507,6 +481,8 @@ impl<D: Datapath> Director<D> {
             index,
             last_weight: back.as_ref().map_or(0, |removed| removed.last_weight),
             overloaded: back.as_ref().is_some_and(|removed| removed.overloaded),
+            live: Counters::default(),
+            at_rest: None,
             joined: Totals::default(),
             zero: Totals::default(),
             estimator: Estimator::default(),
@@ -626,6 +602,7 @@ impl<D: Datapath> Director<D> {
             if let Some(service) = self.services.get_mut(&id) {
                 touched.tell(service);
             }
+            self.start_from_now(&id);
             let Err(error) = self.publish(&id) else { continue };
             self.roll_back(&id, touched.before, &mut retiring, &mut abandoned);
             for position in touched.commands {
@@ -647,13 +624,11 @@ impl<D: Datapath> Director<D> {
         }
     }
 
-    /// Compiles and publishes the schedule of a service, and then the service.
+    /// Compiles and publishes the schedule of a service, from its [`Service::base`] on, and then the service.
     fn publish(&mut self, id: &ServiceId) -> Result<(), datapath::Error> {
         let Some(service) = self.services.get_mut(id) else { return Ok(()) };
-        let cursor = self.datapath.cursor(service.index);
-        let run = service.scheduler.compile(&service.candidates(), cursor);
+        let run = service.scheduler.compile(&service.candidates(), service.arrivals(self.seed));
         self.datapath.publish(service.index, &run)?;
-        service.base = cursor;
         service.lasts = run.truncated.then_some(run.picks.len() as u32);
         if let ServiceId::Address { protocol, address, port } = *id {
             let entry = ServiceEntry {
@@ -729,15 +704,23 @@ impl<D: Datapath> Director<D> {
 
     fn estimate(&mut self) -> Result<(), datapath::Error> {
         for service in self.services.values_mut() {
-            let totals = read_totals(&self.datapath, service)?;
-            for (server, totals) in service.servers.iter_mut().zip(&totals) {
-                server.estimator.tick(*totals);
+            let mut all = Vec::with_capacity(service.servers.len());
+            for server in service.servers.iter_mut() {
+                let totals = totals_at_rest(&self.datapath, server)?;
+                server.estimator.tick(totals);
+                all.push(totals);
             }
-            let mut totals = totals.into_iter();
+            let mut totals = all.into_iter();
             let sum = service.totals(|_| totals.next().unwrap_or_default());
             service.estimator.tick(sum);
         }
         Ok(())
+    }
+
+    /// Whether there is any connection, as far as the live counters know.
+    pub fn has_connections(&self) -> bool {
+        let servers = self.services.values().flat_map(|service| &service.servers).map(|server| server.index);
+        servers.chain(self.trash.iter().map(|removed| removed.index)).any(|index| self.datapath.counters(index).total != 0)
     }
 
     fn view(&self, service: &Service) -> Result<ServiceView, datapath::Error> {
@@ -786,9 +769,26 @@ impl<D: Datapath> Director<D> {
     }
 }
 
+/// A number that nobody foresees, and that is another one at each start.
+fn seed() -> u64 {
+    RandomState::new().build_hasher().finish()
+}
+
 /// The totals of a service's servers, in order.
 fn read_totals<D: Datapath>(datapath: &D, service: &Service) -> Result<Vec<Totals>, datapath::Error> {
     service.servers.iter().map(|server| datapath.statistics(server.index).map(Totals::from)).collect()
+}
+
+/// The totals of a server. To read them takes a system call, so that a server without connections is asked once only: what
+/// it had then it still has.
+fn totals_at_rest<D: Datapath>(datapath: &D, server: &mut Server) -> Result<Totals, datapath::Error> {
+    let at_rest = datapath.counters(server.index).total == 0;
+    if let (true, Some(totals)) = (at_rest, server.at_rest) {
+        return Ok(totals);
+    }
+    let totals = Totals::from(datapath.statistics(server.index)?);
+    server.at_rest = at_rest.then_some(totals);
+    Ok(totals)
 }
 
 /// A server on its way into the trash.
@@ -807,7 +807,7 @@ fn removed(service: &ServiceId, incarnation: u64, server: &Server) -> Removed {
 /// The scheduler that a configuration asks for, if the configuration can be had at all.
 fn scheduler(id: &ServiceId, config: &ServiceConfig) -> Result<Scheduler, Refusal> {
     let scheduler = Scheduler::from_name(&config.scheduler, config.flags, id.family());
-    let scheduler = scheduler.map_err(|unavailable| rules::scheduler(&unavailable));
+    let scheduler = scheduler.map_err(|unknown| rules::scheduler(&unknown));
     // What IPVS would refuse, too, comes first.
     if let Err(refusal) = &scheduler
         && refusal.kind == RefusalKind::SchedulerNotFound

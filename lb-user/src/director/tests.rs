@@ -131,13 +131,12 @@ fn ipvs_refusals_in_the_order_of_ipvs() {
     for (command, kind) in [
         (add(service(), "nonsense"), ServiceExists),
         (add(other, "nonsense"), SchedulerNotFound),
-        (add(other, "wlc"), Unsupported),
         (add(ServiceId::Mark { mark: 1, family: model::Family::Ipv4 }, "nonsense"), SchedulerNotFound),
         (add(ServiceId::Mark { mark: 1, family: model::Family::Ipv4 }, "rr"), Unsupported),
         (
             Command::AddService {
                 service: other,
-                config: ServiceConfig { engine: Some("nonsense".to_owned()), ..scheduled("wlc") },
+                config: ServiceConfig { engine: Some("nonsense".to_owned()), ..scheduled("rr") },
             },
             SchedulerNotFound,
         ),
@@ -288,9 +287,9 @@ fn an_index_is_not_used_again_while_connections_name_it() {
 fn an_overloaded_server_gets_nothing_until_it_has_room() {
     let mut director = with_servers("rr", &[1]);
     let limited = ServerConfig { upper_threshold: 4, lower_threshold: 2, ..weight(1) };
-    assert!(!director.needs_watching());
+    assert!(!director.is_live());
     accept(&mut director, &[Command::AddServer { service: service(), server: server(2), config: limited }]);
-    assert!(director.needs_watching());
+    assert!(director.is_live());
     let index = index_of(&director, 2);
     assert_eq!(picks(&mut director, 3), [2, 1, 2]);
     set_connections(&mut director, index, 4);
@@ -334,6 +333,7 @@ fn rates_follow_the_ticks() {
     let index = index_of(&director, 1);
     let start = Instant::now();
     director.tick(start);
+    set_connections(&mut director, index, 1);
     count_packets(&mut director, index, 800);
     director.tick(start + Duration::from_secs(1));
     let rates = |director: &Director<Memory>| {
@@ -343,8 +343,11 @@ fn rates_follow_the_ticks() {
     assert_eq!(rates(&director), (0, 0), "a tick is two seconds");
     director.tick(start + Duration::from_secs(2));
     assert_eq!(rates(&director), (100, 100));
+    set_connections(&mut director, index, 0);
     director.tick(start + Duration::from_secs(4));
     assert_eq!(rates(&director), (75, 75));
+    director.tick(start + Duration::from_secs(6));
+    assert_eq!(rates(&director), (56, 56), "they fade without connections, too");
 }
 
 #[test]
