@@ -159,7 +159,13 @@ fn replace_address<P: Packet, F: Family>(packet: &mut P, header: usize, end: End
 
 /// Writes an address into an IP header, and corrects the header's checksum, if it has one.
 #[inline(always)]
-fn write_address<P: Packet, F: Family>(packet: &mut P, header: usize, end: End, new: &F::Address, gained: u64) -> Result<(), Reason> {
+fn write_address<P: Packet, F: Family>(
+    packet: &mut P,
+    header: usize,
+    end: End,
+    new: &F::Address,
+    gained: u64,
+) -> Result<(), Reason> {
     packet.write(fixed(header + F::ADDRESSES + end as usize * size_of::<F::Address>()), *new)?;
     if F::HEADER == V4::HEADER {
         let at = fixed(header + lb_common::packet::Ipv4Header::CHECKSUM);

@@ -26,8 +26,8 @@ use bpfvs::{
 use lb_common::{
     config::{Config, SweepReport},
     connection::{Connection, ConnectionKey},
-    packet::transport::Ports,
     hop::KEEP_VLAN,
+    packet::transport::Ports,
     server::{self, NextHop, Server, Status},
     service::Service,
     tcp,
@@ -246,13 +246,15 @@ fn routes_are_followed() {
         lab.ip("route add 192.0.2.0/24 via 10.1.0.2 mtu 1400");
         let east = lab.ifindex("east");
         let server =
-            entry_becomes(&datapath, 1, "a route appears", |server, _| is(server, Status::Ready) && server.hop.ifindex == east).await;
+            entry_becomes(&datapath, 1, "a route appears", |server, _| is(server, Status::Ready) && server.hop.ifindex == east)
+                .await;
         assert_eq!((next_hop(&server), server.hop.mtu), ([2, 0, 0, 0, 1, 2], 1400));
 
         lab.ip("route change 192.0.2.0/24 via 10.2.0.2");
         let west = lab.ifindex("west");
         let server =
-            entry_becomes(&datapath, 1, "the route moves", |server, _| is(server, Status::Ready) && server.hop.ifindex == west).await;
+            entry_becomes(&datapath, 1, "the route moves", |server, _| is(server, Status::Ready) && server.hop.ifindex == west)
+                .await;
         assert_eq!((next_hop(&server), source(&server), server.hop.mtu), ([2, 0, 0, 0, 2, 2], lab.mac("west"), 1500));
         let left = lab.ip("neighbour show 10.1.0.2");
         assert!(!left.contains("managed"), "nobody needs the old gateway: {left}");

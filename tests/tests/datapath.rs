@@ -447,7 +447,8 @@ const CASES: &[Case] = &[
         commands: |world| world.masqueraded("tcp"),
         steps: |world| {
             let extensions = vec![Extension::HopByHop, Extension::DestinationOptions];
-            let odd = |flags| Frame { options: 40, extensions: extensions.clone(), ..Frame::tcp(world.client(), world.vip(), flags) };
+            let odd =
+                |flags| Frame { options: 40, extensions: extensions.clone(), ..Frame::tcp(world.client(), world.vip(), flags) };
             Ok(vec![
                 world.request(&odd(SYN), true),
                 world.reply(&odd(SYN | ACK)),
@@ -530,7 +531,8 @@ const CASES: &[Case] = &[
         name: "an SCTP fragment cannot get another port",
         commands: |world| world.masqueraded("sctp"),
         steps: |world| {
-            let whole = |kind| Frame { payload: vec![7; 200], dont_fragment: false, ..Frame::sctp(world.client(), world.vip(), kind) };
+            let whole =
+                |kind| Frame { payload: vec![7; 200], dont_fragment: false, ..Frame::sctp(world.client(), world.vip(), kind) };
             let [first, _] = whole(DATA).fragments(64);
             Ok(vec![
                 world.request(&whole(INIT), true),

@@ -7,9 +7,7 @@ use bpfvs_tests::{
     lab::{Family, Lab, Layout, Offloads},
     needs, needs_bpfvs,
     pass::PassProgram,
-    programs::{
-        Capture, Download, IperfServer, UdpServer, ask_udp, curl_times, host, iperf, iperf_reverse, upload,
-    },
+    programs::{Capture, Download, IperfServer, UdpServer, ask_udp, curl_times, host, iperf, iperf_reverse, upload},
 };
 
 /// The layout of the how-to: the director is the real servers' default gateway.

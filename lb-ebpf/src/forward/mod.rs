@@ -75,8 +75,8 @@ pub fn forward<P: Packet, F: Family, const PLAIN: bool>(
     mtu: &mut u16,
 ) -> Result<Outcome, Reason> {
     let method = server.entry.method;
-    let too_big =
-        header.length > server.entry.hop.mtu as usize && !packet.fits_in_segments(SEGMENT_HEADERS + F::HEADER, server.entry.hop.mtu);
+    let too_big = header.length > server.entry.hop.mtu as usize
+        && !packet.fits_in_segments(SEGMENT_HEADERS + F::HEADER, server.entry.hop.mtu);
     if !packet.takes_headers(link) && (too_big || method == Method::Tunnel as u8) {
         return Err(Reason::Vlan);
     }

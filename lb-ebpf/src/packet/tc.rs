@@ -6,11 +6,13 @@
 use aya_ebpf::{
     bindings::{
         __sk_buff, BPF_F_ADJ_ROOM_ENCAP_L3_IPV4, BPF_F_ADJ_ROOM_ENCAP_L3_IPV6, BPF_F_ADJ_ROOM_ENCAP_L4_GRE,
-        BPF_F_ADJ_ROOM_ENCAP_L4_UDP, BPF_F_ADJ_ROOM_FIXED_GSO, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC, bpf_redir_neigh,
+        BPF_F_ADJ_ROOM_ENCAP_L4_UDP, BPF_F_ADJ_ROOM_FIXED_GSO, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT,
+        bpf_adj_room_mode::BPF_ADJ_ROOM_MAC, bpf_redir_neigh,
     },
     cty::c_void,
     helpers::generated::{
-        bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_pull_data, bpf_skb_vlan_pop,
+        bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_pull_data,
+        bpf_skb_vlan_pop,
     },
 };
 use lb_common::{
@@ -186,9 +188,8 @@ impl Packet for TcBuffer {
         let kind = if kind == Checksum::Udp { BPF_F_MARK_MANGLED_0 } else { 0 };
         let replace = |difference: u16, flags: u32| {
             // SAFETY: the context is the kernel's; a refusal changes nothing.
-            let refused = unsafe {
-                bpf_l4_csum_replace(self.context, checksum as u32, 0, difference.into(), (flags | kind).into())
-            };
+            let refused =
+                unsafe { bpf_l4_csum_replace(self.context, checksum as u32, 0, difference.into(), (flags | kind).into()) };
             if refused == 0 { Ok(()) } else { Err(Reason::Failed) }
         };
         replace(addresses, BPF_F_PSEUDO_HDR)?;

@@ -14,6 +14,7 @@ use aya::maps::{Array, HashMap, Map, MapData};
 use lb_common::{
     connection::{Connection, ConnectionKey},
     family::ipv4,
+    hop::Hop,
     server::Server,
 };
 use nix::{
@@ -108,7 +109,8 @@ fn answer_at_once(bench: &Bench) -> Result<()> {
     let mut servers: Array<MapData, Server> = Array::try_from(Map::Array(open(bench, "SERVERS")?))?;
     for index in 0..services().map(|(_, _, servers)| servers).sum() {
         let entry = servers.get(&index, 0)?;
-        servers.set(index, Server { ifindex: INGRESS, port_ifindex: INGRESS, ..entry }, 0)?;
+        let hop = Hop { ifindex: INGRESS, port_ifindex: INGRESS, ..entry.hop };
+        servers.set(index, Server { hop, ..entry }, 0)?;
     }
     Ok(())
 }
