@@ -83,7 +83,7 @@ done
 bpfvs serve --interface eth0 --hook $HOOK --state /run/state >/run/bpfvs.out 2>/run/bpfvs.log &
 daemon=$!
 disown # bash need not tell when it is killed
-for try in $(seq 300); do grep -qx ready /run/bpfvs.out && break; sleep 0.1; done
+for try in $(seq 900); do grep -qx ready /run/bpfvs.out && break; sleep 0.1; done
 grep -qx ready /run/bpfvs.out
 ask() { # address, times
     for try in $(seq $2); do ip netns exec client busybox timeout 10 busybox wget -q -O - "http://$1/"; done | tr '\n' ' '
@@ -119,7 +119,7 @@ echo "orphaned $(ask 10.0.0.200 2)"
 bpfvs serve --interface eth0 --hook $HOOK --state /run/state >/run/bpfvs.out 2>>/run/bpfvs.log &
 daemon=$!
 disown # bash need not tell when it is killed
-for try in $(seq 300); do grep -qx ready /run/bpfvs.out && break; sleep 0.1; done
+for try in $(seq 900); do grep -qx ready /run/bpfvs.out && break; sleep 0.1; done
 echo "adopted $(ask 10.0.0.200 2)"
 ipvsadm -Ln | grep -c Route
 bpfvs stop --detach

@@ -56,7 +56,7 @@ use super::{
     way::{address, words},
 };
 use crate::{
-    director::model::{ConnectionView, Hook, InterfaceView, Protocol, ReasonView},
+    director::model::{ConnectionView, Hook, InterfaceView, Method, Protocol, ReasonView},
     scheduler::Run,
 };
 
@@ -412,6 +412,9 @@ impl Datapath for KernelDatapath {
     fn set_server(&mut self, index: u32, target: &Target) -> Result<(), Error> {
         let concerned = lock(&self.servers).set(index, *target)?;
         self.look(concerned);
+        if target.method == Method::Masquerade {
+            warn_unless_forwarding(target.address);
+        }
         Ok(())
     }
 
@@ -486,6 +489,17 @@ impl Datapath for KernelDatapath {
         self.config_map.set(0, config, 0).map_err(|error| kernel_error("the settings cannot be written", error))?;
         self.config = config;
         Ok(())
+    }
+}
+
+/// Says what to set if the kernel tells nobody the way back to a client.
+fn warn_unless_forwarding(server: IpAddr) {
+    let setting = if server.is_ipv6() { "net/ipv6/conf/all/forwarding" } else { "net/ipv4/ip_forward" };
+    if std::fs::read_to_string(format!("/proc/sys/{setting}")).is_ok_and(|value| value.trim() == "0") {
+        let setting = setting.replace('/', ".");
+        tracing::warn!(
+            "replies of the masqueraded real server {server} will not be forwarded: this host is no router; set {setting}=1"
+        );
     }
 }
 
