@@ -137,6 +137,9 @@ pub fn deliver<P: Packet, F: Family>(context: *mut c_void, verdict: i32) -> Outc
 
 #[inline(always)]
 fn translate<P: Packet, F: Family>(packet: &mut P, verdict: i32) -> Result<Outcome, Reason> {
+    let link = ethernet::parse(packet)?;
+    let header = F::parse(packet, link.payload)?;
+    let payload = merged(packet, &F::transport(packet, &header)?);
     let mut key = F::no_key();
     if identify::<P, F>(packet.context(), &mut key) == NOT_OURS {
         return Err(Reason::NotOurs);
@@ -144,9 +147,6 @@ fn translate<P: Packet, F: Family>(packet: &mut P, verdict: i32) -> Result<Outco
     let known = F::replies().get_ptr(&key).ok_or(Reason::NotOurs)?;
     // SAFETY: an element of the map, as in `plain`.
     let known = unsafe { &*known };
-    let link = ethernet::parse(packet)?;
-    let header = F::parse(packet, link.payload)?;
-    let payload = merged(packet, &F::transport(packet, &header)?);
     if verdict == NO_VERDICT && !packet.reaches(&known.hop, known.flags & flags::REDIRECT != 0) {
         return Err(Reason::OtherDevice);
     }
