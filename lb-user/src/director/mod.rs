@@ -389,6 +389,7 @@ impl<D: Datapath> Director<D> {
             scheduler,
             base: self.datapath.cursor(index),
             ahead: 0,
+            stuck: false,
             lasts: None,
             servers: Servers::default(),
             left_behind: Totals::default(),
