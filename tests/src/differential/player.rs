@@ -1,0 +1,167 @@
+//! A script becomes frames, and frames become answers.
+//!
+//! Many scripts are played side by side: in each round first everything is typed, in one go, then every script has its
+//! packets sent. The next round begins 20 ms after the last packet of the one before.
+
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::{
+    sched::{CpuSet, sched_getcpu, sched_setaffinity},
+    unistd::Pid,
+};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    script::{Event, Script},
+    wire::{Flow, Sight, Wire},
+};
+use crate::{bpfvs::Bpfvs, netns::Namespace};
+
+/// From one round to the next. In a tenth of it a director that looks at its counters would have to notice a change.
+pub const PAUSE: Duration = Duration::from_millis(20);
+/// So many scripts are played side by side.
+const SIDE_BY_SIDE: usize = 56;
+
+/// Who is asked to balance.
+pub trait Director {
+    /// Feeds `ipvsadm -R`.
+    fn type_lines(&self, lines: &str) -> Result<()>;
+    /// What `ipvsadm -Ln` prints.
+    fn list(&self) -> Result<String>;
+}
+
+impl Director for Bpfvs {
+    fn type_lines(&self, lines: &str) -> Result<()> {
+        self.restore(lines)
+    }
+
+    fn list(&self) -> Result<String> {
+        self.ipvsadm("-Ln")
+    }
+}
+
+/// The kernel's own IPVS, in a namespace.
+impl Director for Namespace {
+    fn type_lines(&self, lines: &str) -> Result<()> {
+        self.run_with_input("ipvsadm", ["-R"], lines).map(|_| ())
+    }
+
+    fn list(&self) -> Result<String> {
+        self.run("ipvsadm", ["-Ln"])
+    }
+}
+
+/// What became of a packet.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub enum Answer {
+    /// It was forwarded to this real server.
+    Server(u8),
+    /// The client was told "port unreachable".
+    Refused,
+    /// The director's own stack answered it.
+    Stack,
+    /// It was dropped.
+    Dropped,
+    /// It was not sent, because its connection had not been taken.
+    NotSent,
+}
+
+/// What a director did with a script.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+pub struct Record {
+    /// What became of each packet, round by round.
+    pub answers: Vec<Vec<Answer>>,
+    /// The service as `ipvsadm -Ln` lists it in the end.
+    pub listing: Vec<String>,
+}
+
+/// Plays scripts on a director, and says what it did with each.
+pub fn play(scripts: &[Script], director: &dyn Director, wire: &Wire) -> Result<Vec<Record>> {
+    stay_on_this_processor()?;
+    let mut records = Vec::new();
+    for scripts in scripts.chunks(SIDE_BY_SIDE) {
+        records.extend(play_side_by_side(scripts, director, wire)?);
+        director.type_lines("-C\n")?;
+    }
+    Ok(records)
+}
+
+fn play_side_by_side(scripts: &[Script], director: &dyn Director, wire: &Wire) -> Result<Vec<Record>> {
+    let mut records = vec![Record::default(); scripts.len()];
+    let mut refused: Vec<Vec<SocketAddr>> = vec![Vec::new(); scripts.len()];
+    let rounds = scripts.iter().map(|script| script.rounds.len()).max().unwrap_or_default();
+    for number in 0..rounds {
+        let mut lines = String::new();
+        let mut frames = Vec::new();
+        let mut waiting = HashMap::new();
+        for (position, script) in scripts.iter().enumerate() {
+            let Some(round) = script.rounds.get(number) else { continue };
+            lines.extend(round.edits.iter().map(|edit| script.line(edit) + "\n"));
+            let mut answers = Vec::new();
+            for packet in &round.packets {
+                if packet.event != Event::Begin && refused[position].contains(&packet.client) {
+                    answers.push(Answer::NotSent);
+                    continue;
+                }
+                let flow = Flow { client: packet.client, vip: script.vip };
+                let earlier = waiting.insert(flow, (position, answers.len(), packet.event));
+                ensure!(earlier.is_none(), "script {}, round {number}: two packets of one connection", script.seed);
+                answers.push(Answer::Dropped);
+                frames.push(script.frame(*packet));
+            }
+            records[position].answers.push(answers);
+        }
+        if !lines.is_empty() {
+            director.type_lines(&lines).with_context(|| format!("type in round {number}:\n{lines}"))?;
+        }
+        let sights = wire.exchange(&frames).with_context(|| format!("in round {number}"))?;
+        let next = Instant::now() + PAUSE;
+        for sight in sights {
+            let (flow, answer) = match sight {
+                Sight::Forwarded(flow, server) => (flow, Answer::Server(server)),
+                Sight::Refused(flow) => (flow, Answer::Refused),
+                Sight::Stack(flow) => (flow, Answer::Stack),
+            };
+            let Some(&(position, packet, event)) = waiting.get(&flow) else {
+                bail!("{sight:?} came out in round {number}, in which no such packet was sent")
+            };
+            let place = &mut records[position].answers[number][packet];
+            ensure!(*place == Answer::Dropped, "the packet of {flow:?} came out twice in round {number}: {place:?}, {answer:?}");
+            *place = answer;
+            if event == Event::Begin {
+                refused[position].retain(|client| *client != flow.client);
+                if !matches!(answer, Answer::Server(_)) {
+                    refused[position].push(flow.client);
+                }
+            }
+        }
+        thread::sleep(next.saturating_duration_since(Instant::now()));
+    }
+    let listing = director.list()?;
+    for (script, record) in scripts.iter().zip(&mut records) {
+        record.listing = listed(&listing, script)?;
+    }
+    Ok(records)
+}
+
+/// A service's part of a listing.
+fn listed(listing: &str, script: &Script) -> Result<Vec<String>> {
+    let vip = script.vip.to_string();
+    let mut lines = listing.lines().skip_while(|line| line.split_whitespace().nth(1) != Some(&vip));
+    let service = lines.next().with_context(|| format!("the service {vip} of script {} is not in {listing}", script.seed))?;
+    let servers = lines.take_while(|line| line.starts_with("  -> "));
+    Ok([service].into_iter().chain(servers).map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect())
+}
+
+/// What a CPU sends by a wire arrives on that CPU, in order; from two CPUs it would not.
+fn stay_on_this_processor() -> Result<()> {
+    let mut this = CpuSet::new();
+    this.set(sched_getcpu()?)?;
+    sched_setaffinity(Pid::from_raw(0), &this).context("stay on one CPU")
+}
