@@ -24,6 +24,7 @@
 mod account;
 mod answer;
 mod atomic;
+mod bell;
 mod classify;
 mod forward;
 mod maps;

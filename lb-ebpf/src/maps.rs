@@ -6,7 +6,7 @@ use aya_ebpf::{
     Global,
     bindings::BPF_F_NO_PREALLOC,
     macros::map,
-    maps::{Array, HashMap, LruHashMap, PerCpuArray},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
 };
 use lb_common::{
     config::{Config, SweepReport},
@@ -72,6 +72,14 @@ pub static NEXT_HOPS: Array<NextHop> = Array::with_max_entries(SERVER_COUNT, 0);
 /// reads.
 #[map]
 pub static COUNTERS: Array<u64> = Array::with_max_entries(SERVER_COUNT, MMAPABLE);
+
+/// Whether the daemon sleeps until `COUNTERS` or `CURSORS` change: 1 or 0. Userspace sets it, the first change clears it.
+#[map]
+pub static SLEEPING: Array<u64> = Array::with_max_entries(1, MMAPABLE);
+
+/// What wakes the daemon. The change that finds it sleeping writes a word, which means nothing; userspace takes it out.
+#[map]
+pub static BELL: RingBuf = RingBuf::with_byte_size(4096, 0);
 
 /// The sweep's recount of `COUNTERS`. The sweep adds, userspace clears and compares.
 #[map]

@@ -23,7 +23,7 @@ use lb_common::{
 use lb_ebpf::packet::Packet;
 
 use crate::{
-    account, atomic,
+    account, atomic, bell,
     maps::{CONFIG, COUNTERS, Family, HZ, SERVERS},
     pick,
 };
@@ -131,6 +131,7 @@ fn recount(server: u32, before: u8, after: u8) {
         let change = if after & flags::ACTIVE != 0 { Counters::ACTIVE } else { Counters::ACTIVE.wrapping_neg() };
         // SAFETY: an element of the counter array.
         unsafe { atomic::add(counter, change) };
+        bell::ring();
     }
 }
 
@@ -172,6 +173,7 @@ pub fn forget(connection: &Connection) {
     if let Some(counter) = COUNTERS.get_ptr_mut(connection.server) {
         // SAFETY: an element of the counter array.
         unsafe { atomic::add(counter, share(connection).wrapping_neg()) };
+        bell::ring();
     }
 }
 
@@ -185,7 +187,11 @@ fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8) -> Result<u32, R
     if !may_begin(protocol, event, sloppy) || key.ports.source() == FTP_DATA.to_be() {
         return Err(Reason::NoConnection);
     }
-    let server = pick::pick(service, &key.client, key.ports.source(), &key.vip).ok_or(Reason::NoServer)?;
+    let server = pick::pick(service, &key.client, key.ports.source(), &key.vip).ok_or_else(|| {
+        // The cursor has moved, and that the forecast says "nobody" may be out of date.
+        bell::ring();
+        Reason::NoServer
+    })?;
     let state = next_state(protocol, 0, event);
     let flags = flags_of(protocol, state);
     let connection = Connection { server, last_seen: jiffies(), state, flags, zero: [0; 6] };
@@ -199,6 +205,7 @@ fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8) -> Result<u32, R
     if let Some(counter) = COUNTERS.get_ptr_mut(server) {
         // SAFETY: an element of the counter array.
         unsafe { atomic::add(counter, share(&connection)) };
+        bell::ring();
     }
     account::connection(server);
     Ok(server)

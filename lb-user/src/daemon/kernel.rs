@@ -60,6 +60,10 @@ impl Instance for KernelDatapath {
         Self::settled(self)
     }
 
+    fn changed(&mut self) -> impl Future<Output = ()> + Send + use<> {
+        Self::changed(self)
+    }
+
     fn sweep(&self) -> impl Future<Output = anyhow::Result<u64>> + Send + use<> {
         let outcome = Self::sweep(self);
         async move { outcome.await.map(|outcome| outcome.examined - outcome.expired) }

@@ -14,6 +14,7 @@ pub mod serve;
 mod tests;
 
 use std::{
+    future,
     path::{Path, PathBuf},
     process,
     sync::Arc,
@@ -50,6 +51,9 @@ pub trait Instance: Datapath + Send + Sized + 'static {
 
     /// Resolves when the way to every real server that was made known so far has been looked for.
     fn settled(&self) -> impl Future<Output = ()> + Send + use<Self>;
+
+    /// Resolves when connections have come, gone or changed their state since this was called; now and then without that.
+    fn changed(&mut self) -> impl Future<Output = ()> + Send + use<Self>;
 
     /// Deletes the connections that are over; resolves to the number of those that are left.
     fn sweep(&self) -> impl Future<Output = anyhow::Result<u64>> + Send + use<Self>;
@@ -237,14 +241,20 @@ impl<I: Instance> Daemon<I> {
         }
     }
 
-    /// Whether [`Daemon::refresh`] has anything to look at.
-    pub fn needs_watching(&self) -> bool {
-        self.director.needs_watching()
+    /// Keeps schedules true that connections can make untrue. Returns whether one was not.
+    pub fn refresh(&mut self) -> bool {
+        self.director.refresh()
     }
 
-    /// To be called some times in a second: takes in what cannot wait for the next tick.
-    pub fn refresh(&mut self) {
-        self.director.refresh();
+    /// Resolves when a schedule may have become untrue since this was called; never, if none can.
+    pub fn untrue(&mut self) -> impl Future<Output = ()> + Send + use<I> {
+        let changed = self.director.is_live().then(|| self.director.datapath_mut().changed());
+        async move {
+            match changed {
+                Some(changed) => changed.await,
+                None => future::pending().await,
+            }
+        }
     }
 
     /// Writes the state down if it has changed; if that fails, again at the next tick.

@@ -41,8 +41,9 @@ use crate::{
     director::{Director, model::Hook, state::State},
 };
 
-/// How often the daemon looks at what cannot wait for the next second: new connections pass a threshold for as long.
-const MOMENT: Duration = Duration::from_millis(10);
+/// Pauses between two looks at the live counters while they change: the shortest and the longest.
+const SHORTEST_LOOK: Duration = Duration::from_millis(1);
+const LONGEST_LOOK: Duration = Duration::from_millis(50);
 
 /// Pauses between two sweeps: the shortest, the longest, and that of a director without connections.
 const SHORTEST_PAUSE: Duration = Duration::from_secs(1);
@@ -188,28 +189,21 @@ pub(super) async fn run<I: Instance>(
     let server = tokio::spawn(server.into_future());
 
     let mut seconds = interval(Duration::from_secs(1));
-    let mut moments = interval(MOMENT);
-    for ticks in [&mut seconds, &mut moments] {
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    }
-    let sweeping = tokio::spawn(keep_sweeping(Arc::clone(&daemon)));
+    seconds.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let tasks = [tokio::spawn(keep_sweeping(Arc::clone(&daemon))), tokio::spawn(keep_true(Arc::clone(&daemon), commanded))];
     // Nobody may be there to read it; that is no reason to end.
     drop(writeln!(io::stdout(), "ready").and_then(|()| io::stdout().flush()));
     notify(NotifyState::Ready);
     loop {
-        let watching = daemon.lock().await.needs_watching();
         tokio::select! {
             _ = seconds.tick() => daemon.lock().await.tick(),
-            _ = moments.tick(), if watching => daemon.lock().await.refresh(),
-            // They may have brought something to watch.
-            () = commanded.notified() => (),
             () = stopping.notified() => break info!("told to stop"),
             _ = terminate.recv() => break info!("told to stop by SIGTERM"),
             _ = interrupt.recv() => break info!("told to stop by SIGINT"),
         }
     }
     notify(NotifyState::Stopping);
-    sweeping.abort();
+    tasks.iter().for_each(tokio::task::JoinHandle::abort);
     daemon.lock().await.save();
     // In this order: whoever sees the connection closed may start the next daemon.
     remove_file(socket);
@@ -217,6 +211,34 @@ pub(super) async fn run<I: Instance>(
     closing.notify_one();
     drop(timeout(FAREWELL, server).await);
     Ok(())
+}
+
+/// Keeps schedules true for ever. While they become untrue it looks again and again; when they are at rest it sleeps until
+/// the packet path wakes it, or somebody commands.
+async fn keep_true<I: Instance>(daemon: Arc<Mutex<Daemon<I>>>, commanded: Arc<Notify>) {
+    loop {
+        let begin = Instant::now();
+        let busy = daemon.lock().await.refresh();
+        // Even if there was nothing: what wakes it may be traffic of services that are always true.
+        sleep(look_pause(begin.elapsed())).await;
+        if busy {
+            continue;
+        }
+        let untrue = daemon.lock().await.untrue();
+        // What happened before it began to listen.
+        if daemon.lock().await.refresh() {
+            continue;
+        }
+        tokio::select! {
+            () = untrue => (),
+            () = commanded.notified() => (),
+        }
+    }
+}
+
+/// How long to wait for the next look, so that looking takes a fifth of one CPU at most.
+fn look_pause(took: Duration) -> Duration {
+    (took * 4).clamp(SHORTEST_LOOK, LONGEST_LOOK)
 }
 
 /// Sweeps for ever, beside everything else: a sweep of many connections takes longer than anybody should wait.

@@ -36,6 +36,10 @@ impl Instance for Memory {
         future::ready(())
     }
 
+    fn changed(&mut self) -> impl Future<Output = ()> + Send + use<> {
+        future::pending()
+    }
+
     fn sweep(&self) -> impl Future<Output = anyhow::Result<u64>> + Send + use<> {
         future::ready(Ok(3))
     }
@@ -97,7 +101,7 @@ fn a_conversation() {
     with_daemon(directory.path(), true, |mut client| {
         let mode = std::fs::metadata(client.socket()).expect("it is there").permissions().mode();
         assert_eq!(mode & 0o777, 0o660);
-        let outcomes = client.commands(&[add("rr"), add("rr"), Command::Clear, add("wlc")]).expect("it answers");
+        let outcomes = client.commands(&[add("rr"), add("rr"), Command::Clear, add("lblc")]).expect("it answers");
         let kinds: Vec<_> = outcomes
             .iter()
             .map(|outcome| match outcome {

@@ -37,6 +37,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::{
     Datapath, Error, Target,
     attach::{Attachments, remove_filter},
+    bell::Bell,
     connections::{Clock, Connections},
     filter::Filter,
     hz, kernel_error,
@@ -93,6 +94,8 @@ pub struct KernelDatapath {
     filter: Filter,
     runs: Runs,
     counters: Words,
+    /// Something once it is started.
+    bell: Option<Bell>,
     swept: Words,
     statistics: PerCpuArray<MapData, Statistics>,
     servers: Arc<Mutex<Servers>>,
@@ -151,6 +154,7 @@ impl KernelDatapath {
             filter: Filter::new(words("FILTER")?, services.keys().map(|(_, address, _)| *address)),
             runs: Runs::new(words("SCHEDULES")?, words("CURSORS")?, words("RUNS")?),
             counters: words("COUNTERS")?,
+            bell: None,
             swept: words("SWEPT")?,
             statistics: pins.typed("STATISTICS")?,
             servers: Arc::new(Mutex::new(Servers::open(&pins)?)),
@@ -178,6 +182,7 @@ impl KernelDatapath {
     /// Attaches to the interfaces and begins to follow netlink, in this thread's network namespace, on this runtime.
     pub async fn start(&mut self) -> anyhow::Result<()> {
         let Some((orders, answered)) = self.task.take() else { return Ok(()) };
+        self.bell = Some(Bell::open(&self.pins)?);
         let resolver = Resolver::start(orders, answered, Arc::clone(&self.servers), Arc::clone(&self.attachments)).await?;
         tokio::spawn(resolver.run());
         Ok(())
@@ -251,6 +256,17 @@ impl KernelDatapath {
         async move {
             // An error means that the task is gone, and nothing will ever be more settled.
             let _ = answered.wait_for(|count| *count >= asked).await;
+        }
+    }
+
+    /// Resolves when connections have come, gone or changed their state since this was called.
+    pub fn changed(&mut self) -> impl Future<Output = ()> + Send + use<> {
+        let changed = self.bell.as_mut().map(Bell::listen);
+        async move {
+            match changed {
+                Some(changed) => changed.await,
+                None => std::future::pending().await,
+            }
         }
     }
 

@@ -7,7 +7,7 @@
 //! | --- | --- |
 //! | the real one | [`kernel`] |
 //! | where maps are pinned, and which are taken over | [`maps`] |
-//! | shared memory, raw system calls | [`shared`], [`system`] |
+//! | shared memory, what wakes its reader, raw system calls | [`shared`], [`bell`], [`system`] |
 //! | the programs, and the interfaces that they run on | [`programs`], [`attach`], [`links`] |
 //! | schedules, filter | [`runs`], [`filter`] |
 //! | real servers and the ways to them | [`servers`], [`way`], [`resolve`] |
@@ -15,6 +15,7 @@
 //! | the kernel's clock rate | [`hz`] |
 
 pub mod attach;
+pub mod bell;
 pub mod connections;
 pub mod filter;
 pub mod hz;

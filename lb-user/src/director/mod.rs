@@ -18,10 +18,11 @@
 //! If the datapath has no room for a schedule, the service goes back to what it was before the list, and the list's
 //! commands about it are refused.
 //!
-//! Overload flags (`ipvsadm -x`/`-y`) are looked at whenever [`Director::refresh`] is called, not at each connection:
-//! a server can get a few connections more than its threshold between two looks.
+//! Schedules that depend on connections (dynamic schedulers, overload flags of `ipvsadm -x`/`-y`) are kept true by
+//! [`Director::refresh`], which is called whenever connections come or go ([`live`]).
 
 mod indices;
+mod live;
 pub mod model;
 pub mod rules;
 mod servers;
@@ -37,11 +38,12 @@ mod tests;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    hash::{BuildHasher as _, Hasher as _, RandomState},
     path::Path,
     time::Instant,
 };
 
-use lb_common::{config::Config, service::Service as ServiceEntry, tcp};
+use lb_common::{config::Config, server::Counters, service::Service as ServiceEntry, tcp};
 use tracing::warn;
 
 use self::{
@@ -52,7 +54,7 @@ use self::{
     },
     rules::refuse,
     servers::Servers,
-    service::{Server, Service, overloaded},
+    service::{Server, Service},
     state::State,
     traffic::{ESTIMATOR_PERIOD, Estimator},
     trash::{Removed, Trash},
@@ -75,6 +77,8 @@ pub struct Director<D> {
     next_incarnation: u64,
     estimated: Option<Instant>,
     changed: bool,
+    /// What schedulers that draw lots make them of.
+    seed: u64,
 }
 
 /// What a list of commands has touched so far.
@@ -126,6 +130,7 @@ impl<D: Datapath> Director<D> {
             next_incarnation: 0,
             estimated: None,
             changed: true,
+            seed: seed(),
             datapath,
         };
         director.take_in_orphans()?;
@@ -169,6 +174,7 @@ impl<D: Datapath> Director<D> {
             next_incarnation: state.next_incarnation,
             estimated: None,
             changed: true,
+            seed: seed(),
         };
         director.restore()?;
         Ok(director)
@@ -210,6 +216,7 @@ impl<D: Datapath> Director<D> {
         let ids: Vec<ServiceId> = self.services.keys().copied().collect();
         for id in ids {
             self.bring_up_to_date(&id);
+            self.start_from_now(&id);
             self.publish(&id)?;
         }
         Ok(())
@@ -290,41 +297,6 @@ impl<D: Datapath> Director<D> {
     /// How many real servers there are, over all services.
     pub fn server_count(&self) -> usize {
         self.services.values().map(|service| service.servers.len()).sum()
-    }
-
-    /// Whether [`Director::refresh`] should be called more often than once a second: there are thresholds to watch,
-    /// or schedules that end.
-    pub fn needs_watching(&self) -> bool {
-        self.services
-            .values()
-            .any(|service| service.lasts.is_some() || service.servers.iter().any(|server| server.config.upper_threshold > 0))
-    }
-
-    /// Looks at thresholds, and at schedules that come to their end. Cheap: it reads memory that the kernel shares.
-    pub fn refresh(&mut self) {
-        let datapath = &self.datapath;
-        let mut stale = Vec::new();
-        for service in self.services.values_mut() {
-            let cursor = datapath.cursor(service.index);
-            let flag = |server: &Server| overloaded(&server.config, datapath.counters(server.index), server.overloaded);
-            let flags: Vec<bool> = service.servers.iter().map(flag).collect();
-            let flipped = service.servers.iter().zip(&flags).any(|(server, flag)| server.overloaded != *flag);
-            let half_used = service.lasts.is_some_and(|picks| cursor.wrapping_sub(service.base) > picks / 2);
-            if flipped || half_used {
-                // The picks until now were made with the old flags.
-                service.advance(cursor);
-                for (server, flag) in service.servers.iter_mut().zip(flags) {
-                    server.overloaded = flag;
-                }
-                self.changed |= flipped;
-                stale.push(service.id);
-            }
-        }
-        for id in stale {
-            if let Err(error) = self.publish(&id) {
-                warn!("{id} keeps its old schedule: {error}");
-            }
-        }
     }
 
     /// To be called each second: refreshes, empties the trash, and feeds the estimators when their time has come.
@@ -414,6 +386,7 @@ impl<D: Datapath> Director<D> {
             incarnation: self.next_incarnation,
             scheduler,
             base: self.datapath.cursor(index),
+            ahead: 0,
             lasts: None,
             servers: Servers::default(),
             left_behind: Totals::default(),
@@ -506,6 +479,7 @@ impl<D: Datapath> Director<D> {
             index,
             last_weight: 0,
             overloaded: back.as_ref().is_some_and(|removed| removed.overloaded),
+            live: Counters::default(),
             joined: Totals::default(),
             zero: Totals::default(),
             estimator: Estimator::default(),
@@ -625,6 +599,7 @@ impl<D: Datapath> Director<D> {
             if let Some(service) = self.services.get_mut(&id) {
                 touched.tell(service);
             }
+            self.start_from_now(&id);
             let Err(error) = self.publish(&id) else { continue };
             self.roll_back(&id, touched.before, &mut retiring, &mut abandoned);
             for position in touched.commands {
@@ -646,13 +621,11 @@ impl<D: Datapath> Director<D> {
         }
     }
 
-    /// Compiles and publishes the schedule of a service, and then the service.
+    /// Compiles and publishes the schedule of a service, from its [`Service::base`] on, and then the service.
     fn publish(&mut self, id: &ServiceId) -> Result<(), datapath::Error> {
         let Some(service) = self.services.get_mut(id) else { return Ok(()) };
-        let cursor = self.datapath.cursor(service.index);
-        let run = service.scheduler.compile(&service.candidates(), cursor);
+        let run = service.scheduler.compile(&service.candidates(), service.arrivals(self.seed));
         self.datapath.publish(service.index, &run)?;
-        service.base = cursor;
         service.lasts = run.truncated.then_some(run.picks.len() as u32);
         if let ServiceId::Address { protocol, address, port } = *id {
             let entry = ServiceEntry {
@@ -783,6 +756,11 @@ impl<D: Datapath> Director<D> {
             ),
         })
     }
+}
+
+/// A number that nobody foresees, and that is another one at each start.
+fn seed() -> u64 {
+    RandomState::new().build_hasher().finish()
 }
 
 /// The totals of a service's servers, in order.

@@ -100,6 +100,12 @@ impl ServiceId {
             Self::Mark { family, .. } => *family,
         }
     }
+
+    /// Whether its connections are active from their first packet ([`crate::scheduler::Arrivals::active`]). The packets of a
+    /// mark are taken for TCP, as most are.
+    pub const fn arrives_active(&self) -> bool {
+        matches!(self, Self::Address { protocol: Protocol::Tcp, .. } | Self::Mark { .. })
+    }
 }
 
 impl fmt::Display for ServiceId {

@@ -30,6 +30,9 @@ pub(super) struct Service {
     pub(super) scheduler: Scheduler,
     /// Where the cursor stood when the schedule was published.
     pub(super) base: u32,
+    /// How many arrivals its next schedule should at least look ahead, if it is a forecast.
+    #[serde(skip)]
+    pub(super) ahead: u32,
     /// After how many picks the schedule has to be made anew; nothing if it repeats for ever.
     #[serde(skip)]
     pub(super) lasts: Option<u32>,
@@ -54,7 +57,9 @@ impl Service {
     pub(super) fn advance(&mut self, cursor: u32) {
         let taken = cursor.wrapping_sub(self.base);
         if taken != 0 {
-            self.scheduler.advance(&self.candidates(), taken);
+            if !self.scheduler.is_dynamic() {
+                self.scheduler.advance(&self.candidates(), taken);
+            }
             self.base = cursor;
         }
     }
@@ -80,6 +85,9 @@ pub(super) struct Server {
     /// Too many connections: it gets no new ones.
     #[serde(default)]
     pub(super) overloaded: bool,
+    /// Its connections when they were last read.
+    #[serde(skip)]
+    pub(super) live: Counters,
     /// What its totals were when it came to the service.
     pub(super) joined: Totals,
     /// What its totals were at the last zeroing.
@@ -99,6 +107,9 @@ impl Server {
             weight: self.config.weight,
             last_weight: self.last_weight,
             overloaded: self.overloaded,
+            upper_threshold: self.config.upper_threshold,
+            active: self.live.active,
+            total: self.live.total,
         }
     }
 
@@ -108,7 +119,13 @@ impl Server {
         if config.weight > 0 {
             self.last_weight = config.weight;
         }
-        self.overloaded = overloaded(config, counters, self.overloaded);
+        self.live = counters;
+        self.overloaded = self.is_overloaded();
+    }
+
+    /// Whether it has too many connections, as far as they are known.
+    pub(super) fn is_overloaded(&self) -> bool {
+        overloaded(&self.config, self.live, self.overloaded)
     }
 
     /// The server as the datapath sees it.
@@ -119,7 +136,7 @@ impl Server {
 
 /// Whether a server has too many connections, if it was (not) `overloaded` so far. IPVS sets the flag when the upper
 /// threshold is reached, and clears it below the lower one, which is three quarters of the upper one if there is none.
-pub(super) fn overloaded(config: &ServerConfig, counters: Counters, overloaded: bool) -> bool {
+fn overloaded(config: &ServerConfig, counters: Counters, overloaded: bool) -> bool {
     let upper = config.upper_threshold;
     let lower = if config.lower_threshold == 0 { upper - (upper >> 2) } else { config.lower_threshold };
     match counters.total {

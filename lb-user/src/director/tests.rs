@@ -131,13 +131,13 @@ fn ipvs_refusals_in_the_order_of_ipvs() {
     for (command, kind) in [
         (add(service(), "nonsense"), ServiceExists),
         (add(other, "nonsense"), SchedulerNotFound),
-        (add(other, "wlc"), Unsupported),
+        (add(other, "lblc"), Unsupported),
         (add(ServiceId::Mark { mark: 1, family: model::Family::Ipv4 }, "nonsense"), SchedulerNotFound),
         (add(ServiceId::Mark { mark: 1, family: model::Family::Ipv4 }, "rr"), Unsupported),
         (
             Command::AddService {
                 service: other,
-                config: ServiceConfig { engine: Some("nonsense".to_owned()), ..scheduled("wlc") },
+                config: ServiceConfig { engine: Some("nonsense".to_owned()), ..scheduled("lblc") },
             },
             SchedulerNotFound,
         ),
@@ -299,9 +299,9 @@ fn an_index_is_not_used_again_while_connections_name_it() {
 fn an_overloaded_server_gets_nothing_until_it_has_room() {
     let mut director = with_servers("rr", &[1]);
     let limited = ServerConfig { upper_threshold: 4, lower_threshold: 2, ..weight(1) };
-    assert!(!director.needs_watching());
+    assert!(!director.is_live());
     accept(&mut director, &[Command::AddServer { service: service(), server: server(2), config: limited }]);
-    assert!(director.needs_watching());
+    assert!(director.is_live());
     let index = index_of(&director, 2);
     assert_eq!(picks(&mut director, 3), [2, 1, 2]);
     set_connections(&mut director, index, 4);

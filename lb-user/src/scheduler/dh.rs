@@ -8,7 +8,7 @@
 use lb_common::{pick::BUCKETS, schedule::NOBODY, service::Mode};
 use serde::{Deserialize, Serialize};
 
-use super::{Algorithm, Candidate, Run};
+use super::{Algorithm, Arrivals, Candidate, Run};
 use crate::director::model::Family;
 
 /// Destination hash.
@@ -24,8 +24,12 @@ impl Algorithm for DestinationHash {
         Mode::DestinationHash
     }
 
-    fn compile(&mut self, servers: &[Candidate], base: u32) -> Run {
+    fn compile(&mut self, servers: &[Candidate], arrivals: Arrivals) -> Run {
         let dealt = servers.iter().cycle().map(|server| if server.eligible() { server.index } else { NOBODY });
-        Run { base, picks: dealt.chain(std::iter::repeat(NOBODY)).take(BUCKETS as usize).collect(), ..Run::default() }
+        Run {
+            base: arrivals.base,
+            picks: dealt.chain(std::iter::repeat(NOBODY)).take(BUCKETS as usize).collect(),
+            ..Run::default()
+        }
     }
 }

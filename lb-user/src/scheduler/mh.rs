@@ -19,7 +19,7 @@ use lb_common::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{Algorithm, Candidate, Change, Run};
+use super::{Algorithm, Arrivals, Candidate, Change, Run};
 use crate::director::model::{Family, service_flags};
 
 /// Slots of the table, as a length.
@@ -133,7 +133,7 @@ impl Algorithm for Maglev {
         }
     }
 
-    fn compile(&mut self, servers: &[Candidate], base: u32) -> Run {
+    fn compile(&mut self, servers: &[Candidate], arrivals: Arrivals) -> Run {
         let mut picks = self.kept.clone().unwrap_or_else(|| self.table(servers));
         let mut eligible: Vec<u32> = servers.iter().filter(|server| server.eligible()).map(|server| server.index).collect();
         eligible.sort_unstable();
@@ -142,7 +142,7 @@ impl Algorithm for Maglev {
                 *pick |= INELIGIBLE;
             }
         }
-        Run { base, picks, ..Run::default() }
+        Run { base: arrivals.base, picks, ..Run::default() }
     }
 }
 
@@ -154,9 +154,9 @@ mod tests {
     fn a_quiesced_server_keeps_its_slots() {
         let mut servers = candidates(&[1, 2, 3]);
         let mut mh = Maglev::new(0, Family::Ipv4);
-        let before = mh.compile(&servers, 0).picks;
+        let before = mh.compile(&servers, Arrivals::after(0)).picks;
         servers[1].weight = 0;
-        let after = mh.compile(&servers, 0).picks;
+        let after = mh.compile(&servers, Arrivals::after(0)).picks;
         for (before, after) in before.iter().zip(after) {
             assert_eq!(after, if *before == 1 { 1 | INELIGIBLE } else { *before });
         }
@@ -166,7 +166,7 @@ mod tests {
     fn the_old_table_stays_when_there_are_more_servers_than_slots() {
         let mut servers = candidates(&vec![1; SLOTS]);
         let mut mh = Maglev::new(0, Family::Ipv4);
-        let before = mh.compile(&servers, 0).picks;
+        let before = mh.compile(&servers, Arrivals::after(0)).picks;
         assert_eq!(before.iter().collect::<std::collections::HashSet<_>>().len(), SLOTS, "everybody has a slot");
         let mut newest = servers[0];
         for extra in 1..=2 {
@@ -174,7 +174,7 @@ mod tests {
             newest.address = [10, 2, 0, extra].into();
             servers.insert(0, newest);
             mh.servers_changed(&servers, Change::Added);
-            assert_eq!(mh.compile(&servers, 0).picks, before);
+            assert_eq!(mh.compile(&servers, Arrivals::after(0)).picks, before);
         }
         for _ in 0..2 {
             let removed = servers.remove(0).index;

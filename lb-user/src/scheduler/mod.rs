@@ -8,32 +8,45 @@
 //! their index in the datapath, so the sequence goes on exactly when the daemon comes back. This is how it is driven:
 //!
 //! ```
-//! # use bpfvs::{director::model::Family, scheduler::{Candidate, Change, Scheduler}};
+//! # use bpfvs::{director::model::Family, scheduler::{Arrivals, Candidate, Change, Scheduler}};
 //! # let candidate = |index| Candidate {
 //! #     index, address: [192, 0, 2, index as u8].into(), port: 80, weight: 1, last_weight: 1, overloaded: false,
+//! #     upper_threshold: 0, active: 0, total: 0,
 //! # };
 //! let mut scheduler = Scheduler::from_name("rr", 0, Family::Ipv4).unwrap();
 //! let mut servers = vec![candidate(7)];
 //! scheduler.servers_changed(&servers, Change::Added);
-//! let run = scheduler.compile(&servers, 0); // published; the kernel takes picks 0..5
+//! let run = scheduler.compile(&servers, Arrivals::after(0)); // published; the kernel takes picks 0..5
 //!
 //! scheduler.advance(&servers, 5 - run.base); // first the past, with the servers as they were compiled
 //! servers.insert(0, candidate(8)); // then the change
 //! scheduler.servers_changed(&servers, Change::Added);
-//! assert_eq!(scheduler.compile(&servers, 5).picks, [8, 7]);
+//! assert_eq!(scheduler.compile(&servers, Arrivals::after(5)).picks, [8, 7]);
 //! ```
+//!
+//! A **dynamic** scheduler ([`Scheduler::is_dynamic`]) chooses by how many connections each server has. Its run is a
+//! forecast: what IPVS would choose for the next [`Arrivals`], each counted ([`Candidate::bind`]) before the next is
+//! chosen. It remembers nothing: who compiles the next run reads the live counters anew.
 //!
 //! To add a scheduler: write its file, and name it in the list at the end of this one.
 
 mod dh;
+mod fo;
+mod forecast;
+mod lc;
 mod mh;
 mod none;
+mod nq;
+mod ovf;
 #[cfg(test)]
 mod properties;
 mod rr;
+mod sed;
 mod sh;
+mod twos;
 #[cfg(test)]
 mod vectors;
+mod wlc;
 mod wrr;
 
 use std::net::IpAddr;
@@ -77,12 +90,55 @@ pub struct Candidate {
     /// It has reached its upper threshold and not yet fallen below the lower one.
     #[doc(alias = "IP_VS_DEST_F_OVERLOAD")]
     pub overloaded: bool,
+    /// With so many connections it is overloaded; 0: never.
+    #[doc(alias = "ip_vs_dest.u_threshold")]
+    pub upper_threshold: u32,
+    /// How many of its connections are active now.
+    #[doc(alias = "ip_vs_dest.activeconns")]
+    pub active: u32,
+    /// How many connections it has now.
+    #[doc(alias = "ip_vs_dest.totalconns")]
+    pub total: u32,
 }
 
 impl Candidate {
     /// Whether it takes new connections.
     pub const fn eligible(&self) -> bool {
         self.weight > 0 && !self.overloaded
+    }
+
+    /// What it has to do, as IPVS counts it: 256 for each active connection, and 1 for each of all.
+    #[doc(alias = "ip_vs_dest_conn_overhead")]
+    pub const fn load(&self) -> u32 {
+        (self.active << 8).wrapping_add(self.total)
+    }
+
+    /// Counts a new connection, as IPVS does when it binds one to a server. `active` is [`Arrivals::active`].
+    #[doc(alias = "ip_vs_bind_dest")]
+    pub const fn bind(&mut self, active: bool) {
+        self.total = self.total.wrapping_add(1);
+        self.active = self.active.wrapping_add(active as u32);
+        self.overloaded |= self.total == self.upper_threshold;
+    }
+}
+
+/// The new connections for which a run is compiled.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Arrivals {
+    /// Where the cursor stands before the first of them.
+    pub base: u32,
+    /// How many a dynamic scheduler looks ahead. Others compile what repeats, and do not ask.
+    pub count: u32,
+    /// Whether they are active from their first packet: TCP's are, UDP's never, SCTP's only when they are established.
+    pub active: bool,
+    /// What a scheduler that draws lots makes them of.
+    pub seed: u64,
+}
+
+impl Arrivals {
+    /// A few TCP connections.
+    pub const fn after(base: u32) -> Self {
+        Self { base, count: 64, active: true, seed: 0 }
     }
 }
 
@@ -114,8 +170,7 @@ pub enum Change {
 pub enum Unavailable {
     /// IPVS has it, this version does not.
     #[error(
-        "scheduler \"{0}\"{default} cannot be used: IPVS has it, but this version of bpfvs does not yet; use one of {names}",
-        default = if .0 == IPVSADM_DEFAULT { " (ipvsadm's choice when none is named)" } else { "" },
+        "scheduler \"{0}\" cannot be used: IPVS has it, but this version of bpfvs does not yet; use one of {names}",
         names = listed()
     )]
     NotYet(String),
@@ -131,10 +186,7 @@ fn listed() -> String {
 }
 
 /// IPVS's schedulers that are still to come.
-const NOT_YET: [&str; 9] = ["fo", "lblc", "lblcr", "lc", "nq", "ovf", "sed", "twos", "wlc"];
-
-/// What ipvsadm asks for when its user names no scheduler.
-const IPVSADM_DEFAULT: &str = "wlc";
+const NOT_YET: [&str; 2] = ["lblc", "lblcr"];
 
 /// What every scheduler does. The public face is [`Scheduler`], which documents each of these.
 trait Algorithm {
@@ -157,7 +209,11 @@ trait Algorithm {
 
     fn advance(&mut self, _servers: &[Candidate], _taken: u32) {}
 
-    fn compile(&mut self, servers: &[Candidate], base: u32) -> Run;
+    fn compile(&mut self, servers: &[Candidate], arrivals: Arrivals) -> Run;
+
+    fn is_dynamic(&self) -> bool {
+        false
+    }
 }
 
 /// Defines [`Scheduler`] from the list of all schedulers: name, type, and what it does in a few words.
@@ -232,15 +288,27 @@ impl Scheduler {
         self.algorithm_mut().advance(servers, taken);
     }
 
-    /// The run for the next connections. `base` is where the cursor stands.
-    pub fn compile(&mut self, servers: &[Candidate], base: u32) -> Run {
-        self.algorithm_mut().compile(servers, base)
+    /// The run for the next connections.
+    pub fn compile(&mut self, servers: &[Candidate], arrivals: Arrivals) -> Run {
+        self.algorithm_mut().compile(servers, arrivals)
+    }
+
+    /// Whether the run depends on the live counters: it must be compiled anew when they change.
+    pub fn is_dynamic(&self) -> bool {
+        self.algorithm().is_dynamic()
     }
 }
 
 schedulers! {
     "rr" = rr::RoundRobin, "Round robin: one after the other.";
     "wrr" = wrr::WeightedRoundRobin, "Weighted round robin: one after the other, the heavy ones more often.";
+    "lc" = lc::LeastConnection, "Least connection: who has the least to do.";
+    "wlc" = wlc::WeightedLeastConnection, "Weighted least connection: who has the least to do for its weight.";
+    "sed" = sed::ShortestExpectedDelay, "Shortest expected delay: who has the least to do for its weight, the new connection counted in.";
+    "nq" = nq::NeverQueue, "Never queue: who is idle, else as with sed.";
+    "fo" = fo::Failover, "Weighted failover: the heaviest, as long as it takes connections.";
+    "ovf" = ovf::Overflow, "Weighted overflow: the heaviest that has no more active connections than its weight.";
+    "twos" = twos::TwoChoices, "Power of two choices: of two that are drawn by lot, who has the least to do for its weight.";
     "sh" = sh::SourceHash, "Source hash: by the client's address.";
     "dh" = dh::DestinationHash, "Destination hash: by the address that the packet is sent to.";
     "mh" = mh::Maglev, "Maglev hash: by the client's address, and little moves when a server comes or goes.";
@@ -265,6 +333,9 @@ mod tests {
                     weight,
                     last_weight: weight,
                     overloaded: false,
+                    upper_threshold: 0,
+                    active: 0,
+                    total: 0,
                 }
             })
             .collect()
@@ -276,11 +347,12 @@ mod tests {
             let scheduler = Scheduler::from_name(name, 0, Family::Ipv4).expect("it is in the list");
             assert_eq!(scheduler.name(), *name);
         }
-        assert_eq!(Scheduler::from_name("wlc", 0, Family::Ipv4), Err(Unavailable::NotYet("wlc".to_owned())));
+        assert_eq!(Scheduler::from_name("lblc", 0, Family::Ipv4), Err(Unavailable::NotYet("lblc".to_owned())));
         let error = Scheduler::from_name("rrr", 0, Family::Ipv4).expect_err("there is no such scheduler");
         assert_eq!(
             error.to_string(),
-            "scheduler \"rrr\" cannot be used: there is no scheduler of this name; use one of rr, wrr, sh, dh, mh"
+            "scheduler \"rrr\" cannot be used: there is no scheduler of this name; use one of rr, wrr, \
+             lc, wlc, sed, nq, fo, ovf, twos, sh, dh, mh"
         );
     }
 
@@ -289,7 +361,7 @@ mod tests {
         for name in Scheduler::NAMES {
             let mut scheduler = Scheduler::from_name(name, 0, Family::Ipv6).expect("it is in the list");
             scheduler.servers_changed(&[], Change::Started);
-            let run = scheduler.compile(&[], 3);
+            let run = scheduler.compile(&[], Arrivals::after(3));
             assert!(run.picks.iter().all(|&pick| pick == lb_common::schedule::NOBODY), "{name}");
             scheduler.advance(&[], u32::MAX);
         }

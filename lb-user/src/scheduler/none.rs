@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Algorithm, Candidate, Run};
+use super::{Algorithm, Arrivals, Candidate, Run};
 use crate::director::model::Family;
 
 /// No scheduler.
@@ -14,7 +14,7 @@ impl Algorithm for Nobody {
         Self {}
     }
 
-    fn compile(&mut self, _servers: &[Candidate], base: u32) -> Run {
-        Run { base, ..Run::default() }
+    fn compile(&mut self, _servers: &[Candidate], arrivals: Arrivals) -> Run {
+        Run { base: arrivals.base, ..Run::default() }
     }
 }

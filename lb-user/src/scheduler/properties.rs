@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use lb_common::schedule::{INELIGIBLE, NOBODY, position};
 use proptest::prelude::*;
 
-use super::{Candidate, Change, MAX_PICKS, Run, Scheduler, tests::candidates};
+use super::{Arrivals, Candidate, Change, MAX_PICKS, Run, Scheduler, tests::candidates};
 use crate::director::model::Family;
 
 /// Longer than a compilation takes on a slow machine without optimisation, and far shorter than one that counts weights down.
@@ -136,7 +136,7 @@ proptest! {
                     Some(Change::Added)
                 }
                 Event::Take(count) => {
-                    let run = compiled.compile(&servers, cursor);
+                    let run = compiled.compile(&servers, Arrivals::after(cursor));
                     prop_assert!(!run.truncated);
                     for number in 0..count {
                         prop_assert_eq!(taken(&run, number), plain.pick(&servers));
@@ -187,7 +187,7 @@ proptest! {
         }
         let mut scheduler = scheduler(name, flags);
         scheduler.servers_changed(&list, Change::Started);
-        for pick in scheduler.compile(&list, 0).picks {
+        for pick in scheduler.compile(&list, Arrivals::after(0)).picks {
             if pick & INELIGIBLE == 0 {
                 prop_assert!(list.iter().any(|server| server.index == pick && server.eligible()));
             }
@@ -223,14 +223,14 @@ fn huge_weights_take_no_time() {
             let mut servers = candidates(&weights);
             let mut scheduler = scheduler(name, 3);
             scheduler.servers_changed(&servers, Change::Started);
-            let run = scheduler.compile(&servers, 0);
+            let run = scheduler.compile(&servers, Arrivals::after(0));
             assert!(run.picks.len() <= MAX_PICKS);
             scheduler.advance(&servers, u32::MAX);
             // The heaviest is out, so the bar of wrr begins far above the others.
             for server in servers.iter_mut().filter(|server| server.weight == heaviest) {
                 server.overloaded = true;
             }
-            scheduler.compile(&servers, 0);
+            scheduler.compile(&servers, Arrivals::after(0));
             scheduler.advance(&servers, 7);
         }
     }
@@ -242,7 +242,7 @@ fn a_run_that_is_cut_off_goes_on_where_it_ended() {
     let servers = candidates(&[100_000, 99_999]);
     let mut wrr = scheduler("wrr", 0);
     wrr.servers_changed(&servers, Change::Started);
-    let first = wrr.compile(&servers, 0);
+    let first = wrr.compile(&servers, Arrivals::after(0));
     assert!(first.truncated);
     assert_eq!(first.picks.len(), MAX_PICKS);
     let mut step_by_step = wrr.clone();
@@ -251,7 +251,7 @@ fn a_run_that_is_cut_off_goes_on_where_it_ended() {
         step_by_step.advance(&servers, 64);
     }
     assert_eq!(wrr, step_by_step);
-    assert_ne!(wrr.compile(&servers, 0).picks, first.picks);
+    assert_ne!(wrr.compile(&servers, Arrivals::after(0)).picks, first.picks);
 }
 
 #[test]
@@ -263,12 +263,12 @@ fn as_many_servers_as_fit_compile() {
         let mut scheduler = scheduler(name, 3);
         scheduler.servers_changed(&servers[1..], Change::Started);
         scheduler.servers_changed(&servers, Change::Added);
-        scheduler.compile(&servers, 0);
+        scheduler.compile(&servers, Arrivals::after(0));
         scheduler.advance(&servers, 1_000_000);
     }
     let mut rr = scheduler("rr", 0);
     let everybody = candidates(&vec![1; 100_000]);
-    let run = rr.compile(&everybody, 0);
+    let run = rr.compile(&everybody, Arrivals::after(0));
     assert!(!run.truncated);
     assert_eq!(run.picks.len(), everybody.len(), "a round of rr is never cut off");
     assert!(started.elapsed() < SOON, "it took {:?}", started.elapsed());

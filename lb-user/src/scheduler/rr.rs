@@ -9,7 +9,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Algorithm, Candidate, Change, Run};
+use super::{Algorithm, Arrivals, Candidate, Change, Run};
 use crate::director::model::Family;
 
 /// Round robin.
@@ -50,8 +50,8 @@ impl Algorithm for RoundRobin {
         }
     }
 
-    fn compile(&mut self, servers: &[Candidate], base: u32) -> Run {
-        Run { base, picks: self.round(servers).map(|server| server.index).collect(), ..Run::default() }
+    fn compile(&mut self, servers: &[Candidate], arrivals: Arrivals) -> Run {
+        Run { base: arrivals.base, picks: self.round(servers).map(|server| server.index).collect(), ..Run::default() }
     }
 }
 
@@ -70,6 +70,6 @@ mod tests {
         let removed = servers.remove(0).index;
         rr.servers_changed(&servers, Change::Removed { position: 0, index: removed });
         assert_eq!(rr.last, None);
-        assert_eq!(rr.compile(&servers, 0).picks, [2, 0]);
+        assert_eq!(rr.compile(&servers, Arrivals::after(0)).picks, [2, 0]);
     }
 }

@@ -18,7 +18,7 @@ use lb_common::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{Algorithm, Candidate, Run};
+use super::{Algorithm, Arrivals, Candidate, Run};
 use crate::director::model::{Family, service_flags};
 
 /// Source hash.
@@ -57,7 +57,7 @@ impl Algorithm for SourceHash {
         self.flags = flags;
     }
 
-    fn compile(&mut self, servers: &[Candidate], base: u32) -> Run {
+    fn compile(&mut self, servers: &[Candidate], arrivals: Arrivals) -> Run {
         let buckets: Vec<&Candidate> = deal(servers).collect();
         let chosen = |bucket| buckets.get(bucket as usize).filter(|server| server.eligible()).map(|server| server.index);
         let fallback = self.flags & service_flags::FLAG_1 != 0;
@@ -65,6 +65,6 @@ impl Algorithm for SourceHash {
             let walk = || (0..BUCKETS).find_map(|k| chosen(source_next(bucket, k)));
             chosen(bucket).or_else(|| fallback.then(walk).flatten()).unwrap_or(NOBODY)
         };
-        Run { base, picks: (0..BUCKETS).map(pick).collect(), ..Run::default() }
+        Run { base: arrivals.base, picks: (0..BUCKETS).map(pick).collect(), ..Run::default() }
     }
 }

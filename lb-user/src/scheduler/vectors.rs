@@ -2,7 +2,8 @@
 //!
 //! Each case is driven as the daemon drives a service: compile, let the datapath take picks, and before anything changes
 //! move the scheduler on by what was taken. To be sure that a restart changes nothing, the scheduler goes through its
-//! serialised form before every change.
+//! serialised form before every change. Dynamic schedulers are driven twice: with runs that look far ahead, and with a new
+//! run for each connection.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -18,7 +19,7 @@ use lb_common::{
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
-use super::{Candidate, Change, Run, Scheduler};
+use super::{Arrivals, Candidate, Change, Run, Scheduler};
 use crate::director::model::{Family, service_flags};
 
 #[derive(Deserialize)]
@@ -34,6 +35,7 @@ struct Case {
     scheduler: String,
     flags: Vec<String>,
     family: String,
+    proto: String,
     steps: Vec<Step>,
 }
 
@@ -65,7 +67,9 @@ enum Step {
     Packets {
         packets: Vec<Packet>,
     },
-    Inactivate {},
+    Inactivate {
+        conns: Vec<usize>,
+    },
     Expire {
         conns: Vec<usize>,
     },
@@ -112,9 +116,7 @@ fn vectors() -> Vectors {
 /// A real server with its thresholds and connections, as IPVS keeps them (also while it is removed).
 struct Server {
     candidate: Candidate,
-    upper: u32,
     lower: u32,
-    total: u32,
 }
 
 /// What moves the overload flag.
@@ -127,32 +129,42 @@ enum Cause {
 
 impl Server {
     fn low_mark(&self) -> u32 {
-        if self.lower == 0 { self.upper - (self.upper >> 2) } else { self.lower }
+        let upper = self.candidate.upper_threshold;
+        if self.lower == 0 { upper - (upper >> 2) } else { self.lower }
     }
 
     fn update(&mut self, cause: Cause) {
-        let (upper, low) = (self.upper, self.low_mark());
+        let (upper, low) = (self.candidate.upper_threshold, self.low_mark());
         if upper == 0 {
             self.candidate.overloaded = false;
-        } else if self.total >= if cause == Cause::Bound { low } else { upper } {
+        } else if self.candidate.total >= if cause == Cause::Bound { low } else { upper } {
             self.candidate.overloaded = true;
-        } else if self.total < if cause == Cause::Unbound { upper } else { low } {
+        } else if self.candidate.total < if cause == Cause::Unbound { upper } else { low } {
             self.candidate.overloaded = false;
         }
     }
 
     fn set_thresholds(&mut self, upper: u32, lower: u32) {
-        if (self.upper, self.lower) != (upper, lower) {
-            (self.upper, self.lower) = (upper, lower);
+        if (self.candidate.upper_threshold, self.lower) != (upper, lower) {
+            (self.candidate.upper_threshold, self.lower) = (upper, lower);
             self.update(Cause::Edited);
         }
     }
+}
+
+/// A connection that has a real server.
+#[derive(Clone)]
+struct Connection {
+    server: String,
+    active: bool,
 }
 
 /// The daemon, the datapath and the connection table of one service.
 struct Harness {
     scheduler: Scheduler,
     family: Family,
+    /// For how many connections, of which kind, a run is compiled.
+    arrivals: Arrivals,
     /// By name, removed ones too.
     known: BTreeMap<String, Server>,
     /// Names in IPVS's order.
@@ -160,11 +172,11 @@ struct Harness {
     compiled: Vec<Candidate>,
     run: Run,
     cursor: u32,
-    connections: Vec<Option<String>>,
+    connections: Vec<Option<Connection>>,
 }
 
 impl Harness {
-    fn new(case: &Case) -> Self {
+    fn new(case: &Case, ahead: u32) -> Self {
         let bit = |flag: &String| match flag.as_str() {
             "sh-fallback" | "mh-fallback" => service_flags::FLAG_1,
             "sh-port" | "mh-port" => service_flags::FLAG_2,
@@ -177,6 +189,7 @@ impl Harness {
         let mut harness = Self {
             scheduler,
             family,
+            arrivals: Arrivals { count: ahead, active: case.proto == "tcp", ..Arrivals::after(0) },
             known: BTreeMap::new(),
             order: Vec::new(),
             compiled: Vec::new(),
@@ -201,7 +214,7 @@ impl Harness {
 
     fn compile(&mut self) {
         self.compiled = self.candidates();
-        self.run = self.scheduler.compile(&self.compiled, self.cursor);
+        self.run = self.scheduler.compile(&self.compiled, Arrivals { base: self.cursor, ..self.arrivals });
         assert!(!self.run.truncated);
     }
 
@@ -249,34 +262,54 @@ impl Harness {
         if chosen & INELIGIBLE != 0 { None } else { self.name_of(chosen) }
     }
 
-    /// A new connection that stays. Everything that was compiled is compiled anew if a threshold was met.
+    /// A new connection that stays.
     fn connect(&mut self, client: IpAddr, port: u16, destination: IpAddr) -> Option<String> {
+        if self.scheduler.is_dynamic() && self.cursor.wrapping_sub(self.run.base) >= self.arrivals.count {
+            self.compile();
+        }
         let chosen = self.pick(client, port, destination);
-        self.connections.push(chosen.clone());
+        let active = self.arrivals.active;
+        self.connections.push(chosen.clone().map(|server| Connection { server, active }));
         if let Some(name) = &chosen {
-            self.count(name, Cause::Bound);
+            let server = self.server(name);
+            let overloaded = server.candidate.overloaded;
+            server.candidate.active += u32::from(active);
+            server.candidate.total += 1;
+            if server.candidate.total == server.candidate.upper_threshold {
+                server.update(Cause::Bound);
+            }
+            // A forecast knows this beforehand.
+            let flipped = server.candidate.overloaded != overloaded;
+            if flipped && !self.scheduler.is_dynamic() {
+                self.settle();
+                self.compile();
+            }
         }
         chosen
     }
 
-    fn count(&mut self, name: &str, cause: Cause) {
-        let server = self.known.get_mut(name).expect("it was chosen from the known");
-        let before = server.candidate.overloaded;
-        if cause == Cause::Bound {
-            server.total += 1;
-            if server.total == server.upper {
-                server.update(cause);
-            }
-        } else {
-            server.total -= 1;
-            if server.total + 1 == server.low_mark() {
-                server.update(cause);
-            }
+    /// A connection is not active any more.
+    fn inactivate(&mut self, number: usize) {
+        let connection = self.connections[number - 1].as_mut().expect("only connections with a server come to rest");
+        if std::mem::take(&mut connection.active) {
+            let name = connection.server.clone();
+            self.server(&name).candidate.active -= 1;
         }
-        if server.candidate.overloaded != before {
-            self.settle();
-            self.compile();
+    }
+
+    /// A connection is over.
+    fn expire(&mut self, number: usize) {
+        self.inactivate(number);
+        let connection = self.connections[number - 1].take().expect("only connections with a server expire");
+        let server = self.server(&connection.server);
+        server.candidate.total -= 1;
+        if server.candidate.total + 1 == server.low_mark() {
+            server.update(Cause::Unbound);
         }
+    }
+
+    fn server(&mut self, name: &str) -> &mut Server {
+        self.known.get_mut(name).expect("it was chosen from the known")
     }
 
     fn step(&mut self, id: &str, step: &Step) {
@@ -296,10 +329,11 @@ impl Harness {
                         weight: 0,
                         last_weight: 0,
                         overloaded: false,
+                        upper_threshold: 0,
+                        active: 0,
+                        total: 0,
                     },
-                    upper: 0,
                     lower: 0,
-                    total: 0,
                 });
                 server.candidate.weight = *weight;
                 server.candidate.last_weight = *weight;
@@ -314,7 +348,7 @@ impl Harness {
                 let candidate = &mut server.candidate;
                 candidate.weight = weight.unwrap_or(candidate.weight);
                 candidate.last_weight = if candidate.weight > 0 { candidate.weight } else { candidate.last_weight };
-                server.set_thresholds(u.unwrap_or(server.upper), l.unwrap_or(server.lower));
+                server.set_thresholds(u.unwrap_or(server.candidate.upper_threshold), l.unwrap_or(server.lower));
                 self.change(Change::Edited { position });
             }
             Step::Del { dest } => {
@@ -333,13 +367,15 @@ impl Harness {
                     assert_eq!(got, packet.expect, "{id}: packet {number} from {} port {}", packet.src, packet.sport);
                 }
             }
-            // None of these schedulers asks whether a connection is active.
-            Step::Inactivate {} => {}
+            Step::Inactivate { conns } => {
+                self.settle();
+                conns.iter().for_each(|number| self.inactivate(*number));
+                self.compile();
+            }
             Step::Expire { conns } => {
-                for number in conns {
-                    let name = self.connections[number - 1].clone().expect("only connections with a server expire");
-                    self.count(&name, Cause::Unbound);
-                }
+                self.settle();
+                conns.iter().for_each(|number| self.expire(*number));
+                self.compile();
             }
         }
     }
@@ -349,13 +385,15 @@ impl Harness {
 fn every_choice_is_the_kernels() {
     let mut cases: HashMap<String, usize> = HashMap::new();
     for case in vectors().scheduler_cases.iter().filter(|case| Scheduler::NAMES.contains(&case.scheduler.as_str())) {
-        let mut harness = Harness::new(case);
-        for step in &case.steps {
-            harness.step(&case.id, step);
+        for ahead in [64, 1] {
+            let mut harness = Harness::new(case, ahead);
+            for step in &case.steps {
+                harness.step(&case.id, step);
+            }
         }
         *cases.entry(case.scheduler.clone()).or_default() += 1;
     }
-    for name in ["rr", "wrr", "sh", "dh", "mh"] {
+    for name in ["rr", "wrr", "lc", "wlc", "sed", "nq", "fo", "ovf", "sh", "dh", "mh"] {
         assert!(cases.contains_key(name), "no case for {name} was found");
     }
 }
@@ -369,6 +407,9 @@ fn added(servers: &[Destination]) -> Vec<Candidate> {
         weight: server.weight,
         last_weight: server.weight,
         overloaded: false,
+        upper_threshold: 0,
+        active: 0,
+        total: 0,
     };
     servers.iter().enumerate().map(candidate).rev().collect()
 }
@@ -384,7 +425,7 @@ fn maglev_tables_are_the_kernels() {
     for table in tables {
         let servers = added(&table.dests_in_add_order);
         let mut scheduler = Scheduler::from_name("mh", 0, Family::of(servers[0].address)).expect("it is in the list");
-        let picks = scheduler.compile(&servers, 0).picks;
+        let picks = scheduler.compile(&servers, Arrivals::after(0)).picks;
         assert_eq!(picks.len(), table.table_size);
         assert_eq!(picks[..64], table.first_64);
         assert_eq!(counts(&picks, servers.len()), table.count_per_dest);

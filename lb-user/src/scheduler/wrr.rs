@@ -20,7 +20,7 @@ use std::{cmp::Reverse, collections::BTreeSet, ops::Bound};
 use lb_common::schedule::NOBODY;
 use serde::{Deserialize, Serialize};
 
-use super::{Algorithm, Candidate, Change, MAX_PICKS, Run};
+use super::{Algorithm, Arrivals, Candidate, Change, MAX_PICKS, Run};
 use crate::director::model::Family;
 
 /// Weighted round robin.
@@ -200,14 +200,14 @@ impl Algorithm for WeightedRoundRobin {
         }
     }
 
-    fn compile(&mut self, servers: &[Candidate], base: u32) -> Run {
+    fn compile(&mut self, servers: &[Candidate], arrivals: Arrivals) -> Run {
         let Some(walk) = Walk::new(servers, self) else {
             // A search in vain moves the pass on, so it must be counted: it is a pick of its own.
             let picks = if Bars::of(servers).highest > 0 { vec![NOBODY] } else { Vec::new() };
-            return Run { base, picks, ..Run::default() };
+            return Run { base: arrivals.base, picks, ..Run::default() };
         };
         let (picks, complete) = length(&walk);
         let picks = walk.take(picks).map(|position| servers[position].index).collect();
-        Run { base, picks, truncated: !complete, ..Run::default() }
+        Run { base: arrivals.base, picks, truncated: !complete, ..Run::default() }
     }
 }
