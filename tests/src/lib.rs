@@ -13,6 +13,7 @@
 //! | bpfvs itself | [`bpfvs`] |
 //! | frames, byte by byte | [`frame`] |
 //! | pinned programs, run on one frame | [`test_run`], with a director to do it on: [`mod@bench`] |
+//! | connections that begin and end on it, for schedulers | [`arrivals`] |
 //! | nanoseconds per packet | [`speed`] |
 //! | a program for the far end of a veth pair | [`pass`] |
 //! | other kernels | [`vm`] |
@@ -23,6 +24,7 @@
 //! The tests need root, and they run beside each other: whatever a test makes has a name or a namespace of its own, and
 //! goes away when its owner is dropped.
 
+pub mod arrivals;
 pub mod balanced;
 pub mod bench;
 pub mod bpfvs;

@@ -17,19 +17,23 @@
 //!
 //! What this does not show: that the frame arrives. The namespace tests show it.
 
-use std::path::{Path, PathBuf};
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context, Result, bail};
 use aya::{
     Pod, TestRun, TestRunOptions,
-    maps::{Array, HashMap, Map, MapData, PerCpuArray},
+    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray},
     programs::{ProgramFd, SchedClassifier, Xdp},
 };
 use aya_obj::programs::XdpAttachType;
 use lb_common::{
     config::Config,
     connection::{Connection, ConnectionKey, FragmentKey},
-    family::{Ipv4, Ipv6},
+    family::{Ipv4, Ipv6, ipv4},
+    packet::transport::Ports,
     reason::Reason,
     server::Counters,
     statistics::Statistics,
@@ -161,6 +165,19 @@ impl Pinned {
         Ok(Counters::from_word(map.get(&server, 0)?))
     }
 
+    /// The TCP connection of an IPv4 client to a virtual address, if there is one.
+    pub fn connection_v4(&self, client: SocketAddr, vip: SocketAddr) -> Result<Option<Connection>> {
+        let (IpAddr::V4(client_address), IpAddr::V4(vip_address)) = (client.ip(), vip.ip()) else { return Ok(None) };
+        let ports = Ports::new(client.port().to_be(), vip.port().to_be());
+        let key = ConnectionKey { client: ipv4(client_address), vip: ipv4(vip_address), ports, protocol: 6 };
+        let map: HashMap<MapData, ConnectionKey<Ipv4>, Connection> = self.map("CONNECTIONS_V4", Map::HashMap)?;
+        match map.get(&key, 0) {
+            Ok(connection) => Ok(Some(connection)),
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(error) => Err(error).context("look a connection up"),
+        }
+    }
+
     /// The IPv4 connections.
     pub fn connections_v4(&self) -> Result<Vec<(ConnectionKey<Ipv4>, Connection)>> {
         entries(&self.map("CONNECTIONS_V4", Map::HashMap)?)
@@ -201,7 +218,7 @@ fn clear<K: Pod, V: Pod>(map: &mut HashMap<MapData, K, V>) -> Result<()> {
     for key in keys {
         match map.remove(&key) {
             // The sweep may have been faster.
-            Ok(()) | Err(aya::maps::MapError::KeyNotFound) => {}
+            Ok(()) | Err(MapError::KeyNotFound) => {}
             Err(error) => bail!("take a connection out of its table: {error}"),
         }
     }

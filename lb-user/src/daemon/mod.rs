@@ -233,6 +233,11 @@ impl<I: Instance> Daemon<I> {
         self.director.datapath().sweep()
     }
 
+    /// Whether there is anything that could be over.
+    pub fn has_connections(&self) -> bool {
+        self.director.has_connections()
+    }
+
     /// Takes in what a sweep found.
     pub fn swept(&mut self, outcome: anyhow::Result<u64>) {
         match outcome {

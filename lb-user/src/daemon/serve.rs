@@ -49,6 +49,8 @@ const LONGEST_LOOK: Duration = Duration::from_millis(50);
 const SHORTEST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 const IDLE_PAUSE: Duration = Duration::from_secs(5);
+/// A director without connections sweeps after so long all the same: its counters may have drifted.
+const LONGEST_REST: Duration = Duration::from_secs(60);
 
 /// How long requests may take to end when the daemon ends.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -250,6 +252,9 @@ async fn keep_sweeping<I: Instance>(daemon: Arc<Mutex<Daemon<I>>>) {
         let is_empty = outcome.as_ref().is_ok_and(|left| *left == 0);
         daemon.lock().await.swept(outcome);
         sleep(pause(begin.elapsed(), is_empty)).await;
+        while is_empty && begin.elapsed() < LONGEST_REST && !daemon.lock().await.has_connections() {
+            sleep(IDLE_PAUSE).await;
+        }
     }
 }
 

@@ -480,6 +480,7 @@ impl<D: Datapath> Director<D> {
             last_weight: 0,
             overloaded: back.as_ref().is_some_and(|removed| removed.overloaded),
             live: Counters::default(),
+            at_rest: None,
             joined: Totals::default(),
             zero: Totals::default(),
             estimator: Estimator::default(),
@@ -701,15 +702,23 @@ impl<D: Datapath> Director<D> {
 
     fn estimate(&mut self) -> Result<(), datapath::Error> {
         for service in self.services.values_mut() {
-            let totals = read_totals(&self.datapath, service)?;
-            for (server, totals) in service.servers.iter_mut().zip(&totals) {
-                server.estimator.tick(*totals);
+            let mut all = Vec::with_capacity(service.servers.len());
+            for server in service.servers.iter_mut() {
+                let totals = totals_at_rest(&self.datapath, server)?;
+                server.estimator.tick(totals);
+                all.push(totals);
             }
-            let mut totals = totals.into_iter();
+            let mut totals = all.into_iter();
             let sum = service.totals(|_| totals.next().unwrap_or_default());
             service.estimator.tick(sum);
         }
         Ok(())
+    }
+
+    /// Whether there is any connection, as far as the live counters know.
+    pub fn has_connections(&self) -> bool {
+        let servers = self.services.values().flat_map(|service| &service.servers).map(|server| server.index);
+        servers.chain(self.trash.iter().map(|removed| removed.index)).any(|index| self.datapath.counters(index).total != 0)
     }
 
     fn view(&self, service: &Service) -> Result<ServiceView, datapath::Error> {
@@ -766,6 +775,18 @@ fn seed() -> u64 {
 /// The totals of a service's servers, in order.
 fn read_totals<D: Datapath>(datapath: &D, service: &Service) -> Result<Vec<Totals>, datapath::Error> {
     service.servers.iter().map(|server| datapath.statistics(server.index).map(Totals::from)).collect()
+}
+
+/// The totals of a server. To read them takes a system call, so that a server without connections is asked once only: what
+/// it had then it still has.
+fn totals_at_rest<D: Datapath>(datapath: &D, server: &mut Server) -> Result<Totals, datapath::Error> {
+    let at_rest = datapath.counters(server.index).total == 0;
+    if let (true, Some(totals)) = (at_rest, server.at_rest) {
+        return Ok(totals);
+    }
+    let totals = Totals::from(datapath.statistics(server.index)?);
+    server.at_rest = at_rest.then_some(totals);
+    Ok(totals)
 }
 
 /// A server on its way into the trash.

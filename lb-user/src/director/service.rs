@@ -88,6 +88,9 @@ pub(super) struct Server {
     /// Its connections when they were last read.
     #[serde(skip)]
     pub(super) live: Counters,
+    /// Its totals since it has had no connections.
+    #[serde(skip)]
+    pub(super) at_rest: Option<Totals>,
     /// What its totals were when it came to the service.
     pub(super) joined: Totals,
     /// What its totals were at the last zeroing.
