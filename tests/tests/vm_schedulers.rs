@@ -73,7 +73,7 @@ fn answers_of_the_kernel(first: u64, count: u64) -> Result<Vec<Record>> {
 
 fn answers_of_bpfvs(scripts: &[Script]) -> Result<Vec<Record>> {
     let wire = Wire::new()?;
-    let bpfvs = Bpfvs::start(&wire.director, &["--interface", "eth0"])?;
+    let bpfvs = Bpfvs::start(&wire.director, &["--interface", "eth0", "--max-connections", "65536"])?;
     Pinned::open(bpfvs.pins())?.lift_answer_limit()?;
     // In a thread of its own, which will stay on one CPU.
     std::thread::scope(|scope| scope.spawn(|| player::play(scripts, &bpfvs, &wire)).join().expect("a panic fails the test"))

@@ -4,7 +4,7 @@
 //! packets sent. The next round begins 20 ms after the last packet of the one before.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     net::SocketAddr,
     thread,
     time::{Duration, Instant},
@@ -18,22 +18,22 @@ use nix::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    script::{Event, Script},
+    script::{Event, FAREWELL, Script},
     wire::{Flow, Sight, Wire},
 };
-use crate::{bpfvs::Bpfvs, netns::Namespace};
+use crate::{bpfvs::Bpfvs, netns::Namespace, wait};
 
 /// From one round to the next. In a tenth of it a director that looks at its counters would have to notice a change.
 pub const PAUSE: Duration = Duration::from_millis(20);
 /// So many scripts are played side by side.
-const SIDE_BY_SIDE: usize = 56;
+const SIDE_BY_SIDE: usize = 70;
 
 /// Who is asked to balance.
 pub trait Director {
     /// Feeds `ipvsadm -R`.
     fn type_lines(&self, lines: &str) -> Result<()>;
-    /// What `ipvsadm -Ln` prints.
-    fn list(&self) -> Result<String>;
+    /// Types a line of `ipvsadm`, and returns what it printed.
+    fn ipvsadm(&self, line: &str) -> Result<String>;
 }
 
 impl Director for Bpfvs {
@@ -41,8 +41,8 @@ impl Director for Bpfvs {
         self.restore(lines)
     }
 
-    fn list(&self) -> Result<String> {
-        self.ipvsadm("-Ln")
+    fn ipvsadm(&self, line: &str) -> Result<String> {
+        Self::ipvsadm(self, line)
     }
 }
 
@@ -52,8 +52,8 @@ impl Director for Namespace {
         self.run_with_input("ipvsadm", ["-R"], lines).map(|_| ())
     }
 
-    fn list(&self) -> Result<String> {
-        self.run("ipvsadm", ["-Ln"])
+    fn ipvsadm(&self, line: &str) -> Result<String> {
+        self.run("ipvsadm", line.split_whitespace())
     }
 }
 
@@ -117,6 +117,9 @@ fn play_side_by_side(scripts: &[Script], director: &dyn Director, wire: &Wire) -
             }
             records[position].answers.push(answers);
         }
+        if number == FAREWELL {
+            lines += "--set 0 2 2\n";
+        }
         if !lines.is_empty() {
             director.type_lines(&lines).with_context(|| format!("type in round {number}:\n{lines}"))?;
         }
@@ -141,13 +144,55 @@ fn play_side_by_side(scripts: &[Script], director: &dyn Director, wire: &Wire) -
                 }
             }
         }
+        if number == FAREWELL {
+            wait_for_the_end(scripts, director)?;
+            director.type_lines("--set 0 120 300\n")?;
+        }
         thread::sleep(next.saturating_duration_since(Instant::now()));
     }
-    let listing = director.list()?;
+    let listing = director.ipvsadm("-Ln")?;
     for (script, record) in scripts.iter().zip(&mut records) {
         record.listing = listed(&listing, script)?;
     }
     Ok(records)
+}
+
+/// Waits until the connections of the farewell are forgotten, and their servers' counters know.
+fn wait_for_the_end(scripts: &[Script], director: &dyn Director) -> Result<()> {
+    wait::until("connections with a short timeout to be forgotten", wait::SOON, || {
+        is_over(scripts, director).unwrap_or_default()
+    })
+}
+
+/// Whether no connection is left that could come to its end, and each service's counters say how many there are.
+fn is_over(scripts: &[Script], director: &dyn Director) -> Result<bool> {
+    let (connections, services) = (director.ipvsadm("-Lnc")?, director.ipvsadm("-Ln")?);
+    let mut alive: HashMap<&str, u64> = HashMap::new();
+    let mut mortal = HashSet::new();
+    for line in connections.lines() {
+        // Protocol, time left, state, client, VIP, real server.
+        if let [_, _, state, _, vip, _] = line.split_whitespace().collect::<Vec<_>>()[..] {
+            *alive.entry(vip).or_default() += 1;
+            if ["UDP", "FIN_WAIT"].contains(&state) {
+                mortal.insert(vip);
+            }
+        }
+    }
+    for script in scripts {
+        let vip = script.vip.to_string();
+        let counted: u64 = listed(&services, script)?[1..].iter().flat_map(|line| counters(line)).sum();
+        if mortal.contains(vip.as_str()) || alive.get(vip.as_str()).copied().unwrap_or_default() != counted {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Active and inactive connections in a line of a listing.
+pub fn counters(line: &str) -> [u64; 2] {
+    let mut words = line.rsplit(' ').map(|word| word.parse().unwrap_or_default());
+    let (inactive, active) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+    [active, inactive]
 }
 
 /// A service's part of a listing.

@@ -15,6 +15,8 @@
 //! //   2  10.9.17.4:41234 continues, 10.9.3.200:1025 begins
 //! ```
 //!
+//! In the middle is a [farewell](FAREWELL): connections that are over come to their end, which makes room below thresholds.
+//!
 //! The seed also chooses scheduler and VIP, so seeds that follow each other give every scheduler its turn, and services
 //! that do not meet.
 
@@ -30,11 +32,17 @@ use crate::{
 };
 
 /// Every scheduler that is compared.
-pub const SCHEDULERS: [&str; 5] = ["rr", "wrr", "sh", "dh", "mh"];
+pub const SCHEDULERS: [&str; 12] = ["rr", "wrr", "sh", "dh", "mh", "lc", "wlc", "sed", "nq", "fo", "ovf", RANDOM];
 /// The one that draws lots, so that two directors cannot agree on a pick.
 pub const RANDOM: &str = "twos";
 /// Rounds after the first, which sets the service up.
 const ROUNDS: usize = 40;
+/// The round in which everybody who has ended a connection, and every client of UDP, sends a last packet. Its timeout is
+/// short, and the next round begins when these connections are forgotten.
+///
+/// They do so in the round before, too. In IPVS a new timeout is that of packets to come, in bpfvs also of connections that
+/// have been silent for longer: nobody has.
+pub const FAREWELL: usize = 20;
 /// The most real servers that a service begins with.
 const SERVERS: usize = 16;
 /// Real servers that a script knows: some join later.
@@ -231,6 +239,10 @@ struct Writer {
     present: Vec<Server>,
     absent: Vec<u8>,
     connections: Vec<(SocketAddr, Phase)>,
+    /// The connection that began in the last round, if its client goes on.
+    answered: Option<usize>,
+    /// The connection that was aborted in the last round.
+    aborted: Option<usize>,
 }
 
 impl Writer {
@@ -251,7 +263,7 @@ impl Writer {
         let weights = [[1, 1], [7, 7], [0, 3], [0, 6], [1, 5], [1, 100]][random.usize(..6)];
         let thresholds = scheduler != RANDOM && random.u8(..4) == 0;
         let script = Script { seed, scheduler, protocol, vip: SocketAddr::new(vip, PORT), rounds: Vec::new() };
-        Self { random, script, weights, thresholds, present: Vec::new(), absent, connections: Vec::new() }
+        Self { random, script, weights, thresholds, present: Vec::new(), absent, connections: Vec::new(), answered: None, aborted: None }
     }
 
     fn write(mut self) -> Script {
@@ -263,60 +275,90 @@ impl Writer {
             first.edits.extend(self.add_server());
         }
         self.script.rounds.push(first);
-        let mut answered = None;
         while self.script.rounds.len() <= ROUNDS {
             let mut round = Round::default();
+            let number = self.script.rounds.len();
             // An SCTP association is not left half-way without its server: its first state is over in four seconds.
-            if self.random.u8(..8) == 0 && !(self.script.protocol == Protocol::Sctp && answered.is_some()) {
+            let half_way = self.script.protocol == Protocol::Sctp && self.answered.is_some();
+            if self.random.u8(..8) == 0 && !half_way && number != FAREWELL {
                 round.edits.extend(self.edit());
             }
-            self.arrival(&mut round, &mut answered);
+            if (FAREWELL - 1..=FAREWELL).contains(&number) {
+                self.farewell(&mut round);
+            } else {
+                self.arrival(&mut round);
+            }
             self.script.rounds.push(round);
         }
         self.script
     }
 
-    /// What arrives in a round. `answered` is the connection whose server has answered since the last one.
-    fn arrival(&mut self, round: &mut Round, answered: &mut Option<usize>) {
-        let continued = answered.take().filter(|_| self.script.protocol != Protocol::Udp);
-        if let Some(number) = continued {
-            self.send(round, number, Event::Continue);
-            if self.script.protocol == Protocol::Sctp {
-                // This made the connection active; the next arrival comes 20 ms after it.
-                return;
-            }
+    /// What arrives in a round.
+    fn arrival(&mut self, round: &mut Round) {
+        if let Some(number) = self.aborted.take() {
+            self.begin(round, number);
+            return;
+        }
+        let continued = self.continuation(round);
+        if continued.is_some() && self.script.protocol == Protocol::Sctp {
+            // This made the connection active; the next arrival comes 20 ms after it.
+            return;
         }
         let others = |phase: Phase| {
             let numbers = self.connections.iter().enumerate().filter(move |(_, connection)| connection.1 == phase);
             numbers.map(|(number, _)| number).filter(|number| Some(*number) != continued).collect::<Vec<_>>()
         };
         let (begun, established, ended) = (others(Phase::Begun), others(Phase::Established), others(Phase::Ended));
-        let number = match self.random.u8(..100) {
-            0..5 => return,
-            5..10 if !begun.is_empty() => self.one_of(&begun, Event::End, round),
-            10..24 if !established.is_empty() => self.one_of(&established, Event::End, round),
-            24..28 if !established.is_empty() => {
-                let number = self.one_of(&established, Event::Abort, round);
-                // What was aborted is forgotten after ten seconds; it is replaced long before.
-                let client = self.connections[number].0;
-                self.script.rounds.push(std::mem::take(round));
-                round.packets.push(Packet { client, event: Event::Begin });
-                self.connections[number].1 = Phase::Begun;
-                number
+        let before_farewell = self.script.rounds.len() + 2 == FAREWELL;
+        match self.random.u8(..100) {
+            0..5 => {}
+            5..10 if !begun.is_empty() => drop(self.one_of(&begun, Event::End, round)),
+            10..24 if !established.is_empty() => drop(self.one_of(&established, Event::End, round)),
+            // What was aborted is forgotten after ten seconds; it is replaced long before.
+            24..28 if !established.is_empty() && !self.thresholds && !before_farewell => {
+                self.aborted = Some(self.one_of(&established, Event::Abort, round));
             }
-            28..32 if !established.is_empty() => self.one_of(&established, Event::Continue, round),
-            32..38 if !ended.is_empty() => self.one_of(&ended, Event::Begin, round),
+            28..32 if !established.is_empty() => drop(self.one_of(&established, Event::Continue, round)),
+            // IPVS counts the old connection beside the new one until its timer has run, which may cross a threshold that
+            // bpfvs, which puts one in the other's place, does not reach.
+            32..38 if !ended.is_empty() && !self.thresholds => {
+                let number = ended[self.random.usize(..ended.len())];
+                self.begin(round, number);
+            }
             _ => {
                 let client = self.new_client();
                 self.connections.push((client, Phase::Begun));
-                let number = self.connections.len() - 1;
-                self.send(round, number, Event::Begin);
-                number
+                self.begin(round, self.connections.len() - 1);
             }
+        }
+    }
+
+    /// Connections that are over, and all of UDP, come to their end.
+    fn farewell(&mut self, round: &mut Round) {
+        self.continuation(round);
+        for number in 0..self.connections.len() {
+            if self.script.protocol == Protocol::Udp || self.connections[number].1 == Phase::Ended {
+                self.send(round, number, Event::End);
+            }
+        }
+    }
+
+    /// The second packet of what began in the last round, if it is followed by one.
+    fn continuation(&mut self, round: &mut Round) -> Option<usize> {
+        let number = self.answered.take()?;
+        self.send(round, number, Event::Continue);
+        Some(number)
+    }
+
+    fn begin(&mut self, round: &mut Round, number: usize) {
+        self.send(round, number, Event::Begin);
+        // Some clients never come back, but SCTP's first state would be over in four seconds.
+        let answered = match self.script.protocol {
+            Protocol::Tcp => self.random.u8(..5) > 0,
+            Protocol::Udp => false,
+            Protocol::Sctp => true,
         };
-        // Some clients never come back, and SCTP's first state would be over in four seconds.
-        let begins = self.connections[number].1 == Phase::Begun;
-        *answered = (begins && (self.script.protocol == Protocol::Sctp || self.random.u8(..5) > 0)).then_some(number);
+        self.answered = answered.then_some(number);
     }
 
     fn one_of(&mut self, numbers: &[usize], event: Event, round: &mut Round) -> usize {
@@ -354,8 +396,9 @@ impl Writer {
         let random_scheduler = self.script.scheduler == RANDOM;
         match self.random.u8(..10) {
             0..2 => self.add_server(),
-            // Of two directors that draw lots, each would lose other connections.
-            2..4 if !random_scheduler && !self.present.is_empty() => {
+            // Of two directors that draw lots, each would lose other connections. And who has lost its server cannot say
+            // farewell: IPVS keeps such a connection for the time that it had.
+            2..4 if !random_scheduler && !self.present.is_empty() && self.script.rounds.len() > FAREWELL => {
                 let removed = self.present.swap_remove(self.random.usize(..self.present.len()));
                 self.absent.push(removed.number);
                 Some(Edit::RemoveServer(removed.number))

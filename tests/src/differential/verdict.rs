@@ -11,7 +11,7 @@ use std::{
 };
 
 use super::{
-    player::{Answer, Record},
+    player::{Answer, Record, counters},
     script::{Edit, Event, RANDOM, Script},
 };
 
@@ -58,10 +58,8 @@ fn difference_but_for_luck(script: &Script, kernel: &Record, bpfvs: &Record) -> 
         }
     }
     let [kernel, bpfvs] = [kernel, bpfvs].map(|record| {
-        let numbers = |line: &String| line.rsplit(' ').take(2).filter_map(|word| word.parse().ok()).collect::<Vec<u64>>();
-        let counters: Vec<_> = record.listing[1..].iter().map(numbers).collect();
-        let sum = |column: usize| counters.iter().filter_map(|counters| counters.get(column)).sum::<u64>();
-        (sum(1), sum(0))
+        let counters: Vec<_> = record.listing[1..].iter().map(|line| counters(line)).collect();
+        counters.into_iter().fold([0, 0], |sum, counters| [sum[0] + counters[0], sum[1] + counters[1]])
     });
     (kernel != bpfvs).then(|| format!("{script}active and inactive connections: IPVS has {kernel:?}, bpfvs {bpfvs:?}\n"))
 }
@@ -84,8 +82,8 @@ fn inadmissible(script: &Script, record: &Record) -> Option<String> {
             let known = servers.get(&packet.client).copied();
             let chosen = packet.event == Event::Begin && (known.is_none() || over.contains(&packet.client));
             let right = match *answer {
-                Answer::Server(server) if chosen => weights.get(&server).is_some_and(|weight| *weight > 0),
-                Answer::Server(server) => known == Some(server),
+                Answer::Server(server) if known == Some(server) => true,
+                Answer::Server(server) => chosen && weights.get(&server).is_some_and(|weight| *weight > 0),
                 Answer::Refused => chosen && !someone,
                 Answer::NotSent => known.is_none(),
                 Answer::Stack | Answer::Dropped => false,
