@@ -159,9 +159,7 @@ fn play_side_by_side(scripts: &[Script], director: &dyn Director, wire: &Wire) -
 
 /// Waits until the connections of the farewell are forgotten, and their servers' counters know.
 fn wait_for_the_end(scripts: &[Script], director: &dyn Director) -> Result<()> {
-    wait::until("connections with a short timeout to be forgotten", wait::SOON, || {
-        is_over(scripts, director).unwrap_or_default()
-    })
+    wait::until("connections with a short timeout to be forgotten", wait::SOON, || is_over(scripts, director).unwrap_or_default())
 }
 
 /// Whether no connection is left that could come to its end, and each service's counters say how many there are.

@@ -27,9 +27,7 @@ use std::{
 
 use fastrand::Rng;
 
-use crate::{
-    frame::{ACK, FIN, Frame, RST, SYN, Transport},
-};
+use crate::frame::{ACK, FIN, Frame, RST, SYN, Transport};
 
 /// Every scheduler that is compared.
 pub const SCHEDULERS: [&str; 12] = ["rr", "wrr", "sh", "dh", "mh", "lc", "wlc", "sed", "nq", "fo", "ovf", RANDOM];
@@ -149,7 +147,7 @@ impl Script {
             Protocol::Sctp => "--sctp-service",
         };
         let service = format!("{option} {}", self.vip);
-        let scheduler = |name: &str, flags: &Option<&str>| {
+        let scheduler = |name: &str, flags: Option<&str>| {
             let flags = flags.map(|flags| format!(" -b {flags}")).unwrap_or_default();
             format!("{service} -s {name}{flags}")
         };
@@ -159,8 +157,8 @@ impl Script {
             format!("{service} -r {} -g -w {weight} -x {upper} -y {lower}", address(number))
         };
         match edit {
-            Edit::AddService(name, flags) => format!("-A {}", scheduler(name, flags)),
-            Edit::EditService(name, flags) => format!("-E {}", scheduler(name, flags)),
+            Edit::AddService(name, flags) => format!("-A {}", scheduler(name, *flags)),
+            Edit::EditService(name, flags) => format!("-E {}", scheduler(name, *flags)),
             Edit::AddServer(added) => format!("-a {}", server(added)),
             Edit::EditServer(edited) => format!("-e {}", server(edited)),
             Edit::RemoveServer(number) => format!("-d {service} -r {}", address(*number)),
@@ -186,7 +184,11 @@ impl Script {
 
 /// The address of a real server, in the family of a VIP.
 pub fn server_address(vip: IpAddr, number: u8) -> IpAddr {
-    if vip.is_ipv4() { Ipv4Addr::new(10, 1, 0, number).into() } else { Ipv6Addr::new(0xfd01, 0, 0, 0, 0, 0, 0, number.into()).into() }
+    if vip.is_ipv4() {
+        Ipv4Addr::new(10, 1, 0, number).into()
+    } else {
+        Ipv6Addr::new(0xfd01, 0, 0, 0, 0, 0, 0, number.into()).into()
+    }
 }
 
 impl fmt::Display for Script {
@@ -250,7 +252,8 @@ impl Writer {
         let mut random = Rng::with_seed(seed);
         let scheduler = SCHEDULERS[(seed % SCHEDULERS.len() as u64) as usize];
         // SCTP and UDP have a turn now and then: what they do to the counters differs.
-        let protocol = [Protocol::Tcp, Protocol::Tcp, Protocol::Tcp, Protocol::Tcp, Protocol::Udp, Protocol::Sctp][random.usize(..6)];
+        let protocol =
+            [Protocol::Tcp, Protocol::Tcp, Protocol::Tcp, Protocol::Tcp, Protocol::Udp, Protocol::Sctp][random.usize(..6)];
         let [high, low] = (seed as u16).to_be_bytes();
         let vip: IpAddr = if random.u8(..4) > 0 {
             Ipv4Addr::new(10, 99, high, low).into()
@@ -263,7 +266,17 @@ impl Writer {
         let weights = [[1, 1], [7, 7], [0, 3], [0, 6], [1, 5], [1, 100]][random.usize(..6)];
         let thresholds = scheduler != RANDOM && random.u8(..4) == 0;
         let script = Script { seed, scheduler, protocol, vip: SocketAddr::new(vip, PORT), rounds: Vec::new() };
-        Self { random, script, weights, thresholds, present: Vec::new(), absent, connections: Vec::new(), answered: None, aborted: None }
+        Self {
+            random,
+            script,
+            weights,
+            thresholds,
+            present: Vec::new(),
+            absent,
+            connections: Vec::new(),
+            answered: None,
+            aborted: None,
+        }
     }
 
     fn write(mut self) -> Script {

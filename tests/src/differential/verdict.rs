@@ -22,7 +22,9 @@ pub fn difference(script: &Script, kernel: &Record, bpfvs: &Record) -> Option<St
     }
     if let Some(round) = (0..script.rounds.len()).find(|round| kernel.answers[*round] != bpfvs.answers[*round]) {
         let mut text = told(script, bpfvs, round);
-        for (packet, (kernel, bpfvs)) in script.rounds[round].packets.iter().zip(kernel.answers[round].iter().zip(&bpfvs.answers[round])) {
+        for (packet, (kernel, bpfvs)) in
+            script.rounds[round].packets.iter().zip(kernel.answers[round].iter().zip(&bpfvs.answers[round]))
+        {
             if kernel != bpfvs {
                 let _ = writeln!(text, "round {round}: {packet}: IPVS says {kernel:?}, bpfvs says {bpfvs:?}");
             }
@@ -89,7 +91,9 @@ fn inadmissible(script: &Script, record: &Record) -> Option<String> {
                 Answer::Stack | Answer::Dropped => false,
             };
             if !right {
-                return Some(format!("round {number}: {packet}: {answer:?}, but its server is {known:?}, and the weights are {weights:?}"));
+                return Some(format!(
+                    "round {number}: {packet}: {answer:?}, but its server is {known:?}, and the weights are {weights:?}"
+                ));
             }
             if let Answer::Server(server) = *answer {
                 servers.insert(packet.client, server);

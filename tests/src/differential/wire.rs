@@ -91,7 +91,9 @@ impl Wire {
             "
         .to_owned();
         for number in 1..=ROUTER {
-            for address in [IpAddr::from(Ipv4Addr::new(10, 1, 0, number)), Ipv6Addr::new(0xfd01, 0, 0, 0, 0, 0, 0, number.into()).into()] {
+            for address in
+                [IpAddr::from(Ipv4Addr::new(10, 1, 0, number)), Ipv6Addr::new(0xfd01, 0, 0, 0, 0, 0, 0, number.into()).into()]
+            {
                 writeln!(commands, "neigh add {address} lladdr 02:00:00:00:01:{number:02x} dev eth0 nud permanent")?;
             }
         }
