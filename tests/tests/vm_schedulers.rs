@@ -8,7 +8,7 @@
 //! BPFVS_SCRIPTS=1 BPFVS_SCRIPTS_SEED=12345 cargo test -p bpfvs-tests --test vm_schedulers -- --nocapture
 //! ```
 
-use std::{collections::BTreeMap, env, path::Path, time::Instant};
+use std::{collections::BTreeMap, env, path::Path, thread, time::Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use bpfvs_tests::{
@@ -54,9 +54,9 @@ fn every_scheduler_decides_as_the_kernels_ipvs_does() -> Result<()> {
     let kernel = answers_of_the_kernel(first, count)?;
     println!("IPVS has played {count} scripts after {:.1} s", begin.elapsed().as_secs_f32());
     let begin = Instant::now();
-    let bpfvs = answers_of_bpfvs(&scripts)?;
+    let (bpfvs, log) = answers_of_bpfvs(&scripts)?;
     println!("bpfvs has played them after {:.1} s", begin.elapsed().as_secs_f32());
-    judge(&scripts, &kernel, &bpfvs)
+    judge(&scripts, &kernel, &bpfvs).with_context(|| format!("bpfvs has written:\n{log}"))
 }
 
 fn answers_of_the_kernel(first: u64, count: u64) -> Result<Vec<Record>> {
@@ -71,12 +71,15 @@ fn answers_of_the_kernel(first: u64, count: u64) -> Result<Vec<Record>> {
     Ok(records)
 }
 
-fn answers_of_bpfvs(scripts: &[Script]) -> Result<Vec<Record>> {
+/// What it did, and its log.
+fn answers_of_bpfvs(scripts: &[Script]) -> Result<(Vec<Record>, String)> {
     let wire = Wire::new()?;
     let bpfvs = Bpfvs::start(&wire.director, &["--interface", "eth0", "--max-connections", "65536"])?;
     Pinned::open(bpfvs.pins())?.lift_answer_limit()?;
     // In a thread of its own, which will stay on one CPU.
-    std::thread::scope(|scope| scope.spawn(|| player::play(scripts, &bpfvs, &wire)).join().expect("a panic fails the test"))
+    let play = || player::play(scripts, &bpfvs, &wire);
+    let records = thread::scope(|scope| scope.spawn(play).join().expect("a panic fails the test"))?;
+    Ok((records, bpfvs.log()))
 }
 
 /// Fails if the two differ, and shows how.
