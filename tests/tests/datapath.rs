@@ -6,7 +6,7 @@
 //!
 //! [`recordings_of_the_kernels_ipvs`] does the same with what the kernel's IPVS did, byte for byte.
 
-use std::{cell::Cell, net::SocketAddr};
+use std::{cell::Cell, env, fs, net::SocketAddr};
 
 use anyhow::{Context, Result, ensure};
 use bpfvs_tests::{
@@ -584,7 +584,10 @@ struct Exchange {
 fn recordings_of_the_kernels_ipvs() -> Result<()> {
     needs!(root);
     needs_bpfvs!();
-    let vectors: Vectors = serde_json::from_str(include_str!("../data/ipvs-vectors.json"))?;
+    let path =
+        env::var("BPFVS_VECTORS").unwrap_or_else(|_| concat!(env!("CARGO_MANIFEST_DIR"), "/data/ipvs-vectors.json").to_owned());
+    let text = fs::read_to_string(&path).with_context(|| format!("read the recordings in {path}"))?;
+    let vectors: Vectors = serde_json::from_str(&text).with_context(|| format!("{path} is not what it should be"))?;
     let bench = Bench::new(&[])?;
     let (mut replayed, mut failures) = (0, Vec::new());
     for recording in &vectors.packets {
@@ -599,7 +602,7 @@ fn recordings_of_the_kernels_ipvs() -> Result<()> {
             }
         }
     }
-    ensure!(replayed >= 2 * 25, "only {replayed} recordings were replayed");
+    ensure!(replayed > 0, "no recording in {path} was replayed");
     ensure!(failures.is_empty(), "{} of {replayed} replays failed:\n{}", failures.len(), failures.join("\n"));
     Ok(())
 }

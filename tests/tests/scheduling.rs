@@ -253,7 +253,7 @@ fn a_thousand_idle_services_cost_next_to_nothing() -> Result<()> {
     needs!(root);
     needs_bpfvs!();
     let bench = Bench::new(&[])?;
-    let servers = arrivals::servers(&bench, 0..4)?;
+    let servers = arrivals::servers(&bench, 0..2)?;
     let mut lines = String::new();
     for service in 0..1000 {
         let vip = format!("10.99.{}.{}:80", 1 + service / 250, 1 + service % 250);

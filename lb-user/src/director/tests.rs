@@ -345,6 +345,7 @@ fn rates_follow_the_ticks() {
     let index = index_of(&director, 1);
     let start = Instant::now();
     director.tick(start);
+    set_connections(&mut director, index, 1);
     count_packets(&mut director, index, 800);
     director.tick(start + Duration::from_secs(1));
     let rates = |director: &Director<Memory>| {
@@ -354,8 +355,11 @@ fn rates_follow_the_ticks() {
     assert_eq!(rates(&director), (0, 0), "a tick is two seconds");
     director.tick(start + Duration::from_secs(2));
     assert_eq!(rates(&director), (100, 100));
+    set_connections(&mut director, index, 0);
     director.tick(start + Duration::from_secs(4));
     assert_eq!(rates(&director), (75, 75));
+    director.tick(start + Duration::from_secs(6));
+    assert_eq!(rates(&director), (56, 56), "they fade without connections, too");
 }
 
 #[test]

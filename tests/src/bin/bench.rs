@@ -11,8 +11,10 @@ use bpfvs_tests::{
     speed::{
         Case, Path,
         measure::{Effort, measure},
+        picks,
         report::{Line, Machine, NOTES, Report, commit},
         stage::{Stage, last_cpu},
+        staleness,
     },
     test_run::Hook,
 };
@@ -32,7 +34,7 @@ struct Options {
     /// How often each program has its turn.
     #[arg(long, value_name = "NUMBER")]
     rounds: Option<usize>,
-    /// Only cases whose line begins with this, as in `xdp IPv4`.
+    /// Only cases whose line begins with this, as in `xdp IPv4`; `picks` and `staleness` are two more.
     #[arg(long, value_name = "TEXT", default_value = "")]
     only: String,
     /// The CPU to measure on; without it the last one.
@@ -50,32 +52,58 @@ fn main() -> Result<()> {
     let rounds = options.rounds.unwrap_or(if options.quick { 5 } else { 15 }).max(1);
     let max_connections = options.max_connections.unwrap_or(if options.quick { 500_000 } else { 2_500_000 });
     let cpu = options.cpu.map_or_else(last_cpu, Ok)?;
-    let mut report =
-        Report { machine: Machine::this(), commit: commit(), max_connections, rounds, cpu, notes: NOTES, cases: Vec::new() };
+    let mut report = Report {
+        machine: Machine::this(),
+        commit: commit(),
+        max_connections,
+        rounds,
+        cpu,
+        notes: NOTES,
+        cases: Vec::new(),
+        picks: Vec::new(),
+        staleness: None,
+    };
     println!("{report}");
-    let mut stage = Stage::new(max_connections)?;
-    println!("{}", Line::heading());
-    report.cases = stage.enter(cpu, |act| {
-        let mut lines = Vec::new();
-        for family in Family::ALL {
-            for &flows in sizes {
-                for hook in Hook::ALL {
-                    for &path in Path::all(hook) {
-                        let case = Case { hook, family, path, flows };
-                        if case.to_string().starts_with(&options.only) {
-                            let line = Line::new(case, measure(act, case, Effort { rounds })?);
-                            println!("{line}");
-                            lines.push(line);
-                        }
-                    }
-                }
-            }
-        }
-        Ok(lines)
-    })?;
+    report.cases = packets(&options, sizes, rounds, max_connections, cpu)?;
+    if "picks".starts_with(&options.only) {
+        println!("\nnew connections at xdp, by scheduler and number of real servers");
+        report.picks = picks::measure(cpu, rounds)?;
+        report.picks.iter().for_each(|line| println!("{line}"));
+    }
+    if "staleness".starts_with(&options.only) {
+        let staleness = staleness::measure()?;
+        println!("\n{staleness}");
+        report.staleness = Some(staleness);
+    }
     if let Some(file) = &options.json {
         let text = serde_json::to_string_pretty(&report)? + "\n";
         fs::write(file, text).with_context(|| format!("write the figures to {}", file.display()))?;
     }
     Ok(())
+}
+
+/// The cases that begin with what was asked for.
+fn packets(options: &Options, sizes: &[u64], rounds: usize, max_connections: u32, cpu: usize) -> Result<Vec<Line>> {
+    let mut cases = Vec::new();
+    for family in Family::ALL {
+        for &flows in sizes {
+            for hook in Hook::ALL {
+                let all = Path::all(hook).iter().map(|&path| Case { hook, family, path, flows });
+                cases.extend(all.filter(|case| case.to_string().starts_with(&options.only)));
+            }
+        }
+    }
+    if cases.is_empty() {
+        return Ok(Vec::new());
+    }
+    println!("{}", Line::heading());
+    Stage::new(max_connections)?.enter(cpu, |act| {
+        let mut lines = Vec::new();
+        for case in cases {
+            let line = Line::new(case, measure(act, case, Effort { rounds })?);
+            println!("{line}");
+            lines.push(line);
+        }
+        Ok(lines)
+    })
 }

@@ -50,12 +50,12 @@ pub struct Nanoseconds {
 }
 
 impl Nanoseconds {
-    fn of(mut samples: Vec<f64>) -> Option<Self> {
+    pub(super) fn of(mut samples: Vec<f64>) -> Option<Self> {
         samples.sort_by(f64::total_cmp);
         Some(Self { minimum: *samples.first()?, median: *samples.get(samples.len() / 2)? })
     }
 
-    fn less(self, other: Self) -> Self {
+    pub(super) fn less(self, other: Self) -> Self {
         Self { minimum: self.minimum - other.minimum, median: self.median - other.median }
     }
 
@@ -145,7 +145,7 @@ fn repeated(act: &mut Act<'_>, hook: Hook, frame: &[u8], packets: u32, verdict: 
 }
 
 /// The CPU time that this thread has used.
-fn cpu_time() -> Result<Duration> {
+pub(super) fn cpu_time() -> Result<Duration> {
     Ok(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?.into())
 }
 

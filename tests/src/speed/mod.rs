@@ -20,14 +20,18 @@
 //! | the director under test, its tables filled | [`stage`] |
 //! | the harness and the floors, loaded | [`harness`] |
 //! | samples, and what they come to | [`measure`] |
+//! | what the scheduler and the number of real servers cost a new connection | [`picks`] |
+//! | how far a living daemon's schedules stray from IPVS's choices | [`staleness`] |
 //! | the table for people, the file for programs | [`report`] |
 //!
 //! What this does not measure: drivers, queues, the memory of a network card, several CPUs at once.
 
 pub mod harness;
 pub mod measure;
+pub mod picks;
 pub mod report;
 pub mod stage;
+pub mod staleness;
 
 use std::fmt::{self, Display, Formatter};
 

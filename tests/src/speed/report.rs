@@ -9,7 +9,7 @@ use std::{
 
 use serde::Serialize;
 
-use super::{Case, Path, measure::Figures};
+use super::{Case, Path, measure::Figures, picks::PickCost, staleness::Staleness};
 use crate::{lab::Family, test_run::Hook};
 
 /// All that is known of a measurement.
@@ -29,6 +29,10 @@ pub struct Report {
     pub notes: &'static [&'static str],
     /// The figures, in nanoseconds per packet.
     pub cases: Vec<Line>,
+    /// New connections by scheduler and number of real servers.
+    pub picks: Vec<PickCost>,
+    /// How far schedules stray from IPVS's choices.
+    pub staleness: Option<Staleness>,
 }
 
 impl Display for Report {

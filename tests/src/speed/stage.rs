@@ -41,7 +41,7 @@ use crate::{
 const ROUTED: u16 = 80;
 const TUNNELLED: u16 = 81;
 /// The interface by which a test run's packets come in: `lo`.
-const INGRESS: u32 = 1;
+pub(super) const INGRESS: u32 = 1;
 /// Clients of the flows that are in the table, and of those that never were.
 const KNOWN: u32 = 0x0a10_0000;
 const UNKNOWN: u32 = 0x0a20_0000;
@@ -222,14 +222,14 @@ impl Act<'_> {
     }
 }
 
-const TCP: u32 = 6;
+pub(super) const TCP: u32 = 6;
 
-fn open(bench: &Bench, name: &str) -> Result<MapData> {
+pub(super) fn open(bench: &Bench, name: &str) -> Result<MapData> {
     let path = bench.bpfvs.pins().join("maps").join(name);
     MapData::from_pin(&path).with_context(|| format!("open the pinned map {}", path.display()))
 }
 
-fn remove<T: std::borrow::BorrowMut<MapData>, K: Pod>(
+pub(super) fn remove<T: std::borrow::BorrowMut<MapData>, K: Pod>(
     connections: &mut HashMap<T, K, Connection>,
     keys: impl Iterator<Item = K>,
 ) -> Result<()> {
@@ -250,11 +250,20 @@ pub fn template(family: Family, path: Path, flows: u64) -> (Vec<u8>, Round) {
     }
 }
 
+/// The template of SYNs of clients that are in no table, to a port of the IPv4 address.
+pub fn unknown_clients(port: u16) -> (Vec<u8>, Round) {
+    frame_to(port, Family::Ipv4, SYN, UNKNOWN, u64::from(NEW), false)
+}
+
 /// The template of packets from these clients: frames of 64 bytes for IPv4, 84 for IPv6.
 fn frame(family: Family, flags: u8, first_client: u32, flows: u64, foreign: bool) -> (Vec<u8>, Round) {
+    frame_to(ROUTED, family, flags, first_client, flows, foreign)
+}
+
+fn frame_to(port: u16, family: Family, flags: u8, first_client: u32, flows: u64, foreign: bool) -> (Vec<u8>, Round) {
     let addresses = Addresses::of(family);
     let socket = |address: &str, port| SocketAddr::new(address.parse().expect("the bench's addresses are well-formed"), port);
-    let destination = socket(if foreign { addresses.foreign } else { addresses.vip }, ROUTED);
+    let destination = socket(if foreign { addresses.foreign } else { addresses.vip }, port);
     let frame = Frame { payload: vec![0; 10], ..Frame::tcp(socket(addresses.client, 1), destination, flags) }.build();
     let word = |at: usize| u32::from_ne_bytes(std::array::from_fn(|byte| frame.get(at + byte).copied().unwrap_or(0)));
     let round = Round {
@@ -263,7 +272,7 @@ fn frame(family: Family, flags: u8, first_client: u32, flows: u64, foreign: bool
         flow: 0,
         flows,
         first_client,
-        vip_port: ROUTED.to_be(),
+        vip_port: port.to_be(),
         start: u16::from_ne_bytes([frame[0], frame[1]]),
         headers: std::array::from_fn(|at| word(2 + 4 * at)),
         more_headers: std::array::from_fn(|at| word(54 + 4 * at)),

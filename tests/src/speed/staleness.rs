@@ -1,0 +1,161 @@
+//! How far schedules stray from IPVS's choices when connections come faster than the daemon can look.
+//!
+//! 20,000 connections begin in a second, and each ends a tenth of a second later. A real server is stopped (weight 0) and
+//! started again. Beside the director a book is kept in which every connection goes where IPVS's wlc would send it at that
+//! moment, with the counters of the book. The figure is the difference between the director's active connections and the
+//! book's, for the server where it is largest.
+//!
+//! ```text
+//! SYN number 7      director: server 2, book: server 3
+//! FIN number 7      director: server 2 has one less, book: server 3 has one less
+//! each millisecond  the largest difference over all servers
+//! ```
+
+use std::{
+    collections::VecDeque,
+    fmt::{self, Display, Formatter},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+
+use crate::{
+    arrivals::{self, Arrivals, Connection},
+    bench::Bench,
+};
+
+const SERVICE: &str = "-t 10.99.0.1:80";
+/// Weights of the real servers in the order in which they are added.
+const WEIGHTS: [u32; 4] = [4, 3, 2, 1];
+/// The one that is stopped and started.
+const STOPPED: usize = 1;
+/// New connections in a second.
+const RATE: u32 = 20_000;
+/// How many connections are open at a time.
+const OPEN: usize = 2000;
+/// How long it goes on.
+const PERIOD: Duration = Duration::from_secs(6);
+/// The server stands still in the third and fourth second.
+const STOP: Duration = Duration::from_secs(2);
+const START: Duration = Duration::from_secs(4);
+
+/// How far the active connections of the director were from those of IPVS.
+#[derive(Clone, Debug, Serialize)]
+pub struct Staleness {
+    /// New connections in a second.
+    pub rate: u32,
+    /// The mean over time of the largest difference of a server.
+    pub mean: f64,
+    /// What 99 of 100 moments stay below.
+    pub most_moments: u32,
+    /// The largest difference at all.
+    pub largest: u32,
+    /// Active connections of the largest server, for comparison.
+    pub active: u32,
+}
+
+impl Display for Staleness {
+    fn fmt(&self, formatter: &mut Formatter<'_>) -> fmt::Result {
+        let Self { rate, mean, most_moments, largest, active } = self;
+        write!(
+            formatter,
+            "staleness: at {rate} new connections a second (wlc, {OPEN} open, one server stopped and started) active connections differ from \
+             IPVS's by {mean:.1} in the mean, {most_moments} in 99 of 100 moments, {largest} at most, of {active}"
+        )
+    }
+}
+
+/// A real server in the book.
+struct Entry {
+    weight: u32,
+    active: u32,
+    total: u32,
+}
+
+/// A connection of the director, and where the book has it.
+struct Pair {
+    connection: Connection,
+    entry: usize,
+}
+
+/// Runs the script.
+pub fn measure() -> Result<Staleness> {
+    let bench = Bench::new(&[])?;
+    let addresses = arrivals::servers(&bench, 0..WEIGHTS.len() as u16)?;
+    bench.bpfvs.ipvsadm(&format!("-A {SERVICE} -s wlc"))?;
+    for (address, weight) in addresses.iter().zip(WEIGHTS) {
+        bench.bpfvs.ipvsadm(&format!("-a {SERVICE} -r {address} -g -w {weight}"))?;
+    }
+    bench.bpfvs.wait_for_servers()?;
+    let indices = addresses.iter().map(|address| bench.server_index(&address.to_string())).collect::<Result<Vec<_>>>()?;
+    let weigh = |weight: u32| bench.bpfvs.ipvsadm(&format!("-e {SERVICE} -r {} -g -w {weight}", addresses[STOPPED])).map(drop);
+    let weight = std::sync::atomic::AtomicU32::new(WEIGHTS[STOPPED]);
+    let order = std::sync::atomic::Ordering::SeqCst;
+    thread::scope(|scope| {
+        let load = scope.spawn(|| bench.director.enter(|| run(&bench, &indices, || weight.load(order))));
+        for (pause, to) in [(STOP, 0), (START - STOP, WEIGHTS[STOPPED])] {
+            thread::sleep(pause);
+            weigh(to)?;
+            weight.store(to, order);
+        }
+        load.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+fn run(bench: &Bench, indices: &[u32], weight: impl Fn() -> u32) -> Result<Staleness> {
+    let mut arrivals = Arrivals::new(bench)?;
+    let mut book: Vec<_> = WEIGHTS.iter().map(|&weight| Entry { weight, active: 0, total: 0 }).collect();
+    let mut open: VecDeque<Pair> = VecDeque::new();
+    let (mut differences, mut most_active) = (Vec::new(), 0);
+    let begin = Instant::now();
+    let mut begun = 0;
+    while begin.elapsed() < PERIOD {
+        let due = (begin.elapsed().as_secs_f64() * f64::from(RATE)) as u32;
+        if begun >= due {
+            thread::sleep(Duration::from_micros(200));
+            continue;
+        }
+        while begun < due {
+            begun += 1;
+            book[STOPPED].weight = weight();
+            let entry = wlc(&book).context("some server takes connections")?;
+            let client = arrivals.begin()?;
+            book[entry].active += 1;
+            book[entry].total += 1;
+            open.push_back(Pair { connection: Connection { client, server: None }, entry });
+            if open.len() > OPEN
+                && let Some(oldest) = open.pop_front()
+            {
+                arrivals.finish(&oldest.connection)?;
+                book[oldest.entry].active -= 1;
+            }
+            // Each millisecond.
+            if begun % (RATE / 1000) == 0 {
+                let mut largest = 0;
+                for (entry, &index) in book.iter().zip(indices) {
+                    largest = largest.max(bench.pinned.counters(index)?.active.abs_diff(entry.active));
+                    most_active = most_active.max(entry.active);
+                }
+                differences.push(largest);
+            }
+        }
+    }
+    differences.sort_unstable();
+    Ok(Staleness {
+        rate: (f64::from(begun) / begin.elapsed().as_secs_f64()).round() as u32,
+        mean: differences.iter().map(|&difference| f64::from(difference)).sum::<f64>() / differences.len() as f64,
+        most_moments: differences.get(differences.len() * 99 / 100).copied().unwrap_or_default(),
+        largest: differences.last().copied().unwrap_or_default(),
+        active: most_active,
+    })
+}
+
+/// IPVS's choice: the newest of those that have the least to do for their weight.
+fn wlc(book: &[Entry]) -> Option<usize> {
+    let load = |entry: &Entry| u64::from(entry.active * 256 + entry.total);
+    let crosswise = |one: &Entry, other: &Entry| load(one) * u64::from(other.weight);
+    let able = book.iter().enumerate().rev().filter(|(_, entry)| entry.weight > 0);
+    able.min_by(|(_, one), (_, other)| crosswise(one, other).cmp(&crosswise(other, one))).map(|(position, _)| position)
+}
