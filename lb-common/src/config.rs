@@ -27,6 +27,10 @@ pub struct Config {
     pub connection_reuse: u32,
     /// ICMP errors that each CPU may send in a second; 0 for no limit.
     pub answers_per_second: u32,
+    /// IPVS's `lblc_expiration`: seconds until lblc forgets a destination that nobody asks for.
+    pub lblc_expiration: u32,
+    /// IPVS's `lblcr_expiration`: the same for lblcr, and seconds until a set of servers that does not change loses one.
+    pub lblcr_expiration: u32,
 }
 
 /// Bits of [`Config::flags`].
@@ -53,10 +57,12 @@ impl Config {
         sctp_timeouts: crate::sctp::TIMEOUTS,
         connection_reuse: 1,
         answers_per_second: 1000,
+        lblc_expiration: 24 * 60 * 60,
+        lblcr_expiration: 24 * 60 * 60,
     };
 }
 
-plain! { Config = 160 }
+plain! { Config = 168 }
 
 /// What a run of the sweep found: the one entry of its result map.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]

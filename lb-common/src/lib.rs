@@ -7,7 +7,7 @@
 //! | subject | module |
 //! | --- | --- |
 //! | address families | [`family`] |
-//! | what stands in the maps | [`connection`], [`service`], [`server`], [`schedule`], [`statistics`], [`config`] |
+//! | what stands in the maps | [`connection`], [`service`], [`server`], [`schedule`], [`locality`], [`statistics`], [`config`] |
 //! | why a packet left | [`reason`] |
 //! | headers and their parsing | [`packet`] |
 //! | Internet checksums | [`checksum`] |
@@ -30,6 +30,7 @@ pub mod family;
 pub mod filter;
 pub mod floor;
 pub mod hash;
+pub mod locality;
 #[cfg(any(test, feature = "user"))]
 pub mod model;
 pub mod packet;

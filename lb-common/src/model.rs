@@ -5,7 +5,10 @@
 //!
 //! The model's world is small, so that one frame suffices: no connections yet, every service has one real server that is
 //! ready, reached by direct routing, and takes connections, and answers are not limited. It says what becomes of the
-//! frame, not how it looks afterwards.
+//! frame, not how it looks afterwards. What several connections to several servers remember of each other is modelled apart:
+//! [`locality`].
+
+pub mod locality;
 
 use core::net::IpAddr;
 use std::vec::Vec;

@@ -5,13 +5,14 @@
 //!
 //! ```text
 //! pair 0: base, head      base = where the cursor stood when the run was made
-//! pair 1: period, 0
+//! pair 1: period, witness
 //! pair 2: server, server  the picks, two to a pair
 //! ```
 //!
 //! A run of the cursor mode is `head` picks that happen once, and then `period` picks that repeat: that shape holds
 //! the exact sequence of every static scheduler, whose state must return sooner or later. Hash modes use the
-//! picks as their table (`head` = 0, `period` = its size).
+//! picks as their table (`head` = 0, `period` = its size). The locality modes have a run of the cursor mode for destinations
+//! that are new, and a *witness* ([`crate::locality`]); elsewhere that is [`NOBODY`].
 
 use crate::wire::plain;
 

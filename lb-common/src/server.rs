@@ -144,6 +144,13 @@ impl Counters {
     pub const fn inactive(self) -> u32 {
         self.total.saturating_sub(self.active)
     }
+
+    /// What the server has to do, as IPVS counts it: 256 for each active connection, and 1 for each of all.
+    #[doc(alias = "ip_vs_dest_conn_overhead")]
+    #[inline(always)]
+    pub const fn load(self) -> u32 {
+        (self.active << 8).wrapping_add(self.total)
+    }
 }
 
 plain! { Server = 64, NextHop = 24 }

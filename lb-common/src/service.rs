@@ -43,6 +43,10 @@ pub enum Mode {
     Maglev = 2,
     /// By IPVS's hash of the client's address (sh).
     SourceHash = 3,
+    /// By the one server that the destination went to before, else by the cursor (lblc). See [`crate::locality`].
+    Locality = 4,
+    /// By the set of servers that the destination went to before, else by the cursor (lblcr).
+    Replicas = 5,
 }
 
 /// Bits of [`Service::flags`].

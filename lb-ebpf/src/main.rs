@@ -27,6 +27,7 @@ mod atomic;
 mod bell;
 mod classify;
 mod forward;
+mod locality;
 mod maps;
 mod outcome;
 mod pick;

@@ -13,6 +13,7 @@ use lb_common::{
     connection::{Connection, ConnectionKey, FragmentKey},
     family::{Ipv4, Ipv6},
     filter,
+    locality::{Destination, DestinationKey},
     packet::{Ipv4Header, Ipv6Header, Network, V4, V6},
     reason::Reason,
     schedule::Pair,
@@ -22,12 +23,15 @@ use lb_common::{
 };
 use lb_ebpf::packet::Packet;
 
+use crate::locality::Case;
+
 /// `BPF_F_MMAPABLE`: userspace reads and writes the array without system calls.
 const MMAPABLE: u32 = 1 << 10;
 const SERVICE_COUNT: u32 = 1 << 16;
 const SERVER_COUNT: u32 = 1 << 17;
 const CONNECTION_COUNT: u32 = 1 << 20;
 const FRAGMENT_COUNT: u32 = 1 << 14;
+const DESTINATION_COUNT: u32 = 1 << 15;
 
 /// Kernel clock ticks in a second; userspace writes it before it loads the programs.
 #[unsafe(no_mangle)]
@@ -85,6 +89,11 @@ pub static BELL: RingBuf = RingBuf::with_byte_size(4096, 0);
 #[map]
 pub static SWEPT: Array<u64> = Array::with_max_entries(SERVER_COUNT, MMAPABLE);
 
+/// What the locality modes must know of real servers: [`lb_common::locality::Standing`] as one word. Userspace writes, new
+/// connections of such services read.
+#[map]
+pub static STANDINGS: Array<u64> = Array::with_max_entries(SERVER_COUNT, MMAPABLE);
+
 /// Traffic of real servers. Every forwarded packet writes, userspace reads.
 #[map]
 pub static STATISTICS: PerCpuArray<Statistics> = PerCpuArray::with_max_entries(SERVER_COUNT, 0);
@@ -106,6 +115,17 @@ static FRAGMENTS_V4: LruHashMap<FragmentKey<Ipv4>, u32> = LruHashMap::with_max_e
 #[map]
 static FRAGMENTS_V6: LruHashMap<FragmentKey<Ipv6>, u32> = LruHashMap::with_max_entries(FRAGMENT_COUNT, 0);
 
+/// Destinations, and the real servers that they went to. New connections of locality services read and write, userspace
+/// deletes those that nobody asks for. Full: the oldest go.
+#[map]
+static DESTINATIONS_V4: LruHashMap<DestinationKey<Ipv4>, Destination> = LruHashMap::with_max_entries(DESTINATION_COUNT, 0);
+#[map]
+static DESTINATIONS_V6: LruHashMap<DestinationKey<Ipv6>, Destination> = LruHashMap::with_max_entries(DESTINATION_COUNT, 0);
+
+/// What each CPU keeps in mind while it looks for a destination's real server.
+#[map]
+pub static CASES: PerCpuArray<Case> = PerCpuArray::with_max_entries(1, 0);
+
 /// What the last run of the sweep found.
 #[map]
 pub static SWEEP: Array<SweepReport> = Array::with_max_entries(1, 0);
@@ -119,6 +139,7 @@ pub trait Family: Network {
     fn services() -> &'static HashMap<ServiceKey<Self::Address>, Service>;
     fn connections() -> &'static HashMap<ConnectionKey<Self::Address>, Connection>;
     fn fragments() -> &'static LruHashMap<FragmentKey<Self::Address>, u32>;
+    fn destinations() -> &'static LruHashMap<DestinationKey<Self::Address>, Destination>;
     /// Takes one off the time to live of the packet whose header begins at `offset`, if there is more than one left.
     fn age<P: Packet>(packet: &mut P, offset: usize) -> Result<(), Reason>;
 }
@@ -137,6 +158,11 @@ impl Family for V4 {
     #[inline(always)]
     fn fragments() -> &'static LruHashMap<FragmentKey<Ipv4>, u32> {
         &FRAGMENTS_V4
+    }
+
+    #[inline(always)]
+    fn destinations() -> &'static LruHashMap<DestinationKey<Ipv4>, Destination> {
+        &DESTINATIONS_V4
     }
 
     #[inline(always)]
@@ -171,6 +197,11 @@ impl Family for V6 {
     #[inline(always)]
     fn fragments() -> &'static LruHashMap<FragmentKey<Ipv6>, u32> {
         &FRAGMENTS_V6
+    }
+
+    #[inline(always)]
+    fn destinations() -> &'static LruHashMap<DestinationKey<Ipv6>, Destination> {
+        &DESTINATIONS_V6
     }
 
     #[inline(always)]

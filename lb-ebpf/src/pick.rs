@@ -1,25 +1,29 @@
 //! Which real server takes a new connection? The kernel knows no algorithm: userspace has compiled the answer into a run
 //! of picks, and the service says how to index it ([`Mode`]).
+//!
+//! lblc and lblcr ask first whom the destination went to before: [`locality`].
 
 use aya_ebpf::{cty::c_void, helpers::generated::bpf_loop};
 use lb_common::{
-    family::Address,
     pick,
     schedule::{self, INELIGIBLE, NOBODY, Pointer},
     service::{Mode, Service, flags},
 };
 
 use crate::{
-    atomic,
-    maps::{CURSORS, RUNS, SCHEDULES},
+    atomic, locality,
+    maps::{CURSORS, Family, RUNS, SCHEDULES},
 };
 
 /// Picks a real server's index for a client, or nobody.
 #[inline(always)]
-pub fn pick<A: Address>(service: *const Service, client: &A, client_port: u16, vip: &A) -> Option<u32> {
+pub fn pick<F: Family>(service: *const Service, client: &F::Address, client_port: u16, vip: &F::Address) -> Option<u32> {
     // SAFETY: an element of the service map.
     let service = unsafe { *service };
     let run = pointer(service.id)?;
+    if service.mode >= Mode::Locality as u8 {
+        return locality::pick::<F>(service.id, service.mode == Mode::Replicas as u8, &run, vip);
+    }
     let value = pick::client_value(client, client_port, service.flags);
     let picked = if service.mode == Mode::SourceHash as u8 {
         at(run.offset, pick::source_bucket(value))?
@@ -28,19 +32,25 @@ pub fn pick<A: Address>(service: *const Service, client: &A, client_port: u16, v
     } else if service.mode == Mode::Maglev as u8 {
         maglev(&run, value, service.flags & flags::FALLBACK != 0)?
     } else {
-        at(run.offset, next(service.id, &run)?)?
+        next_pick(service.id, &run)?
     };
     (picked != NOBODY && picked & INELIGIBLE == 0).then_some(picked)
 }
 
 /// The service's run. One read of eight bytes: userspace publishes it by one store.
 #[inline(always)]
-fn pointer(service: u32) -> Option<Pointer> {
+pub fn pointer(service: u32) -> Option<Pointer> {
     let word = SCHEDULES.get_ptr(service)?;
     // SAFETY: an element of the array.
     let word = unsafe { word.read_volatile() };
     let pointer = Pointer { offset: word as u32, picks: (word >> 32) as u32 };
     (pointer.picks != 0).then_some(pointer)
+}
+
+/// The next pick of a run in cursor mode.
+#[inline(always)]
+pub fn next_pick(service: u32, run: &Pointer) -> Option<u32> {
+    at(run.offset, next(service, run)?)
 }
 
 /// A pick of a run.

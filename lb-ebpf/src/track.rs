@@ -54,7 +54,7 @@ pub fn connection<P: Packet, F: Family>(packet: &P, header: &IpHeader<F::Address
             return Ok(server);
         }
     }
-    begin::<F>(&key, segment.event)
+    schedule::<F>(&key, segment.event).and_then(|server| begin::<F>(&key, segment.event, server))
 }
 
 /// The state after an event. Real servers answer their clients directly: only the client's half is ever seen.
@@ -177,9 +177,9 @@ pub fn forget(connection: &Connection) {
     }
 }
 
-/// Begins a connection: finds the service, picks a real server, makes the entry. Returns the server's index.
+/// Finds the service for a packet without a connection, and picks a real server.
 #[inline(never)]
-fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8) -> Result<u32, Reason> {
+fn schedule<F: Family>(key: &ConnectionKey<F::Address>, event: u8) -> Result<u32, Reason> {
     let protocol = key.protocol as u8;
     let service_key = ServiceKey { vip: key.vip, port: key.ports.destination(), protocol, zero: 0 };
     let service = F::services().get_ptr(&service_key).ok_or(Reason::NoService)?;
@@ -187,11 +187,17 @@ fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8) -> Result<u32, R
     if !may_begin(protocol, event, sloppy) || key.ports.source() == FTP_DATA.to_be() {
         return Err(Reason::NoConnection);
     }
-    let server = pick::pick(service, &key.client, key.ports.source(), &key.vip).ok_or_else(|| {
+    pick::pick::<F>(service, &key.client, key.ports.source(), &key.vip).ok_or_else(|| {
         // The cursor has moved, and that the forecast says "nobody" may be out of date.
         bell::ring();
         Reason::NoServer
-    })?;
+    })
+}
+
+/// Begins a connection to a real server: makes the entry. Returns the server's index.
+#[inline(never)]
+fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8, server: u32) -> Result<u32, Reason> {
+    let protocol = key.protocol as u8;
     let state = next_state(protocol, 0, event);
     let flags = flags_of(protocol, state);
     let connection = Connection { server, last_seen: jiffies(), state, flags, zero: [0; 6] };
