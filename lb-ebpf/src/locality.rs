@@ -113,7 +113,11 @@ pub fn pick<F: Family>(service: u32, replicas: bool, run: &Pointer, destination:
         return Some(chosen);
     }
     let picked = pick::next_pick(service, run).filter(|picked| picked & INELIGIBLE == 0)?;
-    if is_ipv4 { learn_ipv4(picked) } else { learn_ipv6(picked) };
+    if is_ipv4 {
+        learn_ipv4(picked)
+    } else {
+        learn_ipv6(picked)
+    };
     Some(picked)
 }
 
