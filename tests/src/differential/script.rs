@@ -30,7 +30,7 @@ use fastrand::Rng;
 use crate::frame::{ACK, FIN, Frame, RST, SYN, Transport};
 
 /// Every scheduler that is compared.
-pub const SCHEDULERS: [&str; 12] = ["rr", "wrr", "sh", "dh", "mh", "lc", "wlc", "sed", "nq", "fo", "ovf", RANDOM];
+pub const SCHEDULERS: [&str; 14] = ["rr", "wrr", "sh", "dh", "mh", "lc", "wlc", "sed", "nq", "fo", "ovf", "lblc", "lblcr", RANDOM];
 /// The one that draws lots, so that two directors cannot agree on a pick.
 pub const RANDOM: &str = "twos";
 /// Rounds after the first, which sets the service up.

@@ -93,8 +93,10 @@ fn configure(bench: &Bench) -> Result<()> {
     let mut lines = String::new();
     for (port, scheduler, servers) in services() {
         lines.push_str(&format!("-A -t {vip}:{port} -s {scheduler}\n"));
+        // With small weights ovf would turn most of the connections away.
+        let unit = if scheduler == "ovf" { NEW } else { 1 };
         for number in 0..servers {
-            lines.push_str(&format!("-a -t {vip}:{port} -r {} -g -w {}\n", address(number), 1 + number % 4));
+            lines.push_str(&format!("-a -t {vip}:{port} -r {} -g -w {}\n", address(number), unit * (1 + number % 4)));
         }
     }
     bench.bpfvs.restore(&lines)?;

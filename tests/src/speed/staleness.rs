@@ -14,12 +14,14 @@
 use std::{
     collections::VecDeque,
     fmt::{self, Display, Formatter},
+    net::Ipv4Addr,
     thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde::Serialize;
+use serde_json::json;
 
 use crate::{
     arrivals::{self, Arrivals, Connection},
@@ -90,28 +92,33 @@ pub fn measure() -> Result<Staleness> {
     }
     bench.bpfvs.wait_for_servers()?;
     let indices = addresses.iter().map(|address| bench.server_index(&address.to_string())).collect::<Result<Vec<_>>>()?;
-    let weigh = |weight: u32| bench.bpfvs.ipvsadm(&format!("-e {SERVICE} -r {} -g -w {weight}", addresses[STOPPED])).map(drop);
-    let weight = std::sync::atomic::AtomicU32::new(WEIGHTS[STOPPED]);
-    let order = std::sync::atomic::Ordering::SeqCst;
-    thread::scope(|scope| {
-        let load = scope.spawn(|| bench.director.enter(|| run(&bench, &indices, || weight.load(order))));
-        for (pause, to) in [(STOP, 0), (START - STOP, WEIGHTS[STOPPED])] {
-            thread::sleep(pause);
-            weigh(to)?;
-            weight.store(to, order);
-        }
-        load.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    })
+    bench.director.enter(|| run(&bench, &indices, &addresses[STOPPED]))
 }
 
-fn run(bench: &Bench, indices: &[u32], weight: impl Fn() -> u32) -> Result<Staleness> {
+/// Gives the real server that is stopped and started another weight.
+fn weigh(bench: &Bench, address: &Ipv4Addr, weight: u32) -> Result<()> {
+    let service = json!({"address": {"protocol": "tcp", "address": "10.99.0.1", "port": 80}});
+    let server = json!({"address": address, "port": 80});
+    let edit = json!({"service": service, "server": server, "config": {"method": "route", "weight": weight}});
+    let answer = bench.bpfvs.post("/v1/commands", &json!([{"edit_server": edit}]))?;
+    ensure!(answer == json!(["ok"]), "the daemon answered {answer}");
+    Ok(())
+}
+
+fn run(bench: &Bench, indices: &[u32], stopped: &Ipv4Addr) -> Result<Staleness> {
     let mut arrivals = Arrivals::new(bench)?;
     let mut book: Vec<_> = WEIGHTS.iter().map(|&weight| Entry { weight, active: 0, total: 0 }).collect();
     let mut open: VecDeque<Pair> = VecDeque::new();
     let (mut differences, mut most_active) = (Vec::new(), 0);
+    let mut commands = VecDeque::from([(STOP, 0), (START, WEIGHTS[STOPPED])]);
     let begin = Instant::now();
     let mut begun = 0;
     while begin.elapsed() < PERIOD {
+        // Between two arrivals, so that the book knows when; those that are due meanwhile come in a burst.
+        if let Some((_, weight)) = commands.pop_front_if(|(when, _)| begin.elapsed() >= *when) {
+            weigh(bench, stopped, weight)?;
+            book[STOPPED].weight = weight;
+        }
         let due = (begin.elapsed().as_secs_f64() * f64::from(RATE)) as u32;
         if begun >= due {
             thread::sleep(Duration::from_micros(200));
@@ -119,7 +126,6 @@ fn run(bench: &Bench, indices: &[u32], weight: impl Fn() -> u32) -> Result<Stale
         }
         while begun < due {
             begun += 1;
-            book[STOPPED].weight = weight();
             let entry = wlc(&book).context("some server takes connections")?;
             let client = arrivals.begin()?;
             book[entry].active += 1;
