@@ -89,11 +89,13 @@ impl Standing {
     }
 
     /// The same of a server that was removed from its service, and may come back.
+    #[must_use]
     pub const fn removed(self) -> Self {
         Self(self.0 & !Self::AVAILABLE)
     }
 
     /// The same when the index is given to another server.
+    #[must_use]
     pub const fn dealt_anew(self) -> Self {
         Self(self.0.wrapping_add(1) & Self::GENERATION)
     }

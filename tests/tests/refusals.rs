@@ -132,7 +132,6 @@ fn what_this_version_cannot_do_yet() -> Result<()> {
     bpfvs.ipvsadm("-A -t 192.0.2.1:80 -s rr")?;
     let before = bpfvs.ipvsadm("-Sn")?;
     for (line, part) in [
-        ("-A -t 192.0.2.2:80 -s lblcr", "lblcr"),
         ("-A -t 192.0.2.2:80 -s rr -p 300", "persisten"),
         ("-A -f 7 -s rr", "mark"),
         ("-A -u 192.0.2.2:53 -s rr -o", "one-packet"),

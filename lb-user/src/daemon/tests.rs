@@ -101,7 +101,7 @@ fn a_conversation() {
     with_daemon(directory.path(), true, |mut client| {
         let mode = std::fs::metadata(client.socket()).expect("it is there").permissions().mode();
         assert_eq!(mode & 0o777, 0o660);
-        let outcomes = client.commands(&[add("rr"), add("rr"), Command::Clear, add("lblc")]).expect("it answers");
+        let outcomes = client.commands(&[add("rr"), add("rr"), Command::Clear, add("nonsense")]).expect("it answers");
         let kinds: Vec<_> = outcomes
             .iter()
             .map(|outcome| match outcome {
@@ -109,7 +109,7 @@ fn a_conversation() {
                 Outcome::Refused(refusal) => Some(refusal.kind),
             })
             .collect();
-        assert_eq!(kinds, [None, Some(RefusalKind::ServiceExists), None, Some(RefusalKind::Unsupported)]);
+        assert_eq!(kinds, [None, Some(RefusalKind::ServiceExists), None, Some(RefusalKind::SchedulerNotFound)]);
         client.commands(&[add("wrr")]).expect("it answers");
         assert_eq!(client.services().expect("it answers")[0].config.scheduler, "wrr");
         assert_eq!(client.timeouts().expect("it answers"), Timeouts::default());

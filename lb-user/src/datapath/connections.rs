@@ -130,6 +130,11 @@ impl Clock {
         Self { jiffies: report.jiffies.wrapping_add(ticks as u64) as u32, hz: hz.max(1) }
     }
 
+    /// Whole seconds since a tick.
+    pub fn seconds_since(self, tick: u32) -> u32 {
+        self.jiffies.wrapping_sub(tick).cast_signed().max(0).cast_unsigned() / self.hz
+    }
+
     /// Seconds that are left of a lifetime that began at a tick; nothing if it is over.
     fn remaining(self, since: u32, lifetime: u32) -> Option<u32> {
         // A packet that came after this clock was read is younger than nothing.
@@ -148,6 +153,7 @@ mod tests {
         let clock = Clock { jiffies: 1000, hz: 250 };
         assert_eq!(clock.remaining(1000, 900), Some(900));
         assert_eq!(clock.remaining(750, 900), Some(899));
+        assert_eq!((clock.seconds_since(500), clock.seconds_since(1001)), (2, 0));
         assert_eq!(clock.remaining(1010, 900), Some(900));
         assert_eq!(clock.remaining(500, 2), None);
         assert_eq!(Clock { jiffies: 5, hz: 250 }.remaining(0_u32.wrapping_sub(245), 10), Some(9));

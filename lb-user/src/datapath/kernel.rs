@@ -13,7 +13,7 @@
 //! traffic goes on. [`KernelDatapath::remove`] takes everything away.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     future::Future,
     net::IpAddr,
     path::PathBuf,
@@ -28,7 +28,7 @@ use lb_common::{
     config::{Config, LAYOUT},
     family::{Ipv4, Ipv6},
     server::{Counters, NextHop, Server, Status},
-    service::{Service, ServiceKey},
+    service::{Mode, Service, ServiceKey},
     statistics::Statistics,
 };
 use nix::time::{ClockId, clock_gettime};
@@ -42,6 +42,7 @@ use super::{
     filter::Filter,
     hz, kernel_error,
     links::{self},
+    locality::{Destinations, Standings},
     maps::{Found, Pins, inspect},
     programs::Programs,
     reasons::Reasons,
@@ -93,6 +94,8 @@ pub struct KernelDatapath {
     services: HashMap<ServicePlace, Service>,
     filter: Filter,
     runs: Runs,
+    standings: Standings,
+    destinations: Destinations,
     counters: Words,
     /// Something once it is started.
     bell: Option<Bell>,
@@ -153,6 +156,8 @@ impl KernelDatapath {
             config_map: pins.typed("CONFIG")?,
             filter: Filter::new(words("FILTER")?, services.keys().map(|(_, address, _)| *address)),
             runs: Runs::new(words("SCHEDULES")?, words("CURSORS")?, words("RUNS")?),
+            standings: Standings::new(words("STANDINGS")?),
+            destinations: Destinations::open(&pins)?,
             counters: words("COUNTERS")?,
             bell: None,
             swept: words("SWEPT")?,
@@ -377,6 +382,13 @@ impl Datapath for KernelDatapath {
     }
 
     fn publish(&mut self, service: u32, run: &Run) -> Result<(), Error> {
+        if let Some(locality) = &run.locality {
+            self.standings.publish(service, locality);
+        } else if self.standings.withdraw(service)
+            && let Err(error) = self.destinations.forget_service(service)
+        {
+            tracing::warn!(service, "destinations stay for now: {error:#}");
+        }
         self.runs.publish(service, run)
     }
 
@@ -403,6 +415,7 @@ impl Datapath for KernelDatapath {
     fn free_server(&mut self, index: u32) -> Result<(), Error> {
         let concerned = lock(&self.servers).free(index)?;
         self.look(concerned);
+        self.standings.free(index);
         self.counters.store(index, 0);
         self.swept.store(index, 0);
         let cpus = aya::util::nr_cpus().map_err(|(file, error)| kernel_error(format!("{file} cannot be read"), error))?;
@@ -441,6 +454,21 @@ impl Datapath for KernelDatapath {
 
     fn servers(&self) -> Result<Vec<u32>, Error> {
         Ok(self.server_entries()?.into_iter().map(|(index, _)| index).collect())
+    }
+
+    fn clean_destinations(&mut self) {
+        if self.standings.is_empty() {
+            return;
+        }
+        let replicas: HashSet<u32> =
+            self.services.values().filter(|service| service.mode == Mode::Replicas as u8).map(|service| service.id).collect();
+        let mode = |service| {
+            let mode = if replicas.contains(&service) { Mode::Replicas } else { Mode::Locality };
+            self.standings.contains(service).then_some(mode)
+        };
+        if let Err(error) = self.destinations.clean(&self.config, mode) {
+            tracing::warn!("destinations do not expire: {error:#}");
+        }
     }
 
     /// The layout, the namespace's cookie and the clock rate are the datapath's own and stay as they are.

@@ -10,6 +10,7 @@
 //! | shared memory, what wakes its reader, raw system calls | [`shared`], [`bell`], [`system`] |
 //! | the programs, and the interfaces that they run on | [`programs`], [`attach`], [`links`] |
 //! | schedules, filter | [`runs`], [`filter`] |
+//! | destinations of lblc and lblcr | [`locality`] |
 //! | real servers and the ways to them | [`servers`], [`way`], [`resolve`] |
 //! | what the kernel counts | [`sweep`], [`connections`], [`reasons`] |
 //! | the kernel's clock rate | [`hz`] |
@@ -21,6 +22,7 @@ pub mod filter;
 pub mod hz;
 pub mod kernel;
 pub mod links;
+pub mod locality;
 pub mod maps;
 pub mod path_mtu;
 pub mod programs;
@@ -96,6 +98,9 @@ pub trait Datapath {
 
     /// The index of every real server that is not free, whoever made it known.
     fn servers(&self) -> Result<Vec<u32>, Error>;
+
+    /// To be called each second: forgets, when it is time to, destinations of lblc and lblcr that nobody asks for.
+    fn clean_destinations(&mut self);
 
     /// Writes the settings.
     fn configure(&mut self, config: &Config) -> Result<(), Error>;

@@ -20,7 +20,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lb_common::schedule::HEADER;
+use lb_common::schedule::{HEADER, NOBODY};
 
 use super::{
     Error,
@@ -155,9 +155,10 @@ impl Runs {
         let region = self.room(picks)?;
         let head = run.head.min(picks);
         self.pairs.store(region.offset, pair(run.base, head));
-        self.pairs.store(region.offset + 1, pair(picks - head, 0));
+        let witness = run.locality.as_ref().and_then(|locality| locality.witness).unwrap_or(NOBODY);
+        self.pairs.store(region.offset + 1, pair(picks - head, witness));
         for (index, two) in (region.offset + HEADER..).zip(run.picks.chunks(2)) {
-            self.pairs.store(index, pair(two[0], two.get(1).copied().unwrap_or(lb_common::schedule::NOBODY)));
+            self.pairs.store(index, pair(two[0], two.get(1).copied().unwrap_or(NOBODY)));
         }
         self.schedules.store(service, pair(region.offset, picks));
         if let Some(old) = self.published.insert(service, region) {
@@ -253,9 +254,10 @@ mod tests {
     #[test]
     fn a_run_is_published_as_the_kernel_reads_it() {
         let mut runs = runs(Words::anonymous(8), Words::anonymous(64));
-        runs.publish(3, &Run { base: 17, head: 2, picks: vec![9, 8, 7, 6, 5], truncated: false }).expect("there is room");
+        runs.publish(3, &Run { base: 17, head: 2, picks: vec![9, 8, 7, 6, 5], truncated: false, locality: None })
+            .expect("there is room");
         assert_eq!(read(&runs, 3), (17, 2, 3, vec![9, 8, 7, 6, 5]));
-        runs.publish(3, &Run { base: 18, head: 0, picks: vec![4], truncated: false }).expect("there is room");
+        runs.publish(3, &Run { base: 18, head: 0, picks: vec![4], truncated: false, locality: None }).expect("there is room");
         assert_eq!(read(&runs, 3), (18, 0, 1, vec![4]));
         runs.publish(3, &Run::default()).expect("an empty run needs no room");
         assert_eq!(runs.schedules.load(3), 0);
@@ -265,7 +267,7 @@ mod tests {
     #[test]
     fn an_old_run_is_not_written_over_at_once() {
         let mut runs = runs(Words::anonymous(8), Words::anonymous(16));
-        let run = |pick| Run { base: 0, head: 0, picks: vec![pick; 8], truncated: false };
+        let run = |pick| Run { base: 0, head: 0, picks: vec![pick; 8], truncated: false, locality: None };
         runs.publish(0, &run(1)).expect("there is room");
         let (first, _) = halves(runs.schedules.load(0));
         runs.publish(0, &run(2)).expect("there is room");
@@ -285,7 +287,8 @@ mod tests {
         assert_eq!(runs.schedules.load(1), pair(10, 8));
         assert_eq!(runs.schedules.load(2), 0);
         for service in 3..8 {
-            runs.publish(service, &Run { base: 0, head: 0, picks: vec![1; 8], truncated: false }).expect("there is room");
+            runs.publish(service, &Run { base: 0, head: 0, picks: vec![1; 8], truncated: false, locality: None })
+                .expect("there is room");
             let (offset, _) = halves(runs.schedules.load(service));
             assert!(offset + 6 <= 10 || offset >= 16, "the found run at 10 is not written over by one at {offset}");
         }

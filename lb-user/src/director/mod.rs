@@ -302,6 +302,7 @@ impl<D: Datapath> Director<D> {
     /// To be called each second: refreshes, empties the trash, and feeds the estimators when their time has come.
     pub fn tick(&mut self, now: Instant) {
         self.refresh();
+        self.datapath.clean_destinations();
         let datapath = &self.datapath;
         for removed in self.trash.take_idle(now, |index| datapath.counters(index).total) {
             match self.datapath.free_server(removed.index) {
@@ -804,7 +805,7 @@ fn removed(service: &ServiceId, incarnation: u64, server: &Server) -> Removed {
 /// The scheduler that a configuration asks for, if the configuration can be had at all.
 fn scheduler(id: &ServiceId, config: &ServiceConfig) -> Result<Scheduler, Refusal> {
     let scheduler = Scheduler::from_name(&config.scheduler, config.flags, id.family());
-    let scheduler = scheduler.map_err(|unavailable| rules::scheduler(&unavailable));
+    let scheduler = scheduler.map_err(|unknown| rules::scheduler(&unknown));
     // What IPVS would refuse, too, comes first.
     if let Err(refusal) = &scheduler
         && refusal.kind == RefusalKind::SchedulerNotFound

@@ -12,7 +12,7 @@ use std::net::IpAddr;
 use super::model::{
     Family, Method, Refusal, RefusalKind, ServerConfig, ServerId, ServiceConfig, ServiceId, Timeouts, Tunnel, TunnelChecksum,
 };
-use crate::scheduler::Unavailable;
+use crate::scheduler::Unknown;
 
 /// The largest weight and threshold: IPVS keeps them as signed numbers.
 const LARGEST: u32 = i32::MAX as u32;
@@ -26,12 +26,8 @@ pub(super) fn refuse<T>(kind: RefusalKind, message: String) -> Result<T, Refusal
 }
 
 /// The answer to the name of a scheduler that cannot be had.
-pub(super) fn scheduler(unavailable: &Unavailable) -> Refusal {
-    let kind = match unavailable {
-        Unavailable::NotYet(_) => RefusalKind::Unsupported,
-        Unavailable::Unknown(_) => RefusalKind::SchedulerNotFound,
-    };
-    Refusal { kind, message: format!("{unavailable} (as in `-s rr`)") }
+pub(super) fn scheduler(unknown: &Unknown) -> Refusal {
+    Refusal { kind: RefusalKind::SchedulerNotFound, message: format!("{unknown} (as in `-s rr`)") }
 }
 
 /// The rules about a service's persistence engine, which IPVS looks for right after the scheduler.

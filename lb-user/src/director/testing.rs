@@ -143,6 +143,8 @@ impl Datapath for Memory {
         Ok(self.servers.keys().copied().collect())
     }
 
+    fn clean_destinations(&mut self) {}
+
     fn configure(&mut self, config: &Config) -> Result<(), Error> {
         self.config = Some(*config);
         Ok(())

@@ -131,13 +131,12 @@ fn ipvs_refusals_in_the_order_of_ipvs() {
     for (command, kind) in [
         (add(service(), "nonsense"), ServiceExists),
         (add(other, "nonsense"), SchedulerNotFound),
-        (add(other, "lblc"), Unsupported),
         (add(ServiceId::Mark { mark: 1, family: model::Family::Ipv4 }, "nonsense"), SchedulerNotFound),
         (add(ServiceId::Mark { mark: 1, family: model::Family::Ipv4 }, "rr"), Unsupported),
         (
             Command::AddService {
                 service: other,
-                config: ServiceConfig { engine: Some("nonsense".to_owned()), ..scheduled("lblc") },
+                config: ServiceConfig { engine: Some("nonsense".to_owned()), ..scheduled("rr") },
             },
             SchedulerNotFound,
         ),

@@ -55,7 +55,7 @@ pub(super) fn run(picks: Vec<u32>, arrivals: Arrivals) -> Run {
     let mut picks = picks;
     picks.resize(arrivals.count as usize, NOBODY);
     picks.extend(again);
-    Run { base, head: arrivals.count, picks, truncated: false }
+    Run { base, head: arrivals.count, picks, truncated: false, locality: None }
 }
 
 /// How busy a server is for its weight. Compared as IPVS compares: crosswise, without a division.

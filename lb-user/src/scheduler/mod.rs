@@ -30,9 +30,12 @@
 //!
 //! To add a scheduler: write its file, and name it in the list at the end of this one.
 
+#[cfg(test)]
+mod destinations;
 mod dh;
 mod fo;
 mod forecast;
+mod lblc;
 mod lc;
 mod mh;
 mod none;
@@ -71,6 +74,17 @@ pub struct Run {
     /// The sequence goes on, but the run was cut off at [`MAX_PICKS`]. The kernel repeats it until it gets a fresh one,
     /// which it should before the cursor has passed `base + picks`.
     pub truncated: bool,
+    /// Locality modes: what the kernel has to know beside the picks.
+    pub locality: Option<Locality>,
+}
+
+/// By what the kernel judges whether a real server goes on serving a destination. See [`lb_common::locality`].
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Locality {
+    /// The index of a server that is far from busy.
+    pub witness: Option<u32>,
+    /// All servers of the service.
+    pub servers: Vec<Candidate>,
 }
 
 /// A real server, as schedulers see it.
@@ -165,28 +179,16 @@ pub enum Change {
     },
 }
 
-/// Why a service cannot have a scheduler.
+/// There is no scheduler of this name.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
-pub enum Unavailable {
-    /// IPVS has it, this version does not.
-    #[error(
-        "scheduler \"{0}\" cannot be used: IPVS has it, but this version of bpfvs does not yet; use one of {names}",
-        names = listed()
-    )]
-    NotYet(String),
-    /// There is no such scheduler.
-    #[error("scheduler \"{0}\" cannot be used: there is no scheduler of this name; use one of {names}", names = listed())]
-    Unknown(String),
-}
+#[error("scheduler \"{0}\" cannot be used: there is no scheduler of this name; use one of {names}", names = listed())]
+pub struct Unknown(String);
 
 /// The names in [`Scheduler::NAMES`], for people, who seldom want none.
 fn listed() -> String {
     let names: Vec<_> = Scheduler::NAMES.iter().copied().filter(|name| *name != "none").collect();
     names.join(", ")
 }
-
-/// IPVS's schedulers that are still to come.
-const NOT_YET: [&str; 2] = ["lblc", "lblcr"];
 
 /// What every scheduler does. The public face is [`Scheduler`], which documents each of these.
 trait Algorithm {
@@ -234,11 +236,10 @@ macro_rules! schedulers {
 
             /// The scheduler of this name, as it starts. The flags are bits of
             /// [`crate::director::model::service_flags`]; the family is that of the service.
-            pub fn from_name(name: &str, flags: u8, family: Family) -> Result<Self, Unavailable> {
+            pub fn from_name(name: &str, flags: u8, family: Family) -> Result<Self, Unknown> {
                 match name {
                     $($name => Ok(Self::$variant(Algorithm::new(flags, family))),)+
-                    _ if NOT_YET.contains(&name) => Err(Unavailable::NotYet(name.to_owned())),
-                    _ => Err(Unavailable::Unknown(name.to_owned())),
+                    _ => Err(Unknown(name.to_owned())),
                 }
             }
 
@@ -304,6 +305,8 @@ schedulers! {
     "wrr" = wrr::WeightedRoundRobin, "Weighted round robin: one after the other, the heavy ones more often.";
     "lc" = lc::LeastConnection, "Least connection: who has the least to do.";
     "wlc" = wlc::WeightedLeastConnection, "Weighted least connection: who has the least to do for its weight.";
+    "lblc" = lblc::LocalityBased, "Locality-based least connection: where the destination went before, else as with wlc.";
+    "lblcr" = lblc::LocalityBasedReplicated, "The same with a set of servers for each destination.";
     "sed" = sed::ShortestExpectedDelay, "Shortest expected delay: who has the least to do for its weight, the new connection counted in.";
     "nq" = nq::NeverQueue, "Never queue: who is idle, else as with sed.";
     "fo" = fo::Failover, "Weighted failover: the heaviest, as long as it takes connections.";
@@ -347,12 +350,11 @@ mod tests {
             let scheduler = Scheduler::from_name(name, 0, Family::Ipv4).expect("it is in the list");
             assert_eq!(scheduler.name(), *name);
         }
-        assert_eq!(Scheduler::from_name("lblc", 0, Family::Ipv4), Err(Unavailable::NotYet("lblc".to_owned())));
         let error = Scheduler::from_name("rrr", 0, Family::Ipv4).expect_err("there is no such scheduler");
         assert_eq!(
             error.to_string(),
             "scheduler \"rrr\" cannot be used: there is no scheduler of this name; use one of rr, wrr, \
-             lc, wlc, sed, nq, fo, ovf, twos, sh, dh, mh"
+             lc, wlc, lblc, lblcr, sed, nq, fo, ovf, twos, sh, dh, mh"
         );
     }
 

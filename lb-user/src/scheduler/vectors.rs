@@ -14,12 +14,13 @@ use lb_common::{
     family::{ipv4, ipv6},
     pick,
     schedule::{INELIGIBLE, NOBODY, position},
+    server::Counters,
     service::{Mode, flags},
 };
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
-use super::{Arrivals, Candidate, Change, Run, Scheduler};
+use super::{Arrivals, Candidate, Change, Run, Scheduler, destinations::Destinations};
 use crate::director::model::{Family, service_flags};
 
 #[derive(Deserialize)]
@@ -172,6 +173,7 @@ struct Harness {
     compiled: Vec<Candidate>,
     run: Run,
     cursor: u32,
+    destinations: Destinations,
     connections: Vec<Option<Connection>>,
 }
 
@@ -195,6 +197,7 @@ impl Harness {
             compiled: Vec::new(),
             run: Run::default(),
             cursor: u32::MAX - 7, // so that it wraps
+            destinations: Destinations::default(),
             connections: Vec::new(),
         };
         harness.compile();
@@ -241,6 +244,16 @@ impl Harness {
                 self.cursor = self.cursor.wrapping_add(1);
                 picks[position as usize]
             }
+            mode @ (Mode::Locality | Mode::Replicas) => {
+                let locality = self.run.locality.as_ref().expect("such a run has it");
+                let live = |server: &Server| Counters { active: server.candidate.active, total: server.candidate.total };
+                let counters = self.known.values().map(|server| (server.candidate.index, live(server))).collect();
+                // Compiled for this connection.
+                self.destinations.pick(mode, locality, &counters, destination, || {
+                    self.cursor = self.cursor.wrapping_add(1);
+                    picks[0]
+                })
+            }
             Mode::SourceHash => picks[pick::source_bucket(value) as usize],
             Mode::DestinationHash => match destination {
                 IpAddr::V4(address) => picks[pick::destination_bucket(&ipv4(address)) as usize],
@@ -264,7 +277,9 @@ impl Harness {
 
     /// A new connection that stays.
     fn connect(&mut self, client: IpAddr, port: u16, destination: IpAddr) -> Option<String> {
-        if self.scheduler.is_dynamic() && self.cursor.wrapping_sub(self.run.base) >= self.arrivals.count {
+        let is_local = matches!(self.scheduler.mode(), Mode::Locality | Mode::Replicas);
+        let used_up = self.cursor.wrapping_sub(self.run.base) >= self.arrivals.count;
+        if self.scheduler.is_dynamic() && (is_local || used_up) {
             self.compile();
         }
         let chosen = self.pick(client, port, destination);
@@ -393,7 +408,7 @@ fn every_choice_is_the_kernels() {
         }
         *cases.entry(case.scheduler.clone()).or_default() += 1;
     }
-    for name in ["rr", "wrr", "lc", "wlc", "sed", "nq", "fo", "ovf", "sh", "dh", "mh"] {
+    for name in ["rr", "wrr", "lc", "wlc", "lblc", "lblcr", "sed", "nq", "fo", "ovf", "sh", "dh", "mh"] {
         assert!(cases.contains_key(name), "no case for {name} was found");
     }
 }
