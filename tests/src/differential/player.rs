@@ -97,25 +97,12 @@ fn play_side_by_side(scripts: &[Script], director: &dyn Director, wire: &Wire) -
     let mut refused: Vec<Vec<SocketAddr>> = vec![Vec::new(); scripts.len()];
     let rounds = scripts.iter().map(|script| script.rounds.len()).max().unwrap_or_default();
     for number in 0..rounds {
+        let rounds =
+            || scripts.iter().enumerate().filter_map(|(position, script)| Some((position, script, script.rounds.get(number)?)));
         let mut lines = String::new();
-        let mut frames = Vec::new();
-        let mut waiting = HashMap::new();
-        for (position, script) in scripts.iter().enumerate() {
-            let Some(round) = script.rounds.get(number) else { continue };
+        for (position, script, round) in rounds() {
             lines.extend(round.edits.iter().map(|edit| script.line(edit) + "\n"));
-            let mut answers = Vec::new();
-            for packet in &round.packets {
-                if packet.event != Event::Begin && refused[position].contains(&packet.client) {
-                    answers.push(Answer::NotSent);
-                    continue;
-                }
-                let flow = Flow { client: packet.client, vip: script.vip };
-                let earlier = waiting.insert(flow, (position, answers.len(), packet.event));
-                ensure!(earlier.is_none(), "script {}, round {number}: two packets of one connection", script.seed);
-                answers.push(Answer::Dropped);
-                frames.push(script.frame(*packet));
-            }
-            records[position].answers.push(answers);
+            records[position].answers.push(Vec::new());
         }
         if number == FAREWELL {
             lines += "--set 0 2 2\n";
@@ -123,27 +110,47 @@ fn play_side_by_side(scripts: &[Script], director: &dyn Director, wire: &Wire) -
         if !lines.is_empty() {
             director.type_lines(&lines).with_context(|| format!("type in round {number}:\n{lines}"))?;
         }
-        let sights = wire.exchange(&frames).with_context(|| format!("in round {number}"))?;
-        let next = Instant::now() + PAUSE;
-        for sight in sights {
-            let (flow, answer) = match sight {
-                Sight::Forwarded(flow, server) => (flow, Answer::Server(server)),
-                Sight::Refused(flow) => (flow, Answer::Refused),
-                Sight::Stack(flow) => (flow, Answer::Stack),
-            };
-            let Some(&(position, packet, event)) = waiting.get(&flow) else {
-                bail!("{sight:?} came out in round {number}, in which no such packet was sent")
-            };
-            let place = &mut records[position].answers[number][packet];
-            ensure!(*place == Answer::Dropped, "the packet of {flow:?} came out twice in round {number}: {place:?}, {answer:?}");
-            *place = answer;
-            if event == Event::Begin {
-                refused[position].retain(|client| *client != flow.client);
-                if !matches!(answer, Answer::Server(_)) {
-                    refused[position].push(flow.client);
+        for wave in 0..rounds().map(|(_, _, round)| round.waves.len()).max().unwrap_or_default() {
+            let mut frames = Vec::new();
+            let mut waiting = HashMap::new();
+            for (position, script, round) in rounds() {
+                let answers = &mut records[position].answers[number];
+                for packet in round.waves.get(wave).into_iter().flatten() {
+                    if packet.event != Event::Begin && refused[position].contains(&packet.client) {
+                        answers.push(Answer::NotSent);
+                        continue;
+                    }
+                    let flow = Flow { client: packet.client, vip: script.vip };
+                    let earlier = waiting.insert(flow, (position, answers.len(), packet.event));
+                    ensure!(earlier.is_none(), "script {}, round {number}: two packets of one connection at once", script.seed);
+                    answers.push(Answer::Dropped);
+                    frames.push(script.frame(*packet));
+                }
+            }
+            for sight in wire.exchange(&frames).with_context(|| format!("in round {number}"))? {
+                let (flow, answer) = match sight {
+                    Sight::Forwarded(flow, server) => (flow, Answer::Server(server)),
+                    Sight::Refused(flow) => (flow, Answer::Refused),
+                    Sight::Stack(flow) => (flow, Answer::Stack),
+                };
+                let Some(&(position, packet, event)) = waiting.get(&flow) else {
+                    bail!("{sight:?} came out in round {number}, in which no such packet was sent")
+                };
+                let place = &mut records[position].answers[number][packet];
+                ensure!(
+                    *place == Answer::Dropped,
+                    "the packet of {flow:?} came out twice in round {number}: {place:?}, {answer:?}"
+                );
+                *place = answer;
+                if event == Event::Begin {
+                    refused[position].retain(|client| *client != flow.client);
+                    if !matches!(answer, Answer::Server(_)) {
+                        refused[position].push(flow.client);
+                    }
                 }
             }
         }
+        let next = Instant::now() + PAUSE;
         if number == FAREWELL {
             wait_for_the_end(scripts, director)?;
             director.type_lines("--set 0 120 300\n")?;

@@ -74,13 +74,21 @@ pub enum Protocol {
     Sctp,
 }
 
-/// What happens at one time: first what is typed, then what arrives. No two packets are of the same connection.
+/// What happens at one time: first what is typed, then what arrives.
 #[derive(Clone, Debug, Default)]
 pub struct Round {
     /// Commands to the director.
     pub edits: Vec<Edit>,
-    /// Packets from clients.
-    pub packets: Vec<Packet>,
+    /// Packets from clients. Those of a wave come all at once, each of another connection; the next wave comes when
+    /// everybody has seen what became of the last one.
+    pub waves: [Vec<Packet>; 2],
+}
+
+impl Round {
+    /// All packets.
+    pub fn packets(&self) -> impl Iterator<Item = &Packet> {
+        self.waves.iter().flatten()
+    }
 }
 
 /// A packet from a client.
@@ -196,7 +204,7 @@ impl fmt::Display for Script {
         writeln!(formatter, "script {}", self.seed)?;
         for (number, round) in self.rounds.iter().enumerate() {
             let edits = round.edits.iter().map(|edit| format!("ipvsadm {}", self.line(edit)));
-            let packets: Vec<_> = round.packets.iter().map(ToString::to_string).collect();
+            let packets: Vec<_> = round.packets().map(ToString::to_string).collect();
             let packets = (!packets.is_empty()).then(|| packets.join(", "));
             for (position, line) in edits.chain(packets).enumerate() {
                 let number = if position == 0 { number.to_string() } else { String::new() };
@@ -291,9 +299,7 @@ impl Writer {
         while self.script.rounds.len() <= ROUNDS {
             let mut round = Round::default();
             let number = self.script.rounds.len();
-            // An SCTP association is not left half-way without its server: its first state is over in four seconds.
-            let half_way = self.script.protocol == Protocol::Sctp && self.answered.is_some();
-            if self.random.u8(..8) == 0 && !half_way && number != FAREWELL {
+            if self.random.u8(..8) == 0 && number != FAREWELL {
                 round.edits.extend(self.edit());
             }
             if (FAREWELL - 1..=FAREWELL).contains(&number) {
@@ -313,10 +319,6 @@ impl Writer {
             return;
         }
         let continued = self.continuation(round);
-        if continued.is_some() && self.script.protocol == Protocol::Sctp {
-            // This made the connection active; the next arrival comes 20 ms after it.
-            return;
-        }
         let others = |phase: Phase| {
             let numbers = self.connections.iter().enumerate().filter(move |(_, connection)| connection.1 == phase);
             numbers.map(|(number, _)| number).filter(|number| Some(*number) != continued).collect::<Vec<_>>()
@@ -356,7 +358,7 @@ impl Writer {
         }
     }
 
-    /// The second packet of what began in the last round, if it is followed by one.
+    /// The second packet of what began in the last round, if it is still to come.
     fn continuation(&mut self, round: &mut Round) -> Option<usize> {
         let number = self.answered.take()?;
         self.send(round, number, Event::Continue);
@@ -365,13 +367,17 @@ impl Writer {
 
     fn begin(&mut self, round: &mut Round, number: usize) {
         self.send(round, number, Event::Begin);
-        // Some clients never come back, but SCTP's first state would be over in four seconds.
-        let answered = match self.script.protocol {
-            Protocol::Tcp => self.random.u8(..5) > 0,
-            Protocol::Udp => false,
-            Protocol::Sctp => true,
-        };
-        self.answered = answered.then_some(number);
+        match self.script.protocol {
+            // Some clients never come back.
+            Protocol::Tcp => self.answered = (self.random.u8(..5) > 0).then_some(number),
+            Protocol::Udp => {}
+            // The first state of an association is over in four seconds: it does not stay there.
+            Protocol::Sctp => {
+                let client = self.connections[number].0;
+                round.waves[1].push(Packet { client, event: Event::Continue });
+                self.connections[number].1 = Phase::Established;
+            }
+        }
     }
 
     fn one_of(&mut self, numbers: &[usize], event: Event, round: &mut Round) -> usize {
@@ -382,7 +388,7 @@ impl Writer {
 
     fn send(&mut self, round: &mut Round, number: usize, event: Event) {
         let connection = &mut self.connections[number];
-        round.packets.push(Packet { client: connection.0, event });
+        round.waves[0].push(Packet { client: connection.0, event });
         connection.1 = match event {
             Event::Begin => Phase::Begun,
             Event::Continue => Phase::Established,

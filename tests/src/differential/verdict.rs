@@ -22,8 +22,7 @@ pub fn difference(script: &Script, kernel: &Record, bpfvs: &Record) -> Option<St
     }
     if let Some(round) = (0..script.rounds.len()).find(|round| kernel.answers[*round] != bpfvs.answers[*round]) {
         let mut text = told(script, bpfvs, round);
-        for (packet, (kernel, bpfvs)) in
-            script.rounds[round].packets.iter().zip(kernel.answers[round].iter().zip(&bpfvs.answers[round]))
+        for (packet, (kernel, bpfvs)) in script.rounds[round].packets().zip(kernel.answers[round].iter().zip(&bpfvs.answers[round]))
         {
             if kernel != bpfvs {
                 let _ = writeln!(text, "round {round}: {packet}: IPVS says {kernel:?}, bpfvs says {bpfvs:?}");
@@ -80,7 +79,7 @@ fn inadmissible(script: &Script, record: &Record) -> Option<String> {
             }
         }
         let someone = weights.values().any(|weight| *weight > 0);
-        for (packet, answer) in round.packets.iter().zip(answers) {
+        for (packet, answer) in round.packets().zip(answers) {
             let known = servers.get(&packet.client).copied();
             let chosen = packet.event == Event::Begin && (known.is_none() || over.contains(&packet.client));
             let right = match *answer {
