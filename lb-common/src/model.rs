@@ -92,7 +92,7 @@ impl Model {
         if payload.protocol == N::ICMP {
             return Err(icmp::<N>(frame, &payload));
         }
-        let segment = transport::parse(frame, &payload, header.offset + header.length)?;
+        let segment = transport::parse(frame, payload.offset, payload.protocol, header.offset + header.length)?;
         let port = u16::from_be(segment.ports.destination());
         let service = self.find::<N>(&header, payload.protocol, port).ok_or(Reason::NoService)?;
         if !self.may_begin(payload.protocol, segment.event) || u16::from_be(segment.ports.source()) == FTP_DATA {

@@ -1,4 +1,4 @@
-//! Is the packet for us? One array read answers for almost all that are not.
+//! Is the packet for us? One read of memory answers for almost all that are not.
 
 use lb_common::{family::Address, filter, reason::Reason};
 
@@ -8,8 +8,5 @@ use crate::maps::FILTER;
 #[inline(always)]
 pub fn may_be_ours<A: Address>(destination: &A) -> Result<(), Reason> {
     let (word, bit) = filter::position(destination);
-    match FILTER.get(word) {
-        Some(bits) if bits & bit != 0 => Ok(()),
-        _ => Err(Reason::NotOurs),
-    }
+    if FILTER.word(word) & bit == 0 { Err(Reason::NotOurs) } else { Ok(()) }
 }

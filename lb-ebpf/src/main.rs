@@ -42,7 +42,7 @@ use aya_ebpf::{
 };
 use lb_common::{
     packet::{
-        IpHeader, Payload, V4, V6,
+        Fragment, IpHeader, Payload, Plain, V4, V6,
         ethernet::{self, Link},
     },
     reason::Reason,
@@ -82,11 +82,10 @@ fn direct<P: Packet>(packet: &mut P) -> i32 {
 #[inline(always)]
 fn plain<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
     let link = Link::plain(F::ETHERTYPE);
-    let header = F::parse(packet, link.payload)?;
+    let Some(Plain { header, protocol, segment }) = F::plain(packet, link.payload) else { return Ok(Outcome::odd::<F>()) };
     classify::may_be_ours(&header.destination)?;
-    let Some(payload) = F::plain(packet, &header) else { return Ok(Outcome::odd::<F>()) };
-    let server = track::connection::<P, F>(packet, &header, &payload);
-    Ok(deliver::<P, F>(packet, &link, &header, &payload, server))
+    let server = track::connection::<F>(&header, protocol, segment);
+    Ok(deliver::<P, F>(packet, &link, &header, true, server))
 }
 
 /// A frame with VLAN tags is odd, if there is an IP packet behind them.
@@ -112,9 +111,11 @@ fn any<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
     let link = ethernet::parse(packet)?;
     let header = F::parse(packet, link.payload)?;
     classify::may_be_ours(&header.destination)?;
-    let payload = F::transport(packet, &header)?;
-    let server = track::anything::<P, F>(packet, &header, &payload);
-    Ok(deliver::<P, F>(packet, &link, &header, &payload, server))
+    let Payload { offset, protocol, fragment, .. } = F::transport(packet, &header)?;
+    // Never an error about an error, nor about a later fragment (RFC 1122, 3.2.2).
+    let answerable = protocol != F::ICMP && fragment != Fragment::Later;
+    let server = track::anything::<P, F>(packet, &header, offset, protocol, fragment);
+    Ok(deliver::<P, F>(packet, &link, &header, answerable, server))
 }
 
 /// The second half of either way: the packet's real server is known, or why there is none.
@@ -123,13 +124,14 @@ fn deliver<P: Packet, F: Family>(
     packet: &mut P,
     link: &Link,
     header: &IpHeader<F::Address>,
-    payload: &Payload,
+    answerable: bool,
     server: Result<u32, Reason>,
 ) -> Outcome {
     let mut mtu = 0;
     match to_server::<P, F>(packet, link, header, server, &mut mtu) {
         Ok(outcome) => outcome,
-        Err(why) => Outcome::refused::<P, F>(why, mtu, link, header.length, payload),
+        Err(why) if answerable => Outcome::refused::<P, F>(why, mtu, link, header.length),
+        Err(why) => Outcome::left::<P>(why),
     }
 }
 
@@ -142,10 +144,16 @@ fn to_server<P: Packet, F: Family>(
     mtu: &mut u16,
 ) -> Result<Outcome, Reason> {
     let index = server?;
-    let server = forward::reachable(packet, index)?;
-    *mtu = server.mtu();
+    let server = match forward::reachable(packet, index) {
+        // IPVS counts a packet that it only cannot send.
+        Err(why @ (Reason::LocalServer | Reason::NoRoute)) => {
+            account::packet(index, header.length);
+            return Err(why);
+        }
+        server => server?,
+    };
     account::packet(index, header.length);
-    forward::forward::<P, F>(packet, link, header, &server)
+    forward::forward::<P, F>(packet, link, header, &server, mtu)
 }
 
 lb_ebpf::object!();

@@ -2,6 +2,8 @@
 //!
 //! Sizes are defaults; userspace may load other ones. Array elements are addressed by the indices that userspace deals.
 
+use core::cell::UnsafeCell;
+
 use aya_ebpf::{
     Global,
     bindings::BPF_F_NO_PREALLOC,
@@ -42,8 +44,28 @@ pub static HZ: Global<u32> = Global::new(250);
 pub static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
 
 /// One bit for each hashed virtual address. Userspace writes, every packet reads.
-#[map]
-pub static FILTER: Array<u64> = Array::with_max_entries(filter::WORDS, MMAPABLE);
+///
+/// Not a map of its own but a global variable (in the map `.bss`), because then its address stands in the program: no
+/// look-up, no call, no check for null. So each loaded program has a filter of its own, which is filled before it is
+/// attached.
+#[unsafe(no_mangle)]
+pub static FILTER: Filter = Filter(UnsafeCell::new([0; filter::WORDS as usize]));
+
+/// See [`FILTER`].
+#[repr(transparent)]
+pub struct Filter(UnsafeCell<[u64; filter::WORDS as usize]>);
+
+// SAFETY: programs read it word by word, and only userspace writes.
+unsafe impl Sync for Filter {}
+
+impl Filter {
+    /// The word at an index, which wraps.
+    #[inline(always)]
+    pub fn word(&self, index: u32) -> u64 {
+        // SAFETY: within the array by the mask; volatile, because for this program's compiler nobody ever writes it.
+        unsafe { self.0.get().cast::<u64>().add((index & (filter::WORDS - 1)) as usize).read_volatile() }
+    }
+}
 
 /// Virtual services. Userspace writes, new connections read.
 #[map]
@@ -167,17 +189,17 @@ impl Family for V4 {
 
     #[inline(always)]
     fn age<P: Packet>(packet: &mut P, offset: usize) -> Result<(), Reason> {
-        let header = packet.pointer::<Ipv4Header>(offset).ok_or(Reason::Malformed)?;
+        // Time to live, protocol and checksum stand in one word, the first of them lowest: one load, one store.
+        let word = packet.pointer::<u32>(offset + Ipv4Header::TTL).ok_or(Reason::Malformed)?;
         // SAFETY: `pointer` checked the bounds.
         unsafe {
-            let ttl = (*header).ttl;
-            if ttl <= 1 {
+            let old = u32::from_le(word.read());
+            if old & 0xff <= 1 {
                 return Err(Reason::TtlExpired);
             }
-            (*header).ttl = ttl - 1;
             // RFC 1624 for a word whose high byte lost one: the checksum gains it, with the carry around the end.
-            let sum = u32::from((*header).checksum) + u32::from(0x0100_u16.to_be());
-            (*header).checksum = (sum + (sum >= 0xffff) as u32) as u16;
+            let carry = if old >= 0xfffe_0000 { 0x1_0000 } else { 0 };
+            word.write(old.wrapping_add(0x1_0000 - 1).wrapping_add(carry).to_le());
         }
         Ok(())
     }

@@ -13,7 +13,7 @@
 //! ```
 
 use lb_common::{
-    packet::{Fragment, Network, Payload, V4, V6, ethernet::Link},
+    packet::{Network, V4, V6, ethernet::Link},
     reason::{Fate, Reason},
 };
 use lb_ebpf::packet::Packet;
@@ -57,9 +57,8 @@ impl Outcome {
 
     /// The packet was not forwarded: its sender is told, if there is something to tell.
     #[inline(always)]
-    pub fn refused<P: Packet, F: Family>(why: Reason, mtu: u16, link: &Link, length: usize, payload: &Payload) -> Self {
-        // Never an error about an error, nor about a later fragment (RFC 1122, 3.2.2).
-        if why.fate() != Fate::Answered || payload.protocol == F::ICMP || payload.fragment == Fragment::Later {
+    pub fn refused<P: Packet, F: Family>(why: Reason, mtu: u16, link: &Link, length: usize) -> Self {
+        if why.fate() != Fate::Answered {
             return Self::left::<P>(why);
         }
         let word = u64::from(mtu) | (length as u64 & 0xffff) << 16 | (link.payload as u64 & 0x1f) << 32 | (why as u64) << 40;

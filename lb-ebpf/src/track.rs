@@ -9,10 +9,10 @@ use lb_common::{
     config::{Config, flags as settings},
     connection::{Connection, ConnectionKey, FragmentKey, flags},
     packet::{
-        Fragment, IpHeader, Payload,
+        Fragment, IpHeader,
         icmp::IcmpHeader,
         protocol,
-        transport::{self, Ports},
+        transport::{self, Ports, Segment},
     },
     reason::Reason,
     sctp,
@@ -41,15 +41,13 @@ fn jiffies() -> u32 {
 
 /// Finds or makes the packet's connection, and moves its state on. Returns the index of its real server.
 #[inline(always)]
-pub fn connection<P: Packet, F: Family>(packet: &P, header: &IpHeader<F::Address>, payload: &Payload) -> Result<u32, Reason> {
-    let segment = transport::parse(packet, payload, header.offset + header.length)?;
-    let protocol = u32::from(payload.protocol);
-    let key = ConnectionKey { client: header.source, vip: header.destination, ports: segment.ports, protocol };
+pub fn connection<F: Family>(header: &IpHeader<F::Address>, protocol: u8, segment: Segment) -> Result<u32, Reason> {
+    let key = ConnectionKey { client: header.source, vip: header.destination, ports: segment.ports, protocol: u32::from(protocol) };
     if let Some(known) = F::connections().get_ptr_mut(&key) {
         // SAFETY: an element of the map; it may become another connection's under our hands, but it stays memory.
         let (server, last_seen, settled) = unsafe { ((*known).server, (*known).last_seen, (*known).flags & flags::SETTLED != 0) };
         let idle = jiffies().wrapping_sub(last_seen);
-        let undisturbed = idle < HZ.load() && settled && segment.is_quiet(payload.protocol);
+        let undisturbed = settled && segment.is_quiet() && idle < HZ.load();
         if undisturbed || attend::<F>(&key, known, idle, segment.event) {
             return Ok(server);
         }
@@ -229,15 +227,22 @@ fn may_begin(protocol: u8, event: u8, sloppy: u32) -> bool {
 
 /// The same for a packet of any kind: fragments and ICMP errors belong to connections, too.
 #[inline(always)]
-pub fn anything<P: Packet, F: Family>(packet: &P, header: &IpHeader<F::Address>, payload: &Payload) -> Result<u32, Reason> {
-    if payload.fragment == Fragment::Later {
+pub fn anything<P: Packet, F: Family>(
+    packet: &P,
+    header: &IpHeader<F::Address>,
+    offset: usize,
+    protocol: u8,
+    fragment: Fragment,
+) -> Result<u32, Reason> {
+    if fragment == Fragment::Later {
         return follow_first_fragment::<P, F>(packet.context(), header.offset as u32);
     }
-    if payload.protocol == F::ICMP {
-        return icmp_error::<P, F>(packet.context(), payload.offset as u32);
+    if protocol == F::ICMP {
+        return icmp_error::<P, F>(packet.context(), offset as u32);
     }
-    let server = connection::<P, F>(packet, header, payload)?;
-    if payload.fragment == Fragment::First {
+    let segment = transport::parse(packet, offset, protocol, header.offset + header.length)?;
+    let server = connection::<F>(header, protocol, segment)?;
+    if fragment == Fragment::First {
         remember_first_fragment::<P, F>(packet.context(), header.offset as u32, server);
     }
     Ok(server)

@@ -103,7 +103,7 @@ fn connections_that_are_apart_are_balanced_as_by_ipvs() -> Result<()> {
 fn script(bench: &Bench, scheduler: &str, mut servers: Vec<Server>, random: &mut Rng) -> Result<()> {
     let mut arrivals = Arrivals::new(bench)?;
     let mut open: Vec<Connection> = Vec::new();
-    let mut happened = String::new();
+    let mut happened = Vec::new();
     for step in 0..50 {
         // Now and then there is a rest, in which the daemon goes to sleep.
         thread::sleep(if random.u8(..) < 20 { 10 * APART } else { APART });
@@ -112,14 +112,17 @@ fn script(bench: &Bench, scheduler: &str, mut servers: Vec<Server>, random: &mut
             arrivals.finish(&connection)?;
             let server = servers.iter_mut().find(|server| Some(server.index) == connection.server);
             server.context("only connections with a server end")?.active -= 1;
-            happened.push_str(" close");
+            happened.push(None);
             continue;
         }
         let connection = arrivals.open()?;
         let expected = choice(scheduler, &servers);
         let got = servers.iter().position(|server| Some(server.index) == connection.server);
-        happened.push_str(&format!(" {got:?}"));
-        ensure!(got == expected, "step {step}: number {got:?} instead of {expected:?} of {servers:#?}\nafter{happened}");
+        happened.push(Some(got));
+        ensure!(
+            got == expected,
+            "step {step}: number {got:?} instead of {expected:?} of {servers:#?}; who got the connections (None: one ended): {happened:?}"
+        );
         if let Some(position) = got {
             servers[position].active += 1;
             servers[position].total += 1;
@@ -254,24 +257,22 @@ fn a_thousand_idle_services_cost_next_to_nothing() -> Result<()> {
     needs_bpfvs!();
     let bench = Bench::new(&[])?;
     let servers = arrivals::servers(&bench, 0..2)?;
-    let mut lines = String::new();
+    let mut lines = Vec::new();
     for service in 0..1000 {
         let vip = format!("10.99.{}.{}:80", 1 + service / 250, 1 + service % 250);
-        lines.push_str(&format!("-A -t {vip} -s wlc\n"));
-        for server in &servers {
-            lines.push_str(&format!("-a -t {vip} -r {server} -g\n"));
-        }
+        lines.push(format!("-A -t {vip} -s wlc"));
+        lines.extend(servers.iter().map(|server| format!("-a -t {vip} -r {server} -g")));
     }
-    bench.bpfvs.restore(&lines)?;
+    bench.bpfvs.restore(&lines.join("\n"))?;
     bench.bpfvs.wait_for_servers()?;
     let pid = bench.bpfvs.pid()?;
     // What else the machine does can only add to it, so the best of some periods counts.
     let mut shares = Vec::new();
     let deadline = Instant::now() + 4 * PERIOD;
     while Instant::now() < deadline {
-        let begin = (Instant::now(), cpu_time(pid)?);
+        let (begin, used_before) = (Instant::now(), cpu_time(pid)?);
         thread::sleep(PERIOD);
-        let share = (cpu_time(pid)? - begin.1).as_secs_f64() / begin.0.elapsed().as_secs_f64();
+        let share = cpu_time(pid)?.saturating_sub(used_before).as_secs_f64() / begin.elapsed().as_secs_f64();
         shares.push(format!("{:.2} %", share * 100.0));
         if share < 0.005 {
             println!("an idle director with 1000 services of the scheduler wlc used {} of a core", shares.join(", "));

@@ -12,7 +12,7 @@ use proptest::prelude::*;
 
 use super::{Model, Verdict, VirtualService};
 use crate::{
-    packet::{Bytes, Network, V4, V6, ethernet, protocol, transport},
+    packet::{Bytes, Fragment, Network, Payload, Plain, V4, V6, ethernet, protocol, transport},
     reason::Reason,
     sctp, tcp,
 };
@@ -216,16 +216,26 @@ fn quoted(builder: etherparse::PacketBuilderStep<etherparse::IpHeaders>) -> Vec<
 
 /// Every function of the parser, at every place where it could be led.
 fn parse_everything(bytes: &[u8], offset: usize) {
-    fn family<N: Network>(bytes: &[u8], offset: usize) {
+    fn family<N: Network<Address: core::fmt::Debug>>(bytes: &[u8], offset: usize) {
         let found = N::parse(bytes, offset).and_then(|header| {
             assert!(header.offset + header.length <= bytes.len(), "a packet does not end behind its frame");
-            N::transport(bytes, &header)
+            Ok((header, N::transport(bytes, &header)?))
         });
-        if let Ok(payload) = found {
-            let _ = transport::parse(bytes, &payload, bytes.len());
+        let segment = |payload: Payload, end| transport::parse(bytes, payload.offset, payload.protocol, end);
+        if let Some(Plain { header, protocol, segment: quick }) = N::plain(bytes, offset) {
+            let (slow, payload) = found.expect("a plain packet is sound");
+            assert_eq!(
+                (header, protocol, Fragment::Whole),
+                (slow, payload.protocol, payload.fragment),
+                "the short cut reads the same"
+            );
+            assert_eq!(Ok(quick), segment(payload, slow.offset + slow.length), "and behind it, too");
+        }
+        if let Ok((_, payload)) = found {
+            let _ = segment(payload, bytes.len());
         }
         if let Some((.., payload)) = N::quoted(bytes, offset) {
-            let _ = transport::parse(bytes, &payload, bytes.len());
+            let _ = segment(payload, bytes.len());
         }
     }
     family::<V4>(bytes, offset);

@@ -1,6 +1,6 @@
 //! IPv4, with options and fragments.
 
-use super::{Bytes, Carriage, Fragment, IpHeader, Network, Payload, ethernet, protocol};
+use super::{Bytes, Carriage, Fragment, Headers, IpHeader, Network, Payload, Plain, ethernet, protocol};
 use crate::{reason::Reason, wire::plain};
 
 /// An IPv4 header without options; every field in network order.
@@ -27,6 +27,11 @@ pub struct Ipv4Header {
     pub source: u32,
     /// Destination address.
     pub destination: u32,
+}
+
+impl Ipv4Header {
+    /// Where the time to live stands; protocol and checksum follow.
+    pub const TTL: usize = 8;
 }
 
 /// Do not fragment.
@@ -91,20 +96,15 @@ impl Network for V4 {
     }
 
     #[inline(always)]
-    fn plain<B: Bytes + ?Sized>(bytes: &B, header: &IpHeader<u32>) -> Option<Payload> {
-        let ip: Ipv4Header = bytes.read(header.offset)?;
+    fn plain<B: Bytes + ?Sized>(bytes: &B, offset: usize) -> Option<Plain<u32>> {
+        let Headers::<Ipv4Header> { ip, transport } = bytes.read(offset)?;
+        let length = u16::from_be(ip.length) as usize;
         let whole = ip.fragment & (MORE_FRAGMENTS | FRAGMENT_OFFSET).to_be() == 0;
-        if ip.version_length != PLAIN || !whole {
+        if ip.version_length != PLAIN || !whole || offset + length > bytes.len() {
             return None;
         }
-        // One arm for each: what follows is then compiled for a protocol that is known.
-        let protocol = match ip.protocol {
-            protocol::TCP => protocol::TCP,
-            protocol::UDP => protocol::UDP,
-            _ => return None,
-        };
-        let offset = header.offset + Self::HEADER;
-        Some(Payload { offset, protocol, fragment_id: 0, fragment: Fragment::Whole })
+        let header = IpHeader { source: ip.source, destination: ip.destination, offset, length };
+        Plain::new(header, Self::HEADER, ip.protocol, &transport)
     }
 
     #[inline(always)]

@@ -1,6 +1,6 @@
 //! IPv6, with extension headers and fragments.
 
-use super::{Bytes, Carriage, Fragment, IpHeader, Network, Payload, ethernet, protocol};
+use super::{Bytes, Carriage, Fragment, Headers, IpHeader, Network, Payload, Plain, ethernet, protocol};
 use crate::{family::Ipv6, reason::Reason, wire::plain};
 
 /// An IPv6 header; every field in network order.
@@ -105,6 +105,10 @@ fn walk<B: Bytes + ?Sized>(bytes: &B, mut protocol: u8, mut offset: usize) -> Op
     None
 }
 
+/// The version, where it stands in the first word.
+const VERSION: u32 = 0x6000_0000_u32.to_be();
+const VERSION_MASK: u32 = 0xf000_0000_u32.to_be();
+
 impl Network for V6 {
     type Address = Ipv6;
     const ETHERTYPE: u16 = ethernet::IPV6;
@@ -133,15 +137,16 @@ impl Network for V6 {
     }
 
     #[inline(always)]
-    fn plain<B: Bytes + ?Sized>(bytes: &B, header: &IpHeader<Ipv6>) -> Option<Payload> {
-        let ip: Ipv6Header = bytes.read(header.offset)?;
-        let known = ip.next_header == protocol::TCP || ip.next_header == protocol::UDP;
-        known.then_some(Payload {
-            offset: header.offset + Self::HEADER,
-            protocol: ip.next_header,
-            fragment_id: 0,
-            fragment: Fragment::Whole,
-        })
+    fn plain<B: Bytes + ?Sized>(bytes: &B, offset: usize) -> Option<Plain<Ipv6>> {
+        let Headers::<Ipv6Header> { ip, transport } = bytes.read(offset)?;
+        let length = Self::HEADER + u16::from_be(ip.payload_length) as usize;
+        if ip.version_class_flow & VERSION_MASK != VERSION || offset + length > bytes.len() {
+            return None;
+        }
+        // Word by word: as a whole, LLVM would copy the address byte by byte.
+        let [first, second, third, fourth] = ip.source;
+        let header = IpHeader { source: [first, second, third, fourth], destination: ip.destination, offset, length };
+        Plain::new(header, Self::HEADER, ip.next_header, &transport)
     }
 
     #[inline(always)]

@@ -6,6 +6,7 @@
 //!
 //! The steps are those of the datapath, so that a foreign packet leaves as early as it can:
 //! [`ethernet::parse`], then [`Network::parse`], then (after the filter) [`Network::transport`] and [`transport::parse`].
+//! [`Network::plain`] is a short cut through the middle two for the packets that are nearly all.
 
 pub mod ethernet;
 pub mod icmp;
@@ -14,9 +15,10 @@ mod ipv6;
 pub mod transport;
 pub mod tunnel;
 
-use crate::{Plain, family::Address, reason::Reason};
+use crate::{Plain as Wire, family::Address, reason::Reason, wire};
 pub use ipv4::{DONT_FRAGMENT, Ipv4Header, V4};
 pub use ipv6::{FragmentHeader, Ipv6Header, V6};
+use transport::{Segment, TcpHeader, UdpHeader};
 
 /// IP protocol numbers.
 pub mod protocol {
@@ -34,7 +36,7 @@ pub mod protocol {
 /// Something that headers can be read from.
 pub trait Bytes {
     /// Reads a value at an offset, or nothing if it would reach beyond the end.
-    fn read<T: Plain>(&self, offset: usize) -> Option<T>;
+    fn read<T: Wire>(&self, offset: usize) -> Option<T>;
 
     /// Bytes from the beginning to the end.
     fn len(&self) -> usize;
@@ -54,9 +56,9 @@ pub trait Bytes {
 
 impl Bytes for [u8] {
     #[expect(unsafe_code, reason = "the host's counterpart of the datapath's pointer read")]
-    fn read<T: Plain>(&self, offset: usize) -> Option<T> {
+    fn read<T: Wire>(&self, offset: usize) -> Option<T> {
         let bytes = self.get(offset..)?.get(..size_of::<T>())?;
-        // SAFETY: `bytes` holds size_of::<T>() bytes, and a Plain type takes every bit pattern.
+        // SAFETY: `bytes` holds size_of::<T>() bytes, and a plain type takes every bit pattern.
         Some(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
     }
 
@@ -102,6 +104,44 @@ pub struct Payload {
     pub fragment: Fragment,
 }
 
+/// A plain packet, which nearly all are: see [`Network::plain`].
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Plain<A> {
+    /// Its IP header.
+    pub header: IpHeader<A>,
+    /// TCP or UDP.
+    pub protocol: u8,
+    /// Its transport header.
+    pub segment: Segment,
+}
+
+/// The two headers of a plain packet, to be read together: one check of the bounds. A UDP datagram that is too short for
+/// that is not plain.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Headers<I> {
+    ip: I,
+    transport: TcpHeader,
+}
+
+wire::plain! { Headers<Ipv4Header> = 40, Headers<Ipv6Header> = 60 }
+
+impl<A> Plain<A> {
+    /// Puts together what a family has read. `before` is what stands before the transport header, in bytes.
+    #[inline(always)]
+    fn new(header: IpHeader<A>, before: usize, protocol: u8, transport: &TcpHeader) -> Option<Self> {
+        let (least, event) = match protocol {
+            protocol::TCP => (size_of::<TcpHeader>(), transport.flags),
+            protocol::UDP => (size_of::<UdpHeader>(), transport::QUIET),
+            _ => return None,
+        };
+        if header.length < before + least {
+            return None;
+        }
+        Some(Self { header, protocol, segment: Segment { ports: transport.ports, event } })
+    }
+}
+
 /// Which part of a packet this is.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Fragment {
@@ -136,9 +176,9 @@ pub trait Network: 'static {
     /// Reads how the packet whose header begins at `offset` wants to be carried.
     fn carriage<B: Bytes + ?Sized>(bytes: &B, offset: usize) -> Option<Carriage>;
 
-    /// Where the transport header of a plain packet is: nothing between it and the IP header, not a fragment, TCP or UDP.
-    /// `None` for all others, which [`Network::transport`] looks at closely.
-    fn plain<B: Bytes + ?Sized>(bytes: &B, header: &IpHeader<Self::Address>) -> Option<Payload>;
+    /// Reads a plain packet: sound, nothing between the IP header at `offset` and the transport header, not a fragment, TCP
+    /// or UDP. `None` for all others, which [`Network::parse`] and [`Network::transport`] look at closely.
+    fn plain<B: Bytes + ?Sized>(bytes: &B, offset: usize) -> Option<Plain<Self::Address>>;
 
     /// Finds the transport header behind options or extension headers.
     fn transport<B: Bytes + ?Sized>(bytes: &B, header: &IpHeader<Self::Address>) -> Result<Payload, Reason>;

@@ -1,6 +1,6 @@
 //! TCP, UDP and SCTP, as far as balancing needs them: ports, and what moves the connection's state.
 
-use super::{Bytes, Payload, protocol};
+use super::{Bytes, protocol};
 use crate::{reason::Reason, sctp, tcp::flags, wire::plain};
 
 /// The ports, which TCP, UDP and SCTP have in the same place: source, then destination, each in network order. One word,
@@ -97,44 +97,43 @@ pub struct SctpHeader {
 pub struct Segment {
     /// Source and destination port.
     pub ports: Ports,
-    /// TCP: the flags; SCTP: the type of the first chunk; UDP: 0.
+    /// TCP: the flags; SCTP: the type of the first chunk; UDP: [`QUIET`].
     pub event: u8,
 }
 
+/// The event of a packet that can neither begin nor end anything: of every UDP datagram, and of a TCP segment that carries
+/// none of the flags that could.
+pub const QUIET: u8 = flags::ACK;
+
 impl Segment {
-    /// Whether the segment can neither begin nor end anything: a bare TCP acknowledgement (with or without data), any UDP
-    /// datagram.
+    /// Whether the packet can neither begin nor end anything: a bare TCP acknowledgement (with or without data), any UDP
+    /// datagram. SCTP's events are other numbers; its connections are never left alone.
     #[inline(always)]
-    pub const fn is_quiet(&self, protocol: u8) -> bool {
-        const MOVING: u8 = flags::FIN | flags::SYN | flags::RST;
-        match protocol {
-            protocol::TCP => self.event & (MOVING | flags::ACK) == flags::ACK,
-            protocol::UDP => true,
-            _ => false,
-        }
+    pub const fn is_quiet(&self) -> bool {
+        self.event & (flags::FIN | flags::SYN | flags::RST | flags::ACK) == QUIET
     }
 }
 
 /// Reads the transport header, which must lie before `end`, the end of the IP packet: what stands behind is padding. Any
 /// protocol but the three is not ours.
 #[inline(always)]
-pub fn parse<B: Bytes + ?Sized>(bytes: &B, payload: &Payload, end: usize) -> Result<Segment, Reason> {
-    let room = end.saturating_sub(payload.offset);
-    match payload.protocol {
+pub fn parse<B: Bytes + ?Sized>(bytes: &B, offset: usize, protocol: u8, end: usize) -> Result<Segment, Reason> {
+    let room = end.saturating_sub(offset);
+    match protocol {
         protocol::TCP if room < size_of::<TcpHeader>() => Err(Reason::Malformed),
         protocol::UDP if room < size_of::<UdpHeader>() => Err(Reason::Malformed),
         protocol::SCTP if room < size_of::<SctpHeader>() => Err(Reason::Malformed),
         protocol::TCP => {
-            let header: TcpHeader = bytes.read(payload.offset).ok_or(Reason::Malformed)?;
+            let header: TcpHeader = bytes.read(offset).ok_or(Reason::Malformed)?;
             Ok(Segment { ports: header.ports, event: header.flags })
         }
         protocol::UDP => {
-            let header: UdpHeader = bytes.read(payload.offset).ok_or(Reason::Malformed)?;
-            Ok(Segment { ports: header.ports, event: 0 })
+            let header: UdpHeader = bytes.read(offset).ok_or(Reason::Malformed)?;
+            Ok(Segment { ports: header.ports, event: QUIET })
         }
         protocol::SCTP => {
-            let header: SctpHeader = bytes.read(payload.offset).ok_or(Reason::Malformed)?;
-            Ok(Segment { ports: header.ports, event: sctp_event(bytes, payload.offset, &header) })
+            let header: SctpHeader = bytes.read(offset).ok_or(Reason::Malformed)?;
+            Ok(Segment { ports: header.ports, event: sctp_event(bytes, offset, &header) })
         }
         _ => Err(Reason::NotTransport),
     }

@@ -20,20 +20,15 @@ use crate::{
 pub struct Reachable {
     index: u32,
     entry: &'static Server,
-    status: u8,
+    /// The kernel's neighbour code must find the next hop.
+    unresolved: bool,
 }
 
 impl Reachable {
-    /// The largest packet that the way to the server takes, in bytes.
-    #[inline(always)]
-    pub fn mtu(&self) -> u16 {
-        self.entry.mtu
-    }
-
     /// Sends a packet that is addressed already.
     #[inline(always)]
     fn send<P: Packet>(&self, packet: &P) -> Result<i32, Reason> {
-        if P::RESOLVES && self.status == Status::Unresolved as u8 {
+        if P::RESOLVES && self.unresolved {
             let next_hop = NEXT_HOPS.get(self.index).ok_or(Reason::Unresolved)?;
             return Ok(packet.send_unresolved(self.entry, next_hop));
         }
@@ -45,45 +40,49 @@ impl Reachable {
 #[inline(always)]
 pub fn reachable<P: Packet>(packet: &P, index: u32) -> Result<Reachable, Reason> {
     let entry = SERVERS.get(index).ok_or(Reason::ServerRemoved)?;
-    let status = entry.status;
-    if status != Status::Ready as u8 {
-        if status == Status::Removed as u8 || status == Status::Free as u8 {
-            return Err(Reason::ServerRemoved);
-        }
-        if status == Status::Unresolved as u8 && !P::RESOLVES {
-            return Err(Reason::Unresolved);
-        }
-    }
-    if status == Status::Ready as u8 && !packet.reaches(entry) {
+    let unresolved = entry.status != Status::Ready as u8;
+    if unresolved {
+        may_resolve::<P>(entry.status)?;
+    } else if !packet.reaches(entry) {
         return Err(Reason::OtherDevice);
     }
-    Ok(Reachable { index, entry, status })
+    Ok(Reachable { index, entry, unresolved })
 }
 
-/// Takes the packet to its real server.
+/// Whether packets can be sent to a server that is not ready, after all.
+#[inline(always)]
+fn may_resolve<P: Packet>(status: u8) -> Result<(), Reason> {
+    const UNRESOLVED: u8 = Status::Unresolved as u8;
+    const LOCAL: u8 = Status::Local as u8;
+    const NO_ROUTE: u8 = Status::NoRoute as u8;
+    match status {
+        UNRESOLVED if P::RESOLVES => Ok(()),
+        UNRESOLVED => Err(Reason::Unresolved),
+        LOCAL => Err(Reason::LocalServer),
+        NO_ROUTE => Err(Reason::NoRoute),
+        _ => Err(Reason::ServerRemoved),
+    }
+}
+
+/// Takes the packet to its real server. If it is too big, `mtu` says for what.
 #[inline(always)]
 pub fn forward<P: Packet, F: Family>(
     packet: &mut P,
     link: &Link,
     header: &IpHeader<F::Address>,
     server: &Reachable,
+    mtu: &mut u16,
 ) -> Result<Outcome, Reason> {
-    if server.status != Status::Ready as u8 {
-        if server.status == Status::Local as u8 {
-            return Err(Reason::LocalServer);
-        }
-        if server.status == Status::NoRoute as u8 {
-            return Err(Reason::NoRoute);
-        }
-    }
-    let (method, mtu) = (server.entry.method, server.entry.mtu);
-    let too_big = header.length > mtu as usize && !packet.fits_in_segments(SEGMENT_HEADERS + F::HEADER, mtu);
+    let method = server.entry.method;
+    let too_big =
+        header.length > server.entry.mtu as usize && !packet.fits_in_segments(SEGMENT_HEADERS + F::HEADER, server.entry.mtu);
     if !packet.takes_headers(link) && (too_big || method != Method::Route as u8) {
         return Err(Reason::Vlan);
     }
     // Like IPVS: an error about a packet that is too big quotes its lowered time to live.
     F::age(packet, header.offset)?;
     if too_big {
+        *mtu = server.entry.mtu;
         return Err(Reason::TooBig);
     }
     if method == Method::Route as u8 {

@@ -7,7 +7,7 @@ use lb_common::{
     family::Ipv6,
     hash,
     packet::{
-        DONT_FRAGMENT, IpHeader, Ipv4Header, Ipv6Header, Network, Payload, V4, V6,
+        DONT_FRAGMENT, Fragment, IpHeader, Ipv4Header, Ipv6Header, Network, Payload, V4, V6,
         ethernet::Link,
         protocol,
         transport::{Ports, UdpHeader},
@@ -248,7 +248,11 @@ fn sum_words(address: &Ipv6) -> u64 {
 /// That holds as well for a segment whose checksum is still to be filled in by a device. `None`: no way to know.
 #[inline(always)]
 fn inner_sum<P: Packet, F: Family>(packet: &P, header: &IpHeader<F::Address>) -> Option<u16> {
-    let Payload { protocol, offset, .. } = F::plain(packet, header)?;
+    let Payload { protocol, offset: behind, fragment, .. } = F::transport(packet, header).ok()?;
+    let offset = header.offset + F::HEADER;
+    if behind != offset || fragment != Fragment::Whole || !matches!(protocol, protocol::TCP | protocol::UDP) {
+        return None;
+    }
     if protocol == protocol::UDP && packet.read::<UdpHeader>(offset)?.checksum == 0 {
         return None;
     }

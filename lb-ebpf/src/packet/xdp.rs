@@ -107,9 +107,11 @@ impl Packet for XdpFrame {
     fn address(&mut self, link: &Link, server: &Server, room: Room) -> Result<usize, Reason> {
         let vlan = server.vlan;
         let keeps_tags = vlan == KEEP_VLAN || (vlan == link.vlan && link.payload <= ethernet::HEADER + ethernet::TAG);
-        let payload = if room.bytes == 0 && keeps_tags {
-            link.payload
-        } else if link.payload == ethernet::HEADER && keeps_tags {
+        if room.bytes == 0 && keeps_tags {
+            self.write(0, server.link)?;
+            return Ok(link.payload);
+        }
+        let payload = if link.payload == ethernet::HEADER && keeps_tags {
             self.grow(room.bytes as i32)?;
             self.write(12, room.ethertype.to_be())?;
             ethernet::HEADER

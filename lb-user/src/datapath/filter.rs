@@ -1,61 +1,73 @@
 //! The "may be ours" filter: which virtual addresses are in use, one bit each.
 //!
 //! Addresses may share a bit, and an address may have many services; so each bit has a count of the services that want
-//! it, and is cleared when the last one goes. The bitmap is shared with the kernel (see [`lb_common::filter`]), the counts
-//! are not: a new daemon counts the services that it finds.
+//! it, and is cleared when the last one goes. The kernel has a copy of the bitmap, which is written whole whenever a bit
+//! changes (8 KiB; see [`lb_common::filter`]). The counts are the daemon's own: a new one counts the services that it finds.
 
-use std::{net::IpAddr, sync::atomic::Ordering};
+use std::net::IpAddr;
 
+use aya::maps::{Array, MapData, MapError};
 use lb_common::filter::{BITS, WORDS, position};
 
-use super::{shared::Words, way::words};
+use super::way::words;
+
+/// The bitmap, as the kernel has it.
+pub type Bitmap = [u64; WORDS as usize];
 
 /// The bitmap and its counts.
-#[derive(Debug)]
+#[expect(missing_debug_implementations, reason = "aya's maps have none")]
 pub struct Filter {
-    bitmap: Words,
+    bitmap: Box<Bitmap>,
     references: Vec<u32>,
+    /// The kernel's copy; none in tests.
+    kernel: Option<Array<MapData, Bitmap>>,
 }
 
 impl Filter {
-    /// Counts the virtual addresses that are in use, and makes the bitmap say the same.
-    pub fn new(bitmap: Words, addresses: impl Iterator<Item = IpAddr>) -> Self {
-        let mut filter = Self { bitmap, references: vec![0; BITS as usize] };
-        addresses.for_each(|address| filter.add(address));
-        for index in 0..WORDS {
-            let first = index as usize * 64;
-            let wanted = (0..64).filter(|bit| filter.references[first + bit] > 0).fold(0, |word, bit| word | 1 << bit);
-            filter.bitmap.store(index, wanted);
+    /// Counts the virtual addresses that are in use, and writes the bitmap.
+    pub fn new(kernel: Option<Array<MapData, Bitmap>>, addresses: impl Iterator<Item = IpAddr>) -> Result<Self, MapError> {
+        let mut filter = Self { bitmap: Box::new([0; WORDS as usize]), references: vec![0; BITS as usize], kernel };
+        for address in addresses {
+            filter.count(address);
         }
-        filter
+        filter.publish()?;
+        Ok(filter)
     }
 
     /// A service has this address.
-    pub fn add(&mut self, address: IpAddr) {
+    pub fn add(&mut self, address: IpAddr) -> Result<(), MapError> {
+        if self.count(address) { self.publish() } else { Ok(()) }
+    }
+
+    /// Counts an address. `true` if it is the first at its bit.
+    fn count(&mut self, address: IpAddr) -> bool {
         let (index, mask) = place(address);
         let count = &mut self.references[bit(index, mask)];
         *count += 1;
-        if let Some(word) = self.bitmap.word(index) {
-            word.fetch_or(mask, Ordering::Release);
-        }
+        self.bitmap[index as usize] |= mask;
+        *count == 1
     }
 
     /// A service with this address is gone.
-    pub fn remove(&mut self, address: IpAddr) {
+    pub fn remove(&mut self, address: IpAddr) -> Result<(), MapError> {
         let (index, mask) = place(address);
         let count = &mut self.references[bit(index, mask)];
         *count = count.saturating_sub(1);
-        if *count == 0
-            && let Some(word) = self.bitmap.word(index)
-        {
-            word.fetch_and(!mask, Ordering::Release);
+        if *count > 0 {
+            return Ok(());
         }
+        self.bitmap[index as usize] &= !mask;
+        self.publish()
     }
 
     /// Whether the kernel looks at packets to this address.
     pub fn contains(&self, address: IpAddr) -> bool {
         let (index, mask) = place(address);
-        self.bitmap.load(index) & mask != 0
+        self.bitmap[index as usize] & mask != 0
+    }
+
+    fn publish(&mut self) -> Result<(), MapError> {
+        self.kernel.as_mut().map_or(Ok(()), |kernel| kernel.set(0, *self.bitmap, 0))
     }
 }
 
@@ -78,33 +90,33 @@ mod tests {
         text.parse().expect("an address")
     }
 
+    fn filter(addresses: &[IpAddr]) -> Filter {
+        Filter::new(None, addresses.iter().copied()).expect("there is no kernel that could refuse")
+    }
+
     #[test]
     fn a_bit_stays_until_its_last_service_goes() {
-        let mut filter = Filter::new(Words::anonymous(WORDS), std::iter::empty());
+        let mut filter = filter(&[]);
         for vip in ["10.0.0.200", "2001:db8::200"].map(address) {
             assert!(!filter.contains(vip));
-            filter.add(vip);
-            filter.add(vip);
-            filter.remove(vip);
+            filter.add(vip).unwrap();
+            filter.add(vip).unwrap();
+            filter.remove(vip).unwrap();
             assert!(filter.contains(vip));
-            filter.remove(vip);
+            filter.remove(vip).unwrap();
             assert!(!filter.contains(vip));
-            filter.remove(vip);
+            filter.remove(vip).unwrap();
             assert!(!filter.contains(vip), "removing too often does no harm");
         }
     }
 
     #[test]
-    fn a_bitmap_that_is_taken_over_says_what_the_services_say() {
-        let bitmap = Words::anonymous(WORDS);
-        for index in 0..WORDS {
-            bitmap.store(index, u64::MAX);
-        }
+    fn what_is_taken_over_is_counted() {
         let (known, unknown) = (address("10.0.0.200"), address("10.0.0.201"));
-        let mut filter = Filter::new(bitmap, [known, known].into_iter());
+        let mut filter = filter(&[known, known]);
         assert!(filter.contains(known));
         assert!(!filter.contains(unknown));
-        filter.remove(known);
+        filter.remove(known).unwrap();
         assert!(filter.contains(known));
     }
 }

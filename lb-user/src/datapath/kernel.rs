@@ -132,10 +132,14 @@ impl KernelDatapath {
         };
         pins.create()?;
         let programs = Programs::load(&pins, found.map_or(LIKELY_HZ, |config| config.hz), options.max_connections)?;
-        let (programs, config) = match found {
+        let (mut programs, config) = match found {
             Some(config) => (programs, config),
             None => make_instance(&pins, programs, options)?,
         };
+        // Before anything is attached: until then a program lets every packet pass.
+        let services = read_services(&pins)?;
+        let addresses = services.keys().map(|(_, address, _)| *address);
+        let filter = Filter::new(Some(programs.take_filter()?), addresses).context("the filter cannot be written")?;
         let connections = Connections::open(&pins)?;
         if connections.capacity() != options.max_connections {
             tracing::info!(
@@ -146,7 +150,6 @@ impl KernelDatapath {
         }
         let services_v4 = pins.typed("SERVICES_V4")?;
         let services_v6 = pins.typed("SERVICES_V6")?;
-        let services = read_services(&pins)?;
         let words = |name| Words::open(&pins.map(name));
         let (orders, received) = mpsc::unbounded_channel();
         let (answers, answered) = watch::channel(0);
@@ -154,7 +157,7 @@ impl KernelDatapath {
             adopted: found.is_some(),
             config,
             config_map: pins.typed("CONFIG")?,
-            filter: Filter::new(words("FILTER")?, services.keys().map(|(_, address, _)| *address)),
+            filter,
             runs: Runs::new(words("SCHEDULES")?, words("CURSORS")?, words("RUNS")?),
             standings: Standings::new(words("STANDINGS")?),
             destinations: Destinations::open(&pins)?,
@@ -363,14 +366,18 @@ impl Datapath for KernelDatapath {
             return Err(kernel_error(format!("the service {protocol} {address} port {port} cannot be written"), error));
         }
         if self.services.insert((protocol, address, port), service).is_none() {
-            self.filter.add(address);
+            self.filter
+                .add(address)
+                .map_err(|error| kernel_error(format!("the virtual address {address} cannot be made known"), error))?;
         }
         Ok(())
     }
 
     fn remove_service(&mut self, protocol: Protocol, address: IpAddr, port: u16) -> Result<(), Error> {
         let Some(service) = self.services.remove(&(protocol, address, port)) else { return Ok(()) };
-        self.filter.remove(address);
+        self.filter
+            .remove(address)
+            .map_err(|error| kernel_error(format!("the virtual address {address} cannot be taken back"), error))?;
         let removed = match address {
             IpAddr::V4(_) => self.services_v4.remove(&service_key(protocol, words(address)[0], port)),
             IpAddr::V6(_) => self.services_v6.remove(&service_key(protocol, words(address), port)),

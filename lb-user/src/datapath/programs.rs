@@ -8,14 +8,18 @@
 use anyhow::{Context as _, anyhow};
 use aya::{
     Ebpf, EbpfLoader,
+    maps::{Array, MapData},
     programs::{Program, ProgramError, RawTracePoint, SchedClassifier, Xdp},
 };
+use lb_common::filter::WORDS;
 
 use super::maps::{CONNECTION_TABLES, OBJECT, Pins, remove_pin};
 
 const XDP: &str = "xdp_director";
 const TC: &str = "tc_director";
 const SWEEP: &str = "sweep";
+/// The map with the programs' global variable, the filter.
+const FILTER: &str = ".bss";
 
 /// The loaded programs.
 #[derive(Debug)]
@@ -52,6 +56,12 @@ impl Programs {
             program.pin(&path).with_context(|| format!("the program {name} cannot be pinned at {}", path.display()))?;
         }
         Ok(Self { ebpf })
+    }
+
+    /// The filter of the loaded programs, which is empty until it is written. It can be taken once.
+    pub fn take_filter(&mut self) -> anyhow::Result<Array<MapData, [u64; WORDS as usize]>> {
+        let map = self.ebpf.take_map(FILTER).with_context(|| missing("filter"))?;
+        map.try_into().context("the programs' filter is not what it should be; build bpfvs anew")
     }
 
     /// The XDP program.
@@ -100,7 +110,7 @@ fn explain(name: &str, error: ProgramError) -> anyhow::Error {
 }
 
 fn missing(name: &str) -> String {
-    format!("the compiled eBPF object has no program {name}; build bpfvs anew")
+    format!("the compiled eBPF object has no {name}; build bpfvs anew")
 }
 
 fn last_lines(text: &str, count: usize) -> String {

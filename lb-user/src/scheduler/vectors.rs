@@ -384,12 +384,16 @@ impl Harness {
             }
             Step::Inactivate { conns } => {
                 self.settle();
-                conns.iter().for_each(|number| self.inactivate(*number));
+                for number in conns {
+                    self.inactivate(*number);
+                }
                 self.compile();
             }
             Step::Expire { conns } => {
                 self.settle();
-                conns.iter().for_each(|number| self.expire(*number));
+                for number in conns {
+                    self.expire(*number);
+                }
                 self.compile();
             }
         }

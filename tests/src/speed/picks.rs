@@ -90,20 +90,20 @@ fn configure(bench: &Bench) -> Result<()> {
         (0..most).map(|number| format!("neigh add {} lladdr 02:00:00:00:02:01 dev eth0 nud permanent", address(number))).collect();
     bench.director.ip(&neighbours.join("\n"))?;
     let vip = Addresses::of(Family::Ipv4).vip;
-    let mut lines = String::new();
+    let mut lines = Vec::new();
     for (port, scheduler, servers) in services() {
-        lines.push_str(&format!("-A -t {vip}:{port} -s {scheduler}\n"));
+        lines.push(format!("-A -t {vip}:{port} -s {scheduler}"));
         // With small weights ovf would turn most of the connections away.
         let unit = if scheduler == "ovf" { NEW } else { 1 };
         for number in 0..servers {
-            lines.push_str(&format!("-a -t {vip}:{port} -r {} -g -w {}\n", address(number), unit * (1 + number % 4)));
+            lines.push(format!("-a -t {vip}:{port} -r {} -g -w {}", address(number), unit * (1 + number % 4)));
         }
     }
-    bench.bpfvs.restore(&lines)?;
+    bench.bpfvs.restore(&lines.join("\n"))?;
     bench.bpfvs.wait_for_servers()
 }
 
-/// Lets every real server be reached by the interface that a packet came in by: it ends with XDP_TX, as the floor does.
+/// Lets every real server be reached by the interface that a packet came in by: it ends with `XDP_TX`, as the floor does.
 fn answer_at_once(bench: &Bench) -> Result<()> {
     let mut servers: Array<MapData, Server> = Array::try_from(Map::Array(open(bench, "SERVERS")?))?;
     for index in 0..services().map(|(_, _, servers)| servers).sum() {

@@ -92,11 +92,11 @@ pub fn measure() -> Result<Staleness> {
     }
     bench.bpfvs.wait_for_servers()?;
     let indices = addresses.iter().map(|address| bench.server_index(&address.to_string())).collect::<Result<Vec<_>>>()?;
-    bench.director.enter(|| run(&bench, &indices, &addresses[STOPPED]))
+    bench.director.enter(|| run(&bench, &indices, addresses[STOPPED]))
 }
 
 /// Gives the real server that is stopped and started another weight.
-fn weigh(bench: &Bench, address: &Ipv4Addr, weight: u32) -> Result<()> {
+fn weigh(bench: &Bench, address: Ipv4Addr, weight: u32) -> Result<()> {
     let service = json!({"address": {"protocol": "tcp", "address": "10.99.0.1", "port": 80}});
     let server = json!({"address": address, "port": 80});
     let edit = json!({"service": service, "server": server, "config": {"method": "route", "weight": weight}});
@@ -105,7 +105,7 @@ fn weigh(bench: &Bench, address: &Ipv4Addr, weight: u32) -> Result<()> {
     Ok(())
 }
 
-fn run(bench: &Bench, indices: &[u32], stopped: &Ipv4Addr) -> Result<Staleness> {
+fn run(bench: &Bench, indices: &[u32], stopped: Ipv4Addr) -> Result<Staleness> {
     let mut arrivals = Arrivals::new(bench)?;
     let mut book: Vec<_> = WEIGHTS.iter().map(|&weight| Entry { weight, active: 0, total: 0 }).collect();
     let mut open: VecDeque<Pair> = VecDeque::new();
@@ -115,11 +115,14 @@ fn run(bench: &Bench, indices: &[u32], stopped: &Ipv4Addr) -> Result<Staleness> 
     let mut begun = 0;
     while begin.elapsed() < PERIOD {
         // Between two arrivals, so that the book knows when; those that are due meanwhile come in a burst.
-        if let Some((_, weight)) = commands.pop_front_if(|(when, _)| begin.elapsed() >= *when) {
+        if let Some(&(when, weight)) = commands.front()
+            && begin.elapsed() >= when
+        {
+            commands.pop_front();
             weigh(bench, stopped, weight)?;
             book[STOPPED].weight = weight;
         }
-        let due = (begin.elapsed().as_secs_f64() * f64::from(RATE)) as u32;
+        let due = (begin.elapsed().as_micros() * u128::from(RATE) / 1_000_000) as u32;
         if begun >= due {
             thread::sleep(Duration::from_micros(200));
             continue;
@@ -150,8 +153,8 @@ fn run(bench: &Bench, indices: &[u32], stopped: &Ipv4Addr) -> Result<Staleness> 
     }
     differences.sort_unstable();
     Ok(Staleness {
-        rate: (f64::from(begun) / begin.elapsed().as_secs_f64()).round() as u32,
-        mean: differences.iter().map(|&difference| f64::from(difference)).sum::<f64>() / differences.len() as f64,
+        rate: (u128::from(begun) * 1_000_000 / begin.elapsed().as_micros()) as u32,
+        mean: f64::from(differences.iter().sum::<u32>()) / f64::from(differences.len() as u32),
         most_moments: differences.get(differences.len() * 99 / 100).copied().unwrap_or_default(),
         largest: differences.last().copied().unwrap_or_default(),
         active: most_active,
