@@ -4,8 +4,9 @@
 //! number of servers. One that is new, or whose servers are busy, takes the schedule's next pick and remembers it. Who is busy
 //! is judged by [`lb_common::locality`], the same code that is tested on the host.
 //!
-//! The stack is full when a new connection comes here: kernels before 6.7 count 32 bytes for the smallest function, and there
-//! is room for one. So there is one function, and what it has to keep in mind stands in a map, the [`Case`] of this CPU.
+//! The stack is full when a new connection comes here. There is room for 32 bytes, which kernels before 6.7 count for the
+//! smallest function. So no function here calls another, and what has to be kept in mind stands in a map, the [`Case`] of
+//! this CPU.
 
 use aya_ebpf::helpers::generated::bpf_jiffies64;
 use lb_common::{

@@ -32,10 +32,12 @@ use aya_obj::programs::XdpAttachType;
 use lb_common::{
     config::Config,
     connection::{Connection, ConnectionKey, FragmentKey},
-    family::{Ipv4, Ipv6, ipv4},
+    family::{Address, Ipv4, Ipv6, ipv4, ipv6},
+    locality::{Destination, DestinationKey},
     packet::transport::Ports,
     reason::Reason,
     server::Counters,
+    service::{Service, ServiceKey},
     statistics::Statistics,
 };
 
@@ -178,6 +180,53 @@ impl Pinned {
         }
     }
 
+    /// Who has a client's TCP connection to this port of any address: the index of the real server.
+    pub fn server_of(&self, client: SocketAddr, port: u16) -> Result<Option<u32>> {
+        fn find<A: Address>(connections: &[(ConnectionKey<A>, Connection)], client: A, ports: Ports) -> Option<u32> {
+            let is = |key: &ConnectionKey<A>| key.client == client && key.ports == ports && key.protocol == 6;
+            connections.iter().find(|(key, _)| is(key)).map(|(_, connection)| connection.server)
+        }
+        let ports = Ports::new(client.port().to_be(), port.to_be());
+        Ok(match client.ip() {
+            IpAddr::V4(address) => find(&self.connections_v4()?, ipv4(address), ports),
+            IpAddr::V6(address) => find(&self.connections_v6()?, ipv6(address), ports),
+        })
+    }
+
+    /// Lets the datapath take a TCP service's address and port for one with many addresses, as a firewall mark can be. There must
+    /// be some other service at each of the addresses, or their packets never get so far. What the daemon does to the service
+    /// later is not done to the others.
+    pub fn add_destinations(&self, service: SocketAddr, destinations: &[IpAddr]) -> Result<()> {
+        let mut ipv4_services = self.map("SERVICES_V4", Map::HashMap)?;
+        let mut ipv6_services = self.map("SERVICES_V6", Map::HashMap)?;
+        for destination in destinations {
+            match (service.ip(), destination) {
+                (IpAddr::V4(vip), IpAddr::V4(other)) => {
+                    copy_service(&mut ipv4_services, ipv4(vip), ipv4(*other), service.port())?;
+                }
+                (IpAddr::V6(vip), IpAddr::V6(other)) => {
+                    copy_service(&mut ipv6_services, ipv6(vip), ipv6(*other), service.port())?;
+                }
+                _ => bail!("{service} and {destination} are of two families"),
+            }
+        }
+        Ok(())
+    }
+
+    /// Changes `lblcr_expiration`, until the daemon writes the settings anew.
+    pub fn set_lblcr_expiration(&self, seconds: u32) -> Result<()> {
+        let mut map: Array<MapData, Config> = self.map("CONFIG", Map::Array)?;
+        let config = map.get(&0, 0)?;
+        map.set(0, Config { lblcr_expiration: seconds, ..config }, 0).context("change the settings in the pinned map")
+    }
+
+    /// How many destinations are remembered, of both families.
+    pub fn destinations(&self) -> Result<usize> {
+        let ipv4: HashMap<MapData, DestinationKey<Ipv4>, Destination> = self.map("DESTINATIONS_V4", Map::LruHashMap)?;
+        let ipv6: HashMap<MapData, DestinationKey<Ipv6>, Destination> = self.map("DESTINATIONS_V6", Map::LruHashMap)?;
+        Ok(ipv4.keys().count() + ipv6.keys().count())
+    }
+
     /// The IPv4 connections.
     pub fn connections_v4(&self) -> Result<Vec<(ConnectionKey<Ipv4>, Connection)>> {
         entries(&self.map("CONNECTIONS_V4", Map::HashMap)?)
@@ -211,6 +260,16 @@ impl Pinned {
 
 fn entries<K: Pod>(map: &HashMap<MapData, K, Connection>) -> Result<Vec<(K, Connection)>> {
     map.iter().map(|entry| entry.context("read a connection")).collect()
+}
+
+/// Makes a service known at another address, too.
+fn copy_service<A>(map: &mut HashMap<MapData, ServiceKey<A>, Service>, vip: A, other: A, port: u16) -> Result<()>
+where
+    ServiceKey<A>: Pod,
+{
+    let key = |vip| ServiceKey { vip, port: port.to_be(), protocol: 6, zero: 0 };
+    let service = map.get(&key(vip), 0).context("look the service up")?;
+    map.insert(key(other), service, 0).context("add a destination to the service")
 }
 
 fn clear<K: Pod, V: Pod>(map: &mut HashMap<MapData, K, V>) -> Result<()> {
