@@ -3,11 +3,13 @@
 //! It runs in the foreground, and Ctrl-C ends the daemon; as always with bpfvs, traffic goes on without it. The line that
 //! takes everything away is printed.
 
-use anyhow::Result;
+use std::os::unix::process::CommandExt as _;
+
+use anyhow::{Context as _, Result};
 
 use crate::{
     build::{self, Profile},
-    command::{as_root, run as execute, say},
+    command::{as_root, say, shown},
 };
 
 /// Where to attach, and how.
@@ -37,5 +39,6 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
     say("Ctrl-C ends the daemon, and traffic goes on. This takes everything away, while the daemon runs:");
     say(&format!("  {} stop --detach", program.display()));
-    execute(&mut command)
+    // In place of this program, so that signals reach the daemon itself.
+    Err(command.exec()).with_context(|| format!("cannot run {}", shown(&command)))
 }
