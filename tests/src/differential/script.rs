@@ -246,6 +246,9 @@ struct Writer {
     weights: [u32; 2],
     /// Whether this script's servers have thresholds.
     thresholds: bool,
+    /// Whether connections that are over may be replaced by new ones. IPVS counts the old one beside the new one until its
+    /// timer has run; bpfvs puts one in the other's place before it looks at thresholds, and before lblc(r) choose.
+    replaces: bool,
     present: Vec<Server>,
     absent: Vec<u8>,
     connections: Vec<(SocketAddr, Phase)>,
@@ -273,12 +276,14 @@ impl Writer {
         absent.truncate(KNOWN_SERVERS);
         let weights = [[1, 1], [7, 7], [0, 3], [0, 6], [1, 5], [1, 100]][random.usize(..6)];
         let thresholds = scheduler != RANDOM && random.u8(..4) == 0;
+        let replaces = !thresholds && !scheduler.starts_with("lblc");
         let script = Script { seed, scheduler, protocol, vip: SocketAddr::new(vip, PORT), rounds: Vec::new() };
         Self {
             random,
             script,
             weights,
             thresholds,
+            replaces,
             present: Vec::new(),
             absent,
             connections: Vec::new(),
@@ -330,13 +335,11 @@ impl Writer {
             5..10 if !begun.is_empty() => drop(self.one_of(&begun, Event::End, round)),
             10..24 if !established.is_empty() => drop(self.one_of(&established, Event::End, round)),
             // What was aborted is forgotten after ten seconds; it is replaced long before.
-            24..28 if !established.is_empty() && !self.thresholds && !before_farewell => {
+            24..28 if !established.is_empty() && self.replaces && !before_farewell => {
                 self.aborted = Some(self.one_of(&established, Event::Abort, round));
             }
             28..32 if !established.is_empty() => drop(self.one_of(&established, Event::Continue, round)),
-            // IPVS counts the old connection beside the new one until its timer has run, which may cross a threshold that
-            // bpfvs, which puts one in the other's place, does not reach.
-            32..38 if !ended.is_empty() && !self.thresholds => {
+            32..38 if !ended.is_empty() && self.replaces => {
                 let number = ended[self.random.usize(..ended.len())];
                 self.begin(round, number);
             }
@@ -423,7 +426,8 @@ impl Writer {
                 Some(Edit::RemoveServer(removed.number))
             }
             4 if !random_scheduler => {
-                let others: Vec<_> = SCHEDULERS.into_iter().filter(|name| *name != RANDOM).collect();
+                let others: Vec<_> =
+                    SCHEDULERS.into_iter().filter(|name| *name != RANDOM && !(self.replaces && name.starts_with("lblc"))).collect();
                 let scheduler = others[self.random.usize(..others.len())];
                 Some(Edit::EditService(scheduler, self.flags(scheduler)))
             }
