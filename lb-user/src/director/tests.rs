@@ -256,6 +256,16 @@ fn a_removed_server_comes_back_with_its_connections() {
     assert_eq!(views[0].traffic.totals.packets_in, 0);
 }
 
+/// Found by comparing scripts with the kernel's IPVS.
+#[test]
+fn a_server_that_comes_back_with_weight_0_has_no_last_weight() {
+    let mut director = with_servers("mh", &[1, 2]);
+    let back = Command::AddServer { service: service(), server: server(2), config: weight(0) };
+    accept(&mut director, &[remove_server(2), back]);
+    let (service, stays) = (director.services[&service()].index, index_of(&director, 1));
+    assert!(director.datapath().schedules[&service].picks.iter().all(|pick| *pick == stays));
+}
+
 #[test]
 fn a_removed_server_is_forgotten_after_two_minutes_without_connections() {
     let mut director = with_servers("rr", &[1]);
