@@ -17,6 +17,7 @@
 //! | nanoseconds per packet | [`speed`] |
 //! | a program for the far end of a veth pair | [`pass`] |
 //! | other kernels | [`vm`] |
+//! | bpfvs and the kernel's own IPVS, compared | [`differential`] |
 //! | conditions with a deadline | [`wait`] |
 //! | tests that cannot run here | [`mod@skip`] |
 //!
@@ -27,6 +28,7 @@ pub mod arrivals;
 pub mod balanced;
 pub mod bench;
 pub mod bpfvs;
+pub mod differential;
 pub mod frame;
 pub mod lab;
 pub mod netns;

@@ -137,6 +137,16 @@ impl Namespace {
         run(self.command(program).args(arguments))
     }
 
+    /// The same with an input, which has to fit a pipe unless the command reads as it goes.
+    pub fn run_with_input<I: IntoIterator<Item: AsRef<OsStr>>>(
+        &self,
+        program: impl AsRef<OsStr>,
+        arguments: I,
+        input: &str,
+    ) -> Result<String> {
+        run_with_input(self.command(program).args(arguments), input)
+    }
+
     /// Packets that an interface has received and sent.
     pub fn packets(&self, interface: &str) -> Result<Packets> {
         let text = self.run("ip", ["-json", "-statistics", "link", "show", "dev", interface])?;

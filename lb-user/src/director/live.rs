@@ -116,8 +116,12 @@ impl<D: Datapath> Director<D> {
             }
         }
         for id in &left_behind {
-            if let Err(error) = self.publish(id) {
-                warn!("{id} keeps its old schedule: {error}");
+            let outcome = self.publish(id);
+            let Some(service) = self.services.get_mut(id) else { continue };
+            let was_stuck = std::mem::replace(&mut service.stuck, outcome.is_err());
+            // This may go on a thousand times in a second.
+            if let (Err(error), false) = (outcome, was_stuck) {
+                warn!("{id} keeps its old schedule until there is room: {error}");
             }
         }
         !left_behind.is_empty()

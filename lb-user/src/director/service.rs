@@ -33,6 +33,9 @@ pub(super) struct Service {
     /// How many arrivals its next schedule should at least look ahead, if it is a forecast.
     #[serde(skip)]
     pub(super) ahead: u32,
+    /// Its last schedule could not be published.
+    #[serde(skip)]
+    pub(super) stuck: bool,
     /// After how many picks the schedule has to be made anew; nothing if it repeats for ever.
     #[serde(skip)]
     pub(super) lasts: Option<u32>,

@@ -255,6 +255,16 @@ fn a_removed_server_comes_back_with_its_connections() {
     assert_eq!(views[0].traffic.totals.packets_in, 0);
 }
 
+/// Found by comparing scripts with the kernel's IPVS.
+#[test]
+fn a_server_that_comes_back_with_weight_0_has_no_last_weight() {
+    let mut director = with_servers("mh", &[1, 2]);
+    let back = Command::AddServer { service: service(), server: server(2), config: weight(0) };
+    accept(&mut director, &[remove_server(2), back]);
+    let (service, stays) = (director.services[&service()].index, index_of(&director, 1));
+    assert!(director.datapath().schedules[&service].picks.iter().all(|pick| *pick == stays));
+}
+
 #[test]
 fn a_removed_server_is_forgotten_after_two_minutes_without_connections() {
     let mut director = with_servers("rr", &[1]);
@@ -304,6 +314,42 @@ fn an_overloaded_server_gets_nothing_until_it_has_room() {
     let published = director.datapath().published[&0];
     director.refresh();
     assert_eq!(director.datapath().published[&0], published, "nothing changed, nothing is published");
+}
+
+#[test]
+fn a_forecast_follows_connections() {
+    let mut director = with_servers("wlc", &[1, 2]);
+    assert!(director.is_live());
+    assert!(!director.refresh(), "nothing has happened");
+    assert_eq!(picks(&mut director, 1), [2]);
+    let (first, second) = (index_of(&director, 1), index_of(&director, 2));
+    set_connections(&mut director, second, 1);
+    assert!(director.refresh());
+    assert_eq!(picks(&mut director, 2), [1, 2]);
+    // Both were taken, and the connection to the second server is over.
+    set_connections(&mut director, first, 1);
+    set_connections(&mut director, second, 0);
+    assert!(director.refresh());
+    assert_eq!(picks(&mut director, 1), [2]);
+    set_connections(&mut director, second, 1);
+    assert!(director.refresh());
+    assert!(!director.refresh(), "what was read is not read as new again");
+}
+
+#[test]
+fn a_forecast_knows_when_a_threshold_is_reached() {
+    let mut director = with_servers("lc", &[1]);
+    let limited = ServerConfig { upper_threshold: 2, ..weight(1) };
+    accept(&mut director, &[Command::AddServer { service: service(), server: server(2), config: limited }]);
+    let (first, second) = (index_of(&director, 1), index_of(&director, 2));
+    assert_eq!(picks(&mut director, 6), [2, 1, 2, 1, 1, 1]);
+    set_connections(&mut director, first, 4);
+    set_connections(&mut director, second, 2);
+    director.refresh();
+    assert_eq!(picks(&mut director, 2), [1, 1]);
+    set_connections(&mut director, second, 1);
+    director.refresh();
+    assert_eq!(picks(&mut director, 2), [2, 1], "there is room for one");
 }
 
 #[test]

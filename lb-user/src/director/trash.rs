@@ -28,8 +28,6 @@ pub(super) struct Removed {
     pub(super) index: u32,
     /// [`super::service::Service::incarnation`] of that service.
     pub(super) incarnation: u64,
-    /// Its last weight that was not 0.
-    pub(super) last_weight: u32,
     /// Whether it had too many connections.
     pub(super) overloaded: bool,
     /// What its totals were at the last zeroing.
