@@ -183,6 +183,11 @@ impl Attachments {
         Ok(())
     }
 
+    /// Makes the programs ready to masquerade.
+    pub fn translate(&mut self) -> anyhow::Result<()> {
+        self.programs.load_translation(&self.pins)
+    }
+
     /// The interfaces that the programs run on.
     pub fn interfaces(&self) -> Vec<InterfaceView> {
         let xdp = |generic| if generic { "xdp-generic" } else { "xdp" }.to_owned();

@@ -410,11 +410,14 @@ impl Datapath for KernelDatapath {
     }
 
     fn set_server(&mut self, index: u32, target: &Target) -> Result<(), Error> {
-        let concerned = lock(&self.servers).set(index, *target)?;
-        self.look(concerned);
         if target.method == Method::Masquerade {
+            lock(&self.attachments)
+                .translate()
+                .map_err(|error| kernel_error("the programs for masquerading cannot be loaded".to_owned(), format!("{error:#}")))?;
             warn_unless_forwarding(target.address);
         }
+        let concerned = lock(&self.servers).set(index, *target)?;
+        self.look(concerned);
         Ok(())
     }
 

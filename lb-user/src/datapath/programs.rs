@@ -29,6 +29,8 @@ const FILTER: &str = ".bss";
 #[derive(Debug)]
 pub struct Programs {
     ebpf: Ebpf,
+    /// The programs for translation are loaded.
+    translates: bool,
 }
 
 impl Programs {
@@ -52,22 +54,30 @@ impl Programs {
         })?;
         load_program::<Xdp>(&mut ebpf, XDP, Xdp::load)?;
         load_program::<SchedClassifier>(&mut ebpf, TC, SchedClassifier::load)?;
-        load_program::<Xdp>(&mut ebpf, XDP_TRANSLATE, Xdp::load)?;
-        load_program::<SchedClassifier>(&mut ebpf, TC_TRANSLATE, SchedClassifier::load)?;
         load_program::<RawTracePoint>(&mut ebpf, SWEEP, RawTracePoint::load)?;
+        for name in [XDP, TC, SWEEP] {
+            pin(&mut ebpf, pins, name)?;
+        }
+        Ok(Self { ebpf, translates: false })
+    }
+
+    /// Loads the programs for translation, unless that is done. The verifier has more to do with them than with all others,
+    /// and most directors never masquerade.
+    pub fn load_translation(&mut self, pins: &Pins) -> anyhow::Result<()> {
+        if self.translates {
+            return Ok(());
+        }
+        load_program::<Xdp>(&mut self.ebpf, XDP_TRANSLATE, Xdp::load)?;
+        load_program::<SchedClassifier>(&mut self.ebpf, TC_TRANSLATE, SchedClassifier::load)?;
         for (array, name) in TRANSLATIONS {
-            let program = ebpf.program(name).with_context(|| missing(name))?.fd()?.try_clone()?;
-            let map = ebpf.map_mut(array).with_context(|| missing(array))?;
+            let program = self.ebpf.program(name).with_context(|| missing(name))?.fd()?.try_clone()?;
+            let map = self.ebpf.map_mut(array).with_context(|| missing(array))?;
             let mut programs = ProgramArray::try_from(map)?;
             programs.set(0, &program, 0).with_context(|| format!("the program {name} cannot be put where the others call it"))?;
+            pin(&mut self.ebpf, pins, name)?;
         }
-        for name in [XDP, TC, XDP_TRANSLATE, TC_TRANSLATE, SWEEP] {
-            let path = pins.program(name);
-            remove_pin(&path).with_context(|| format!("the old pin {} cannot be removed", path.display()))?;
-            let program = ebpf.program_mut(name).with_context(|| missing(name))?;
-            program.pin(&path).with_context(|| format!("the program {name} cannot be pinned at {}", path.display()))?;
-        }
-        Ok(Self { ebpf })
+        self.translates = true;
+        Ok(())
     }
 
     /// The filter of the loaded programs, which is empty until it is written. It can be taken once.
@@ -99,6 +109,13 @@ impl Programs {
             .filter_map(|(name, program)| Some((name.to_owned(), program.info().ok()?.verified_instruction_count()?)))
             .collect()
     }
+}
+
+fn pin(ebpf: &mut Ebpf, pins: &Pins, name: &str) -> anyhow::Result<()> {
+    let path = pins.program(name);
+    remove_pin(&path).with_context(|| format!("the old pin {} cannot be removed", path.display()))?;
+    let program = ebpf.program_mut(name).with_context(|| missing(name))?;
+    program.pin(&path).with_context(|| format!("the program {name} cannot be pinned at {}", path.display()))
 }
 
 fn load_program<'a, P: 'a>(ebpf: &'a mut Ebpf, name: &str, load: fn(&mut P) -> Result<(), ProgramError>) -> anyhow::Result<()>
