@@ -19,27 +19,24 @@ use bpfvs_tests::{
 /// What the director may cost, in floors.
 const LIMIT: f64 = 1.3;
 /// How often to try.
-const ATTEMPTS: usize = 5;
+const ATTEMPTS: usize = 8;
 
 #[test]
 fn an_established_connection_costs_little_more_than_the_floor() -> Result<()> {
     needs!(root);
     needs_bpfvs!();
     let case = Case { hook: Hook::Xdp, family: Family::Ipv4, path: Path::Routed, flows: 1 };
-    let mut stage = Stage::new(10_000)?;
-    let best = stage.enter(last_cpu()?, |act| {
-        let mut best = f64::INFINITY;
-        for attempt in 1..=ATTEMPTS {
-            let figures = measure(act, case, Effort { rounds: 15 })?;
-            let ratio = figures.ratio.map_or(f64::INFINITY, |ratio| ratio.minimum);
-            println!("attempt {attempt}: {ratio:.2} floors; {figures:?}");
-            best = best.min(ratio);
-            if best <= LIMIT {
-                break;
-            }
+    let mut best = f64::INFINITY;
+    for attempt in 1..=ATTEMPTS {
+        // Loaded anew each time: where the programs and their maps come to lie makes a difference of some per cent.
+        let figures = Stage::new(10_000)?.enter(last_cpu()?, |act| measure(act, case, Effort { rounds: 15 }))?;
+        let ratio = figures.ratio.map_or(f64::INFINITY, |ratio| ratio.minimum);
+        println!("attempt {attempt}: {ratio:.2} floors; {figures:?}");
+        best = best.min(ratio);
+        if best <= LIMIT {
+            break;
         }
-        Ok(best)
-    })?;
+    }
     ensure!(best <= LIMIT, "the packet of an established connection costs {best:.2} floors, more than {LIMIT}");
     Ok(())
 }
