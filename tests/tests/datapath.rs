@@ -13,7 +13,7 @@ use bpfvs_tests::{
     bench::{Addresses, Bench, MTU, SERVER_MACS, bracketed},
     frame::{self, ACK, DATA, Extension, FIN, Frame, INIT, RST, SYN, Transport, around, check, ip},
     lab::Family,
-    needs, needs_bpfvs,
+    needs, needs_bpfvs, skip,
     test_run::{Hook, Verdict},
 };
 use lb_common::{checksum, reason::Reason, server::Counters};
@@ -592,7 +592,7 @@ fn recordings_of_the_kernels_ipvs() -> Result<()> {
     let (mut replayed, mut failures) = (0, Vec::new());
     for recording in &vectors.packets {
         if recording.ipvsadm.iter().any(|line| line.ends_with(" -m")) {
-            println!("not replayed: {}: this version does not masquerade", recording.id);
+            skip::print(module_path!(), &format!("{} is not replayed: this version does not masquerade", recording.id));
             continue;
         }
         for hook in Hook::ALL {
