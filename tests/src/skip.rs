@@ -43,6 +43,26 @@ macro_rules! needs {
     };
 }
 
+/// Ends the test with [`skip!`](crate::skip!) unless this machine can start virtual ones with these kernels; without any: with
+/// each that there is.
+#[macro_export]
+macro_rules! needs_machines {
+    () => {
+        $crate::needs_machines!($crate::vm::Version::ALL)
+    };
+    ($versions:expr) => {
+        $crate::needs!(root);
+        if let Some(obstacle) = $crate::vm::machine::obstacle() {
+            $crate::skip!("{obstacle}");
+        }
+        for version in $versions {
+            if let Err(error) = $crate::vm::Kernel::get(version) {
+                $crate::skip!("{error:#}");
+            }
+        }
+    };
+}
+
 /// Ends a test that the running kernel has no code for, while another test does the same on a kernel that has it. This is no
 /// failure in CI, because nothing that could be installed would help: `skip_kernel!("vm_kernels::vlan", "no VLANs")`.
 #[macro_export]

@@ -2,27 +2,9 @@
 
 use anyhow::{Result, ensure};
 use bpfvs_tests::{
-    needs, skip,
-    vm::{
-        Kernel, Machine, Version,
-        machine::{ipvs, obstacle},
-    },
+    needs_machines,
+    vm::{Kernel, Machine, Version, machine::ipvs},
 };
-
-/// Ends the test unless this machine can start others.
-macro_rules! needs_machines {
-    () => {
-        needs!(root);
-        if let Some(obstacle) = obstacle() {
-            skip!("{obstacle}");
-        }
-        for version in Version::ALL {
-            if let Err(error) = Kernel::get(version) {
-                skip!("{error:#}");
-            }
-        }
-    };
-}
 
 /// Direct routing by the kernel's IPVS: a client and two real servers around the guest's own namespace.
 const REAL_IPVS: &str = r#"

@@ -8,29 +8,10 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use bpfvs_tests::{
-    bpfvs, needs, needs_bpfvs,
+    bpfvs, needs_bpfvs, needs_machines,
     pass::object_file,
-    skip,
-    vm::{
-        Kernel, Machine, Version,
-        machine::{ipvs, obstacle},
-    },
+    vm::{Machine, Version, machine::ipvs},
 };
-
-/// Ends the test unless this machine can start others.
-macro_rules! needs_machines {
-    () => {
-        needs!(root);
-        if let Some(obstacle) = obstacle() {
-            skip!("{obstacle}");
-        }
-        for version in Version::ALL {
-            if let Err(error) = Kernel::get(version) {
-                skip!("{error:#}");
-            }
-        }
-    };
-}
 
 /// The network, the daemon, and what the scripts below have in common. `$HOOK` says where bpfvs takes packets.
 ///

@@ -19,12 +19,9 @@ use bpfvs_tests::{
         verdict::difference,
         wire::Wire,
     },
-    needs, needs_bpfvs, skip,
+    needs_bpfvs, needs_machines,
     test_run::Pinned,
-    vm::{
-        Kernel, Machine, Version,
-        machine::{ipvs, obstacle},
-    },
+    vm::{Machine, Version, machine::ipvs},
 };
 
 /// How many scripts are played.
@@ -36,14 +33,8 @@ const SHOWN: usize = 3;
 
 #[test]
 fn every_scheduler_decides_as_the_kernels_ipvs_does() -> Result<()> {
-    needs!(root);
+    needs_machines!([Version::V6_12]);
     needs_bpfvs!();
-    if let Some(obstacle) = obstacle() {
-        skip!("{obstacle}");
-    }
-    if let Err(error) = Kernel::get(Version::V6_12) {
-        skip!("{error:#}");
-    }
     let number = |name: &str, default| {
         env::var(name).map_or(Ok(default), |text| text.parse::<u64>().with_context(|| format!("read {name}")))
     };

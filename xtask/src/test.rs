@@ -12,7 +12,8 @@
 //!
 //! `cargo xtask test unit netns` runs these two. A part that fails does not keep the next from running: at the end stand the
 //! closing lines of all, with what was skipped. As everything that the tests call was installed before, a test that
-//! skips itself fails; `--allow-skips` is for machines where something cannot be had.
+//! skips itself fails; `--allow-skips` is for machines where something cannot be had. What this kernel or this version of bpfvs
+//! cannot do is no failure, but is printed.
 //!
 //! Tests are built as the user: it is cargo that runs the finished test through sudo.
 
