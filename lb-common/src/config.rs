@@ -3,7 +3,7 @@
 use crate::wire::plain;
 
 /// Changes whenever a map's layout does. A daemon refuses to adopt maps of another version.
-pub const LAYOUT: u32 = 2;
+pub const LAYOUT: u32 = 3;
 
 /// Settings and the identity of an instance.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -43,6 +43,8 @@ pub mod flags {
     pub const EXPIRE_NODEST: u32 = 4;
     /// IPVS's `secure_tcp`: the defence table of TCP states.
     pub const SECURE_TCP: u32 = 8;
+    /// IPVS's `expire_quiescent_template`: a template of a real server with weight 0 is not used for new connections.
+    pub const EXPIRE_QUIESCENT: u32 = 16;
 }
 
 impl Config {

@@ -52,6 +52,8 @@ pub mod flags {
     /// The real server is masqueraded: its replies have an entry of their own ([`crate::reply`]).
     #[doc(alias = "IP_VS_CONN_F_MASQ")]
     pub const MASQUERADED: u8 = 8;
+    /// A template chose the real server, and lives as long as the connection does ([`crate::template`]).
+    pub const CONTROLLED: u8 = 16;
 }
 
 /// Which packet a fragment belongs to: the key of the table that leads later fragments after the first.

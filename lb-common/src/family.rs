@@ -19,6 +19,10 @@ pub trait Address: Eq + Plain {
 
     /// What a checksum over the words of this address has to gain when another takes its place (RFC 1624): not folded.
     fn difference(&self, new: &Self) -> u64;
+
+    /// The network that the address belongs to. IPv4: by a netmask in network order; IPv6: by the length of a prefix.
+    #[must_use]
+    fn network(&self, netmask: u32) -> Self;
 }
 
 /// An IPv4 address: the four bytes of the header, in memory order.
@@ -58,6 +62,11 @@ impl Address for Ipv4 {
     fn difference(&self, new: &Self) -> u64 {
         u64::from(!*self) + u64::from(*new)
     }
+
+    #[inline(always)]
+    fn network(&self, netmask: u32) -> Self {
+        *self & netmask
+    }
 }
 
 impl Address for Ipv6 {
@@ -80,9 +89,42 @@ impl Address for Ipv6 {
     fn difference(&self, new: &Self) -> u64 {
         self[0].difference(&new[0]) + self[1].difference(&new[1]) + self[2].difference(&new[2]) + self[3].difference(&new[3])
     }
+
+    #[inline(always)]
+    fn network(&self, netmask: u32) -> Self {
+        // The bits of the prefix that lie in a word: none, some, or all.
+        let word = |number: u32| {
+            let bits = netmask.saturating_sub(32 * number).min(32);
+            self[number as usize] & ((u64::MAX << (32 - bits)) as u32).to_be()
+        };
+        [word(0), word(1), word(2), word(3)]
+    }
 }
 
 /// `AF_INET`, as the kernel's helpers want it.
 pub const AF_INET: u8 = 2;
 /// `AF_INET6`, as the kernel's helpers want it.
 pub const AF_INET6: u8 = 10;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn networks_of_ipv4_may_have_holes() {
+        let address = ipv4(Ipv4Addr::new(192, 0, 2, 77));
+        for (mask, network) in
+            [([255, 255, 255, 0], [192, 0, 2, 0]), ([255, 0, 255, 0], [192, 0, 2, 0]), ([0, 0, 0, 255], [0, 0, 0, 77])]
+        {
+            assert_eq!(address.network(u32::from_ne_bytes(mask)), u32::from_ne_bytes(network));
+        }
+    }
+
+    #[test]
+    fn networks_of_ipv6_begin_anywhere() {
+        let address = Ipv6Addr::from_bits(u128::MAX);
+        for length in 1..=128 {
+            assert_eq!(ipv6(address).network(length), ipv6(Ipv6Addr::from_bits(u128::MAX << (128 - length))), "{length}");
+        }
+    }
+}

@@ -7,7 +7,7 @@
 //! | subject | module |
 //! | --- | --- |
 //! | address families | [`family`] |
-//! | what stands in the maps | [`connection`], [`reply`], [`service`], [`server`], [`hop`], [`schedule`], [`locality`], [`statistics`], [`config`] |
+//! | what stands in the maps | [`connection`], [`reply`], [`service`], [`server`], [`hop`], [`schedule`], [`locality`], [`template`], [`statistics`], [`config`] |
 //! | why a packet left | [`reason`] |
 //! | headers and their parsing | [`packet`] |
 //! | Internet checksums, SCTP's | [`checksum`], [`crc32c`] |
@@ -45,6 +45,7 @@ pub mod server;
 pub mod service;
 pub mod statistics;
 pub mod tcp;
+pub mod template;
 mod wire;
 
 pub use wire::Plain;

@@ -76,6 +76,8 @@ reasons! {
     SctpFragment = "sctp-fragment", Dropped, "a fragmented SCTP packet, to a masqueraded real server on another port";
     /// The connection table is full.
     TableFull = "table-full", Dropped, "the connection table is full";
+    /// A client's template was about to be deleted; its next packet finds none, and makes a new one.
+    TemplateOver = "template-over", Dropped, "the client's template was being deleted at that moment";
     /// Larger than the way to the real server, or to its client, allows.
     TooBig = "too-big", Answered, "larger than the way to the real server allows";
     /// The time to live ended here.

@@ -29,6 +29,12 @@ pub struct Service {
     pub flags: u8,
     /// Always zero.
     pub zero: u16,
+    /// The firewall mark that names the service; 0: none.
+    pub mark: u32,
+    /// Seconds that a client stays with its real server; 0: not at all.
+    pub persistence: u32,
+    /// Whom persistence takes for one client. IPv4: the netmask, in network order; IPv6: the length of the prefix.
+    pub netmask: u32,
 }
 
 /// How a service's schedule is indexed.
@@ -58,10 +64,15 @@ pub mod flags {
     #[doc(alias = "IP_VS_SVC_F_SCHED_SH_PORT")]
     #[doc(alias = "IP_VS_SVC_F_SCHED_MH_PORT")]
     pub const PORT: u8 = 2;
+    /// Each UDP datagram is scheduled by itself, and leaves no connection behind.
+    #[doc(alias = "IP_VS_SVC_F_ONEPACKET")]
+    pub const ONE_PACKET: u8 = 4;
+    /// Persistent services: a client stays with its real server on all ports of the virtual address.
+    pub const ANY_PORT: u8 = 8;
 }
 
 plain! {
     ServiceKey<crate::family::Ipv4> = 8,
     ServiceKey<crate::family::Ipv6> = 20,
-    Service = 8,
+    Service = 20,
 }

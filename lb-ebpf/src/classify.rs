@@ -1,8 +1,17 @@
-//! Is the packet for us? One read of memory answers for almost all that are not.
+//! Is the packet for us, and for which service? One read of memory answers the first for almost all that are not.
+//!
+//! The second is asked for new connections only. The order is IPVS's (`ipvs-semantics.md`, 3.1): the service of the packet's
+//! protocol, address and port, else that of FTP's control connections, else that of all ports.
 
-use lb_common::{family::Address, filter};
+use lb_common::{
+    connection::ConnectionKey,
+    family::Address,
+    filter,
+    packet::protocol,
+    service::{Service, ServiceKey},
+};
 
-use crate::maps::{FILTER, SOURCES};
+use crate::maps::{FILTER, Family, SOURCES};
 
 /// Whether a packet may be for a virtual address, by its destination.
 #[inline(always)]
@@ -18,4 +27,32 @@ pub fn may_be_reply<A: Address>(source: &A) -> bool {
     let (word, bit) = filter::position(source);
     // SAFETY: an element of the map, and a word within it by the mask.
     SOURCES.get_ptr(0).is_some_and(|bitmap| unsafe { *bitmap.cast::<u64>().add((word & (filter::WORDS - 1)) as usize) } & bit != 0)
+}
+
+/// The service of a new connection.
+#[inline(always)]
+pub fn service<F: Family>(connection: &ConnectionKey<F::Address>) -> Option<*const Service> {
+    let (port, protocol) = (connection.ports.destination(), connection.protocol as u8);
+    let mut key = ServiceKey { vip: connection.vip, port, protocol, zero: 0 };
+    if let Some(service) = F::services().get_ptr(&key) {
+        return Some(service);
+    }
+    if protocol == protocol::TCP && is_ftp_data(u16::from_be(port)) {
+        key.port = FTP.to_be();
+        let service = F::services().get_ptr(&key);
+        // SAFETY: an element of the map.
+        if service.is_some_and(|service| unsafe { (*service).persistence != 0 }) {
+            return service;
+        }
+    }
+    key.port = 0;
+    F::services().get_ptr(&key)
+}
+
+const FTP: u16 = 21;
+
+/// Whether FTP may use a port for data: the server's own, or one that it has told its client.
+#[inline(always)]
+const fn is_ftp_data(port: u16) -> bool {
+    port == FTP - 1 || port >= 1024
 }

@@ -34,6 +34,7 @@ mod outcome;
 mod pick;
 mod reply;
 mod sweep;
+mod template;
 mod track;
 
 use aya_ebpf::{

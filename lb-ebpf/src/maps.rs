@@ -24,10 +24,11 @@ use lb_common::{
     server::{NextHop, Server},
     service::{Service, ServiceKey},
     statistics::Statistics,
+    template::{Scope, Template, TemplateKey},
 };
 use lb_ebpf::packet::Packet;
 
-use crate::locality::Case;
+use crate::{locality::Case, template::Arrival};
 
 /// `BPF_F_MMAPABLE`: userspace reads and writes the array without system calls.
 const MMAPABLE: u32 = 1 << 10;
@@ -145,6 +146,26 @@ static REPLIES_V4: HashMap<ConnectionKey<Ipv4>, Reply<Ipv4>> = HashMap::with_max
 #[map]
 static REPLIES_V6: HashMap<ConnectionKey<Ipv6>, Reply<Ipv6>> = HashMap::with_max_entries(CONNECTION_COUNT, BPF_F_NO_PREALLOC);
 
+/// Templates. New connections of persistent services insert and change, the sweep deletes. Takes memory for what is in it
+/// only. Full: clients that have none are refused and counted.
+#[map]
+static TEMPLATES_V4: HashMap<TemplateKey<Ipv4>, Template> = HashMap::with_max_entries(CONNECTION_COUNT, BPF_F_NO_PREALLOC);
+#[map]
+static TEMPLATES_V6: HashMap<TemplateKey<Ipv6>, Template> = HashMap::with_max_entries(CONNECTION_COUNT, BPF_F_NO_PREALLOC);
+
+/// How the templates of real servers' connections are found. Userspace writes, connections of persistent services read that
+/// are established, and the sweep.
+#[map]
+pub static SCOPES: Array<Scope> = Array::with_max_entries(SERVER_COUNT, 0);
+
+/// How many templates lead to each real server. Whoever changes a template writes, userspace reads.
+#[map]
+pub static PERSISTED: Array<u64> = Array::with_max_entries(SERVER_COUNT, MMAPABLE);
+
+/// The new connection of a persistent service that each CPU has at hand.
+#[map]
+pub static ARRIVALS: PerCpuArray<Arrival> = PerCpuArray::with_max_entries(1, 0);
+
 /// The network devices, by index. Userspace writes, whoever looks for a way back to a client reads.
 #[map]
 pub static DEVICES: HashMap<u32, Device> = HashMap::with_max_entries(DEVICE_COUNT, BPF_F_NO_PREALLOC);
@@ -190,6 +211,7 @@ pub trait Family: Network {
     fn connections() -> &'static HashMap<ConnectionKey<Self::Address>, Connection>;
     fn replies() -> &'static HashMap<ConnectionKey<Self::Address>, Reply<Self::Address>>;
     fn fragments() -> &'static LruHashMap<FragmentKey<Self::Address>, Ports>;
+    fn templates() -> &'static HashMap<TemplateKey<Self::Address>, Template>;
     /// The key of nothing, to be filled in.
     fn no_key() -> ConnectionKey<Self::Address>;
     fn destinations() -> &'static LruHashMap<DestinationKey<Self::Address>, Destination>;
@@ -221,6 +243,11 @@ impl Family for V4 {
     #[inline(always)]
     fn fragments() -> &'static LruHashMap<FragmentKey<Ipv4>, Ports> {
         &FRAGMENTS_V4
+    }
+
+    #[inline(always)]
+    fn templates() -> &'static HashMap<TemplateKey<Ipv4>, Template> {
+        &TEMPLATES_V4
     }
 
     #[inline(always)]
@@ -270,6 +297,11 @@ impl Family for V6 {
     #[inline(always)]
     fn fragments() -> &'static LruHashMap<FragmentKey<Ipv6>, Ports> {
         &FRAGMENTS_V6
+    }
+
+    #[inline(always)]
+    fn templates() -> &'static HashMap<TemplateKey<Ipv6>, Template> {
+        &TEMPLATES_V6
     }
 
     #[inline(always)]

@@ -20,7 +20,7 @@ use lb_common::{
     packet::{
         Fragment, Payload, Plain,
         ethernet::{self, Link},
-        transport,
+        protocol, transport,
     },
     reason::Reason,
     reply::{self, Reply, flags},
@@ -34,7 +34,7 @@ use crate::{
     maps::{CONFIG, DEVICES, Family, HZ, SERVERS},
     nat::{self, End},
     outcome::Outcome,
-    track,
+    template, track,
 };
 
 /// Makes the entry for the replies of a new connection. `false`: there is no room, and so no connection; the sweep will notice
@@ -225,7 +225,14 @@ fn move_on<F: Family>(key: &ConnectionKey<F::Address>, known: *mut Reply<F::Addr
         if SERVERS.get((*known).server).is_none_or(|server| server.status == Status::Removed as u8) {
             return true;
         }
-        let now = track::move_on(connection, protocol, Direction::Output, event as u8, connection_flags::MASQUERADED);
+        let before = *connection;
+        // The first sight of the other direction.
+        let side = track::SIDE & !connection_flags::NO_OUTPUT;
+        let now = track::move_on(connection, protocol, Direction::Output, event as u8, side);
+        let answers = protocol == protocol::UDP && before.flags & connection_flags::CONTROLLED != 0;
+        if answers || track::establishes(&before, &*connection, protocol) {
+            template::assure::<F>(&(*known).connection(key), before.server);
+        }
         let settled = if now & connection_flags::SETTLED != 0 { flags::SETTLED } else { 0 };
         (*known).last_seen = track::jiffies();
         (*known).flags = (*known).flags & !flags::SETTLED | settled;

@@ -1,4 +1,5 @@
-//! The sweep: deletes the connections that are over, and counts the others anew.
+//! The sweep: deletes the connections that are over, and counts the others anew; then deletes the templates that are over and
+//! have no connections.
 //!
 //! Userspace runs it by `BPF_PROG_TEST_RUN`; it is attached to nothing. It walks the tables within the kernel, so that
 //! millions of entries never cross into userspace.
@@ -13,15 +14,16 @@ use lb_common::{
     config::SweepReport,
     connection::{Connection, ConnectionKey, flags},
     packet::{V4, V6},
+    template::{Template, TemplateKey},
 };
 
 use crate::{
     atomic,
     maps::{CONFIG, Family, SWEEP, SWEPT},
-    reply, track,
+    reply, template, track,
 };
 
-/// The walk through both tables.
+/// The walk through all tables.
 #[raw_tracepoint]
 pub fn sweep(_context: RawTracePointContext) -> i32 {
     // SAFETY: helpers without arguments.
@@ -29,6 +31,8 @@ pub fn sweep(_context: RawTracePointContext) -> i32 {
     let mut report = SweepReport { jiffies, monotonic_ns, examined: 0, expired: 0 };
     walk::<V4>(&mut report);
     walk::<V6>(&mut report);
+    walk_templates::<V4>(&mut report);
+    walk_templates::<V6>(&mut report);
     let _ = SWEEP.set(0, &report, 0);
     0
 }
@@ -38,6 +42,13 @@ fn walk<F: Family>(report: &mut SweepReport) {
     let map = core::ptr::from_ref(F::connections()).cast_mut().cast::<c_void>();
     // SAFETY: `visit` takes what the kernel hands to a callback for this map, and the report as its context.
     unsafe { bpf_for_each_map_elem(map, visit::<F> as *mut c_void, core::ptr::from_mut(report).cast(), 0) };
+}
+
+#[inline(always)]
+fn walk_templates<F: Family>(report: &mut SweepReport) {
+    let map = core::ptr::from_ref(F::templates()).cast_mut().cast::<c_void>();
+    // SAFETY: as above.
+    unsafe { bpf_for_each_map_elem(map, visit_template::<F> as *mut c_void, core::ptr::from_mut(report).cast(), 0) };
 }
 
 /// Looks at one connection.
@@ -67,6 +78,19 @@ unsafe extern "C" fn visit<F: Family>(
         if let Some(counter) = SWEPT.get_ptr_mut(known.server) {
             atomic::add(counter, track::share(&known));
         }
+        template::meet::<F>(&*key, &known);
     }
+    0
+}
+
+/// Looks at one template.
+unsafe extern "C" fn visit_template<F: Family>(
+    _map: *mut c_void,
+    key: *const TemplateKey<F::Address>,
+    known: *mut Template,
+    report: *mut SweepReport,
+) -> i64 {
+    // SAFETY: as in `visit`.
+    unsafe { template::expire::<F>(key, known, (*report).jiffies as u32) };
     0
 }

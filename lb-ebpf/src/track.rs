@@ -17,20 +17,20 @@ use lb_common::{
     reason::Reason,
     sctp,
     server::{Counters, Method, Status},
-    service::ServiceKey,
+    service::{Service, flags as service_flags},
     tcp::{self, Direction},
 };
 use lb_ebpf::packet::{Packet, REACH, merged};
 
 use crate::{
-    account, atomic, bell,
+    account, atomic, bell, classify,
     maps::{CONFIG, COUNTERS, Family, HZ, SERVERS},
-    pick, reply,
+    pick, reply, template,
 };
 
 /// Source port of active FTP's data connections, which IPVS never schedules.
 const FTP_DATA: u16 = 20;
-const EEXIST: i32 = -17;
+pub const EEXIST: i32 = -17;
 
 /// Kernel clock ticks, the low 32 bits: comparisons are by wrapping difference.
 #[inline(always)]
@@ -67,6 +67,12 @@ pub fn connection<F: Family>(header: &IpHeader<F::Address>, protocol: u8, segmen
 /// Bit of a real server's index that [`begin`] returns: the new connection's replies are to be expected. Not its own business,
 /// for the sake of the stack.
 const EXPECTS: u32 = 1 << 31;
+/// Bit of a real server's index that [`begin`] takes: a template chose the server.
+pub const CONTROLLED: u32 = 1 << 30;
+/// The same: for this packet alone.
+pub const ONCE: u32 = 1 << 29;
+/// In the place of a picked server: its template knows it.
+const PERSISTENT: u32 = 1 << 28;
 
 /// State and flags of a connection.
 #[derive(Clone, Copy)]
@@ -155,8 +161,25 @@ fn attend<F: Family>(key: &ConnectionKey<F::Address>, connection: *mut Connectio
     let removed = SERVERS.get(known.server).is_none_or(|server| server.status == Status::Removed as u8);
     if !removed {
         move_on(connection, protocol, from_client(known.flags), event, SIDE);
+        // SAFETY: as above.
+        if establishes(&known, unsafe { &*connection }, protocol) {
+            template::assure::<F>(key, known.server);
+        }
     }
     HELD
+}
+
+/// Whether a packet has established a connection that a template is to know of.
+#[inline(always)]
+pub fn establishes(before: &Connection, after: &Connection, protocol: u8) -> bool {
+    const TCP: u8 = tcp::State::Established as u8;
+    const SCTP: u8 = sctp::State::Established as u8;
+    let established = match protocol {
+        protocol::TCP => after.state == TCP,
+        protocol::SCTP => after.state == SCTP,
+        _ => false,
+    };
+    before.flags & flags::CONTROLLED != 0 && established && before.state != after.state
 }
 
 /// Moves a connection's state and time on after a packet. Of its flags that do not follow from the state, `side` stay.
@@ -177,7 +200,7 @@ pub fn move_on(connection: *mut Connection, protocol: u8, direction: Direction, 
 }
 
 /// Flags that do not follow from the state.
-const SIDE: u8 = flags::NO_OUTPUT | flags::MASQUERADED;
+pub const SIDE: u8 = flags::NO_OUTPUT | flags::MASQUERADED | flags::CONTROLLED;
 
 /// Moves a connection between the active and the inactive ones of its real server.
 #[inline(always)]
@@ -198,6 +221,9 @@ fn is_reusable(mode: u32, protocol: u8, known: &Connection) -> bool {
     const CLOSE: u8 = tcp::State::Close as u8;
     const FIN_WAIT: u8 = tcp::State::FinWait as u8;
     const TIME_WAIT: u8 = tcp::State::TimeWait as u8;
+    if known.flags & flags::CONTROLLED != 0 {
+        return false;
+    }
     match (protocol, known.state) {
         (protocol::TCP, TIME_WAIT | CLOSE) => mode != 0,
         (protocol::TCP, FIN_WAIT) => mode & 2 != 0 && known.flags & flags::NO_OUTPUT != 0,
@@ -234,29 +260,55 @@ pub fn forget(connection: &Connection) {
     }
 }
 
+/// Finds a real server for a packet without a connection: its index, with bits for [`begin`].
+#[inline(always)]
+fn schedule<F: Family>(key: &ConnectionKey<F::Address>, event: u8) -> Result<u32, Reason> {
+    let picked = pick_for::<F>(key, event)?;
+    // For the sake of the stack, not by that one.
+    if picked == PERSISTENT { template::choose::<F>() } else { Ok(picked) }
+}
+
 /// Finds the service for a packet without a connection, and picks a real server.
 #[inline(never)]
-fn schedule<F: Family>(key: &ConnectionKey<F::Address>, event: u8) -> Result<u32, Reason> {
+fn pick_for<F: Family>(key: &ConnectionKey<F::Address>, event: u8) -> Result<u32, Reason> {
     let protocol = key.protocol as u8;
-    let service_key = ServiceKey { vip: key.vip, port: key.ports.destination(), protocol, zero: 0 };
-    let service = F::services().get_ptr(&service_key).ok_or(Reason::NoService)?;
+    let service = classify::service::<F>(key).ok_or(Reason::NoService)?;
     let sloppy = CONFIG.get(0).map_or(0, |config| config.flags);
     if !may_begin(protocol, event, sloppy) || key.ports.source() == FTP_DATA.to_be() {
         return Err(Reason::NoConnection);
     }
-    pick::pick::<F>(service, &key.client, key.ports.source(), &key.vip).ok_or_else(|| {
+    // SAFETY: an element of the map.
+    let (is_persistent, is_once) = unsafe { ((*service).persistence != 0, is_once(&*service, protocol)) };
+    if is_persistent {
+        template::note::<F>(service, key);
+        return Ok(PERSISTENT);
+    }
+    let picked = pick::pick::<F>(service, &key.client, key.ports.source(), &key.vip).ok_or_else(|| {
         // The cursor has moved, and that the forecast says "nobody" may be out of date.
         bell::ring();
         Reason::NoServer
-    })
+    })?;
+    Ok(if is_once { picked | ONCE } else { picked })
+}
+
+/// Whether a service takes each packet of a protocol for itself.
+#[inline(always)]
+pub const fn is_once(service: &Service, protocol: u8) -> bool {
+    service.flags & service_flags::ONE_PACKET != 0 && protocol == protocol::UDP
 }
 
 /// Begins a connection to a real server: makes the entry. Returns the server's index.
 #[inline(never)]
-fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8, server: u32) -> Result<u32, Reason> {
+fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8, picked: u32) -> Result<u32, Reason> {
+    let server = picked & !(CONTROLLED | ONCE);
+    if picked & ONCE != 0 {
+        account::connection(server);
+        return Ok(server);
+    }
     let protocol = key.protocol as u8;
     let masqueraded = SERVERS.get(server).is_some_and(|server| server.method == Method::Masquerade as u8);
-    let side = if masqueraded { flags::MASQUERADED } else { flags::NO_OUTPUT };
+    let controlled = if picked & CONTROLLED != 0 { flags::CONTROLLED } else { 0 };
+    let side = controlled | if masqueraded { flags::MASQUERADED } else { flags::NO_OUTPUT };
     let Standing { state, flags } = Standing::after(protocol, from_client(side), 0, event, side);
     let connection = Connection { server, last_seen: jiffies(), state, flags, zero: [0; 6] };
     match F::connections().insert(key, &connection, 1 /* BPF_NOEXIST */) {

@@ -223,6 +223,7 @@ fn connection(line: &str) -> ConnectionView {
         state: words[7].to_owned(),
         expires: words[8].parse().expect("seconds"),
         active: words[7] == "ESTABLISHED",
+        template: false,
         engine: words.get(9).map(|name| EngineData { name: (*name).to_owned(), data: words[10].to_owned() }),
     }
 }

@@ -132,9 +132,8 @@ fn what_this_version_cannot_do_yet() -> Result<()> {
     bpfvs.ipvsadm("-A -t 192.0.2.1:80 -s rr")?;
     let before = bpfvs.ipvsadm("-Sn")?;
     for (line, part) in [
-        ("-A -t 192.0.2.2:80 -s rr -p 300", "persisten"),
         ("-A -f 7 -s rr", "mark"),
-        ("-A -u 192.0.2.2:53 -s rr -o", "one-packet"),
+        ("-A -u 192.0.2.2:5060 -s rr -p 300 --pe sip", "SIP"),
         ("-a -t 192.0.2.1:80 -r 192.0.2.30:8080 -m", "masquerad"),
     ] {
         let arguments: Vec<_> = line.split(' ').collect();

@@ -9,7 +9,7 @@ use super::{
     names::ServiceName,
     table::{number, table, text},
 };
-use crate::director::model::{ConnectionView, ServiceId};
+use crate::director::model::{ConnectionView, Family, ServiceId};
 
 #[derive(Args, Debug)]
 pub(super) struct Connections {
@@ -21,6 +21,7 @@ pub(super) struct Connections {
 impl Connections {
     pub(super) fn run(self, global: &Global) -> anyhow::Result<()> {
         let mut connections = global.client()?.connections()?;
+        connections.retain(|connection| !connection.template);
         if let Some(service) = self.service {
             connections.retain(|connection| belongs(connection, &service.0));
         }
@@ -28,27 +29,43 @@ impl Connections {
     }
 }
 
-fn belongs(connection: &ConnectionView, service: &ServiceId) -> bool {
-    match service {
+/// Whether a connection or a template is of a service.
+pub(super) fn belongs(connection: &ConnectionView, service: &ServiceId) -> bool {
+    match *service {
         ServiceId::Address { protocol, address, port } => {
-            connection.protocol == protocol.to_string() && connection.vip == *address && connection.vip_port == *port
+            let port_fits = match (connection.template, port) {
+                (true, _) => connection.vip_port == if service.spans_ports() { 0 } else { port },
+                (false, 0) => true,
+                (false, _) => connection.vip_port == port,
+            };
+            connection.protocol == protocol.to_string() && connection.vip == address && port_fits
         }
-        ServiceId::Mark { .. } => false,
+        ServiceId::Mark { mark, family } => {
+            let is_of_mark = match connection.vip {
+                IpAddr::V4(address) => u32::from(address) == mark,
+                IpAddr::V6(address) => address.to_bits() >> 96 == mark.into(),
+            };
+            connection.template && connection.protocol == "IP" && is_of_mark && Family::of(connection.vip) == family
+        }
     }
+}
+
+/// An address and a port.
+pub(super) fn endpoint(address: IpAddr, port: u16) -> String {
+    SocketAddr::new(address, port).to_string()
 }
 
 fn list(connections: &[ConnectionView]) -> String {
     let columns =
         [text("PROTOCOL"), text("STATE"), number("EXPIRES"), text("CLIENT"), text("VIRTUAL"), text("SERVER"), text("COUNTED")];
-    let address = |address: IpAddr, port: u16| SocketAddr::new(address, port).to_string();
     let rows = connections.iter().map(|connection| {
         [
             connection.protocol.clone(),
             connection.state.clone(),
             format!("{}s", connection.expires),
-            address(connection.client, connection.client_port),
-            address(connection.vip, connection.vip_port),
-            address(connection.server, connection.server_port),
+            endpoint(connection.client, connection.client_port),
+            endpoint(connection.vip, connection.vip_port),
+            endpoint(connection.server, connection.server_port),
             if connection.active { "active" } else { "inactive" }.to_owned(),
         ]
     });

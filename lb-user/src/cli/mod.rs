@@ -18,6 +18,7 @@ mod connections;
 mod daemon;
 pub mod ipvsadm;
 mod names;
+mod persistence;
 mod server;
 mod service;
 mod stats;
@@ -88,6 +89,9 @@ enum Command {
     Server(server::Server),
     /// List connections
     Connections(connections::Connections),
+    /// See which clients stay with which real servers, or let go of them
+    #[command(subcommand)]
+    Persistence(persistence::Persistence),
     /// Show what was forwarded, or why packets were not
     Stats(stats::Stats),
     /// Set up a real server, on the real server itself; needs no daemon
@@ -122,6 +126,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Service(service) => service.run(&global),
         Command::Server(server) => server.run(&global),
         Command::Connections(connections) => connections.run(&global),
+        Command::Persistence(persistence) => persistence.run(&global),
         Command::Stats(stats) => stats.run(&global),
         Command::Realserver(args) => {
             return realserver::run(args).unwrap_or_else(|error| {

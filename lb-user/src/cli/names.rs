@@ -1,12 +1,14 @@
-//! How services and real servers are written on the command line.
+//! How services, real servers and netmasks are written on the command line.
 
 use std::{
     fmt,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     str::FromStr,
 };
 
-use crate::director::model::{Protocol, ServerId, ServiceId};
+use anyhow::bail;
+
+use crate::director::model::{Family, Protocol, ServerId, ServiceId};
 
 /// A service: `tcp://10.0.0.200:80`, `udp://[2001:db8::1]:53`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -72,6 +74,54 @@ impl FromStr for ServerName {
     }
 }
 
+/// A netmask: `255.255.255.0`, or the length of a prefix.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Netmask {
+    /// The mask itself; of IPv4.
+    Mask(u32),
+    /// The length of a prefix, of either family.
+    Prefix(u32),
+}
+
+impl Netmask {
+    /// What the director takes for a mask that sets no two clients equal.
+    pub(super) const fn one_client(family: Family) -> u32 {
+        match family {
+            Family::Ipv4 => u32::MAX,
+            Family::Ipv6 => 128,
+        }
+    }
+
+    /// The mask as the director takes it: IPv4 as a number, IPv6 as the length of the prefix.
+    pub(super) fn of(self, family: Family) -> anyhow::Result<u32> {
+        Ok(match (self, family) {
+            (Self::Mask(mask), Family::Ipv4) => mask,
+            (Self::Prefix(length @ 1..=32), Family::Ipv4) => u32::MAX << (32 - length),
+            (Self::Prefix(length @ 1..=128), Family::Ipv6) => length,
+            (Self::Prefix(length), Family::Ipv4) => bail!("{length} is no length of an IPv4 prefix; use one from 1 to 32"),
+            (Self::Prefix(length), Family::Ipv6) => bail!("{length} is no length of an IPv6 prefix; use one from 1 to 128"),
+            (Self::Mask(mask), Family::Ipv6) => {
+                bail!(
+                    "{} is a netmask of IPv4, and the service is of IPv6; write the length of a prefix, such as 64",
+                    Ipv4Addr::from(mask)
+                )
+            }
+        })
+    }
+}
+
+impl FromStr for Netmask {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Ok(mask) = text.parse::<Ipv4Addr>() {
+            return Ok(Self::Mask(mask.into()));
+        }
+        let length = text.strip_prefix('/').unwrap_or(text).parse();
+        length.map(Self::Prefix).map_err(|_| "write 255.255.255.0, or the length of a prefix: 24".to_owned())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -91,6 +141,24 @@ mod tests {
         ] {
             text.parse::<ServiceName>().expect_err(text);
         }
+    }
+
+    #[test]
+    fn netmasks_read_in_two_ways() {
+        let mask = |text: &str, family| text.parse::<Netmask>().expect("it is a netmask").of(family);
+        for (text, family, expected) in [
+            ("255.255.255.0", Family::Ipv4, 0xffff_ff00),
+            ("255.0.255.0", Family::Ipv4, 0xff00_ff00),
+            ("24", Family::Ipv4, 0xffff_ff00),
+            ("/32", Family::Ipv4, u32::MAX),
+            ("64", Family::Ipv6, 64),
+        ] {
+            assert_eq!(mask(text, family).expect("it is of this family"), expected);
+        }
+        for (text, family) in [("33", Family::Ipv4), ("0", Family::Ipv6), ("129", Family::Ipv6), ("255.255.255.0", Family::Ipv6)] {
+            mask(text, family).expect_err(text);
+        }
+        "wide".parse::<Netmask>().expect_err("it is a word");
     }
 
     #[test]

@@ -17,6 +17,7 @@ use lb_common::{
     sctp,
     server::{Server, flags as server_flags},
     tcp,
+    template::Choice,
 };
 
 use super::{maps::Pins, system::for_each_entry, way::address};
@@ -88,8 +89,10 @@ where
             vip: address(key.vip.words(), ipv6),
             vip_port: u16::from_be(key.ports.destination()),
             server,
-            server_port,
+            // A server without a port takes the virtual one.
+            server_port: if server_port == 0 { u16::from_be(key.ports.destination()) } else { server_port },
             active: connection.flags & flags::ACTIVE != 0,
+            template: false,
             engine: None,
         });
     })
@@ -141,6 +144,11 @@ impl Clock {
         let idle = self.jiffies.wrapping_sub(since).cast_signed();
         let left = i64::from(lifetime) * i64::from(self.hz) - i64::from(idle.max(0));
         u32::try_from(left / i64::from(self.hz)).ok().filter(|_| left > 0)
+    }
+
+    /// Whole seconds that are left of so many ticks since a choice was made; nothing if they are over.
+    pub fn left(self, choice: Choice, ticks: u32) -> Option<u32> {
+        ticks.checked_sub(choice.idle(self.jiffies)).filter(|left| *left > 0).map(|left| left / self.hz)
     }
 }
 

@@ -30,6 +30,7 @@ use lb_common::{
     server::{Counters, NextHop, Server, Status},
     service::{Mode, Service, ServiceKey},
     statistics::Statistics,
+    template::Scope,
 };
 use nix::time::{ClockId, clock_gettime};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -53,10 +54,11 @@ use super::{
     shared::Words,
     sweep::{SweepOutcome, Sweeper},
     system::for_each_entry,
+    templates::Templates,
     way::{address, words},
 };
 use crate::{
-    director::model::{ConnectionView, Hook, InterfaceView, Method, Protocol, ReasonView},
+    director::model::{ConnectionView, Hook, InterfaceView, Method, Protocol, ReasonView, ServiceId},
     scheduler::Run,
 };
 
@@ -97,6 +99,7 @@ pub struct KernelDatapath {
     runs: Runs,
     standings: Standings,
     destinations: Destinations,
+    templates: Templates,
     counters: Words,
     /// Something once it is started.
     bell: Option<Bell>,
@@ -162,6 +165,7 @@ impl KernelDatapath {
             runs: Runs::new(words("SCHEDULES")?, words("CURSORS")?, words("RUNS")?),
             standings: Standings::new(words("STANDINGS")?),
             destinations: Destinations::open(&pins)?,
+            templates: Templates::open(&pins)?,
             counters: words("COUNTERS")?,
             bell: None,
             swept: words("SWEPT")?,
@@ -286,14 +290,16 @@ impl KernelDatapath {
         async move { tokio::task::spawn_blocking(move || lock(&sweeper).run()).await.context("the sweep broke off")? }
     }
 
-    /// All connections.
+    /// All connections and templates.
     pub fn connections(&self) -> anyhow::Result<Vec<ConnectionView>> {
         let monotonic = clock_gettime(ClockId::CLOCK_MONOTONIC).context("the clock cannot be read")?;
         let report = lock(&self.sweeper).report()?;
         let clock = Clock::now(&report, Duration::from(monotonic).as_nanos() as u64, self.config.hz);
         let servers = lock(&self.servers);
-        self.connections
-            .list(&self.config, clock, |index| servers.entry(index).ok().filter(|entry| entry.status != Status::Free as u8))
+        let server = |index| servers.entry(index).ok().filter(|entry| entry.status != Status::Free as u8);
+        let mut views = self.connections.list(&self.config, clock, server)?;
+        self.templates.list(clock, server, &mut views)?;
+        Ok(views)
     }
 
     /// All reason counters.
@@ -431,6 +437,7 @@ impl Datapath for KernelDatapath {
         let concerned = lock(&self.servers).free(index)?;
         self.look(concerned);
         self.standings.free(index);
+        self.templates.free(index)?;
         self.counters.store(index, 0);
         self.swept.store(index, 0);
         let cpus = aya::util::nr_cpus().map_err(|(file, error)| kernel_error(format!("{file} cannot be read"), error))?;
@@ -439,6 +446,18 @@ impl Datapath for KernelDatapath {
         self.statistics
             .set(index, zeros, 0)
             .map_err(|error| kernel_error(format!("the statistics of real server {index} cannot be set to zero"), error))
+    }
+
+    fn set_scope(&mut self, index: u32, scope: Scope) -> Result<(), Error> {
+        self.templates.set_scope(index, scope)
+    }
+
+    fn templates(&self, index: u32) -> u32 {
+        self.templates.count(index)
+    }
+
+    fn flush_templates(&mut self, service: Option<&ServiceId>) -> Result<(), Error> {
+        self.templates.flush(service).map_err(|error| kernel_error("not all templates are deleted", format!("{error:#}")))
     }
 
     fn reachability(&self, index: u32) -> Status {

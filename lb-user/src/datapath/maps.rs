@@ -22,8 +22,9 @@ use lb_common::config::{Config, LAYOUT};
 /// The compiled programs.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/director"));
 
-/// The tables with an entry for each connection, whose size the user chooses.
-pub const CONNECTION_TABLES: [&str; 4] = ["CONNECTIONS_V4", "CONNECTIONS_V6", "REPLIES_V4", "REPLIES_V6"];
+/// The tables with an entry for each connection or client, whose size the user chooses.
+pub const CONNECTION_TABLES: [&str; 6] =
+    ["CONNECTIONS_V4", "CONNECTIONS_V6", "REPLIES_V4", "REPLIES_V6", "TEMPLATES_V4", "TEMPLATES_V6"];
 
 /// The pins of one instance.
 #[derive(Clone, Debug)]

@@ -12,6 +12,7 @@
 //! | schedules, filters | [`runs`], [`filter`] |
 //! | what replies leave by | [`devices`] |
 //! | destinations of lblc and lblcr | [`locality`] |
+//! | templates of persistent services | [`templates`] |
 //! | real servers and the ways to them | [`servers`], [`way`], [`resolve`] |
 //! | what the kernel counts | [`sweep`], [`connections`], [`reasons`] |
 //! | the kernel's clock rate | [`hz`] |
@@ -35,6 +36,7 @@ pub mod servers;
 pub mod shared;
 pub mod sweep;
 pub mod system;
+pub mod templates;
 pub mod way;
 
 use std::{fmt::Display, net::IpAddr};
@@ -44,12 +46,12 @@ pub use self::{
     system::netns_cookie,
 };
 
-use lb_common::{config::Config, server::Counters, service::Service, statistics::Statistics};
+use lb_common::{config::Config, server::Counters, service::Service, statistics::Statistics, template::Scope};
 
 pub use crate::director::model::Hook;
 
 use crate::{
-    director::model::{Method, Protocol},
+    director::model::{Method, Protocol, ServiceId},
     scheduler::Run,
 };
 
@@ -85,6 +87,15 @@ pub trait Datapath {
 
     /// Forgets a real server; its index may be used again, with all counters at zero.
     fn free_server(&mut self, index: u32) -> Result<(), Error>;
+
+    /// Says how the templates of a real server's connections are found. To be said before its service is made known.
+    fn set_scope(&mut self, index: u32, scope: Scope) -> Result<(), Error>;
+
+    /// How many templates lead to a real server.
+    fn templates(&self, index: u32) -> u32;
+
+    /// Deletes the templates of a service, or of all.
+    fn flush_templates(&mut self, service: Option<&ServiceId>) -> Result<(), Error>;
 
     /// How a real server can be reached now.
     fn reachability(&self, index: u32) -> lb_common::server::Status;

@@ -1,4 +1,5 @@
-//! System calls that no crate offers: reading a hash map in batches, and the cookie of a network namespace.
+//! System calls that no crate offers: reading a hash map in batches, taking an entry out of one, and the cookie of a network
+//! namespace.
 //!
 //! Nothing else here; every call checks its result and returns an [`io::Error`].
 #![expect(unsafe_code, reason = "raw system calls")]
@@ -13,6 +14,7 @@ use lb_common::Plain;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
 const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
+const BPF_MAP_LOOKUP_AND_DELETE_ELEM: libc::c_long = 21;
 const SO_NETNS_COOKIE: libc::c_int = 71;
 
 /// The cookie of this thread's network namespace: a number that is never used again, unlike its inode. Kernel 5.14.
@@ -79,6 +81,38 @@ pub fn for_each_entry<K: Plain, V: Plain>(map: &MapData, mut visit: impl FnMut(&
         }
         position = Some(next);
     }
+}
+
+/// The part of `union bpf_attr` that single entries use.
+#[repr(C)]
+struct Element {
+    map_fd: u32,
+    zero: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+/// Takes an entry out of a hash map; nothing if it is not there. Kernel 5.14.
+///
+/// `K` and `V` must be as large as the map's keys and values.
+pub fn take<K: Plain, V: Plain>(map: &MapData, key: &K) -> io::Result<Option<V>> {
+    let mut value: V = zeroed();
+    let mut element = Element {
+        map_fd: map.fd().as_fd().as_raw_fd().cast_unsigned(),
+        zero: 0,
+        key: std::ptr::from_ref(key) as u64,
+        value: &raw mut value as u64,
+        flags: 0,
+    };
+    // SAFETY: both pointers lead to live memory of the sizes that the kernel knows from the map; a `Plain` type may be filled
+    // with any bytes.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_MAP_LOOKUP_AND_DELETE_ELEM, &raw mut element, size_of::<Element>()) };
+    if result == 0 {
+        return Ok(Some(value));
+    }
+    let error = io::Error::last_os_error();
+    if error.raw_os_error() == Some(libc::ENOENT) { Ok(None) } else { Err(error) }
 }
 
 fn zeroed<T: Plain>() -> T {

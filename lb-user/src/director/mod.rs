@@ -43,7 +43,7 @@ use std::{
     time::Instant,
 };
 
-use lb_common::{config::Config, server::Counters, service::Service as ServiceEntry, tcp};
+use lb_common::{config::Config, server::Counters, tcp};
 use tracing::warn;
 
 use self::{
@@ -196,9 +196,14 @@ impl<D: Datapath> Director<D> {
         for removed in self.trash.iter() {
             self.datapath.retire_server(removed.index)?;
         }
+        for service in self.services.values() {
+            for server in &service.servers {
+                self.datapath.set_scope(server.index, service.scope(server))?;
+                self.datapath.set_server(server.index, &service.target(server))?;
+            }
+        }
         for service in self.services.values_mut() {
             for server in service.servers.iter_mut() {
-                self.datapath.set_server(server.index, &server.target())?;
                 if !known_servers.contains(&server.index) {
                     server.joined = self.datapath.statistics(server.index)?.into();
                     server.zero = server.joined;
@@ -304,7 +309,7 @@ impl<D: Datapath> Director<D> {
         self.refresh();
         self.datapath.clean_destinations();
         let datapath = &self.datapath;
-        for removed in self.trash.take_idle(now, |index| datapath.counters(index).total) {
+        for removed in self.trash.take_idle(now, |index| datapath.counters(index).total.saturating_add(datapath.templates(index))) {
             match self.datapath.free_server(removed.index) {
                 Ok(()) => {
                     self.server_indices.give_back(removed.index);
@@ -355,6 +360,14 @@ impl<D: Datapath> Director<D> {
             Command::Zero { service: None } => {
                 let ids: Vec<ServiceId> = self.services.keys().copied().collect();
                 ids.iter().try_for_each(|id| self.zero(id))
+            }
+            Command::FlushTemplates { service } => {
+                if let Some(id) = service
+                    && !self.services.contains_key(id)
+                {
+                    return Err(no_such_service(id));
+                }
+                Ok(self.datapath.flush_templates(service.as_ref())?)
             }
             Command::SetTimeouts(timeouts) => {
                 rules::timeouts(timeouts, self.datapath.clock_rate())?;
@@ -417,7 +430,14 @@ impl<D: Datapath> Director<D> {
         let touched = self.touch(&id, position, pending);
         let service = self.services.get_mut(&id).ok_or_else(|| no_such_service(&id))?;
         touched.tell(service);
+        let before = service.clone();
         service.config = config.clone();
+        for server in &service.servers {
+            let target = service.target(server);
+            if target != before.target(server) {
+                self.datapath.set_server(server.index, &target)?;
+            }
+        }
         if same {
             service.scheduler.set_flags(config.flags);
         } else {
@@ -487,7 +507,8 @@ impl<D: Datapath> Director<D> {
             zero: Totals::default(),
             estimator: Estimator::default(),
         };
-        let outcome = self.datapath.set_server(index, &server.target()).and_then(|()| self.datapath.statistics(index));
+        let target = self.services.get(&service_id).ok_or_else(|| no_such_service(&service_id))?.target(&server);
+        let outcome = self.datapath.set_server(index, &target).and_then(|()| self.datapath.statistics(index));
         match outcome {
             Ok(statistics) => server.joined = statistics.into(),
             Err(error) => {
@@ -529,7 +550,7 @@ impl<D: Datapath> Director<D> {
         let method = server.config.method;
         server.configure(config, self.datapath.counters(server.index));
         if method != config.method {
-            self.datapath.set_server(server.index, &server.target())?;
+            self.datapath.set_server(server.index, &service.target(&server))?;
         }
         self.change_servers(service_id, position, pending, |servers| {
             servers[place] = server;
@@ -603,7 +624,7 @@ impl<D: Datapath> Director<D> {
                 touched.tell(service);
             }
             self.start_from_now(&id);
-            let Err(error) = self.publish(&id) else { continue };
+            let Err(error) = self.set_scopes(&id).and_then(|()| self.publish(&id)) else { continue };
             self.roll_back(&id, touched.before, &mut retiring, &mut abandoned);
             for position in touched.commands {
                 if outcomes[position] == Outcome::Ok {
@@ -624,6 +645,12 @@ impl<D: Datapath> Director<D> {
         }
     }
 
+    /// Says how the templates of a service's connections are found.
+    fn set_scopes(&mut self, id: &ServiceId) -> Result<(), datapath::Error> {
+        let Some(service) = self.services.get(id) else { return Ok(()) };
+        service.servers.iter().try_for_each(|server| self.datapath.set_scope(server.index, service.scope(server)))
+    }
+
     /// Compiles and publishes the schedule of a service, from its [`Service::base`] on, and then the service.
     fn publish(&mut self, id: &ServiceId) -> Result<(), datapath::Error> {
         let Some(service) = self.services.get_mut(id) else { return Ok(()) };
@@ -631,13 +658,7 @@ impl<D: Datapath> Director<D> {
         self.datapath.publish(service.index, &run)?;
         service.lasts = run.truncated.then_some(run.picks.len() as u32);
         if let ServiceId::Address { protocol, address, port } = *id {
-            let entry = ServiceEntry {
-                id: service.index,
-                mode: service.scheduler.mode() as u8,
-                flags: service.scheduler.service_flags(),
-                zero: 0,
-            };
-            self.datapath.set_service(protocol, address, port, entry)?;
+            self.datapath.set_service(protocol, address, port, service.entry())?;
         }
         Ok(())
     }
@@ -645,17 +666,18 @@ impl<D: Datapath> Director<D> {
     /// Makes a service again what it was before a list of commands.
     fn roll_back(&mut self, id: &ServiceId, before: Option<Service>, retiring: &mut BTreeSet<u32>, abandoned: &mut Vec<u32>) {
         let Some(after) = self.services.remove(id) else { return };
-        let kept: BTreeMap<u32, &Server> = before.iter().flat_map(|service| &service.servers).map(|s| (s.index, s)).collect();
+        let kept: BTreeSet<u32> = before.iter().flat_map(|service| &service.servers).map(|server| server.index).collect();
         for server in &after.servers {
-            if !kept.contains_key(&server.index) {
+            if !kept.contains(&server.index) {
                 retiring.insert(server.index);
                 self.trash.insert(removed(id, after.incarnation, server));
             }
         }
-        for server in kept.values() {
+        for (service, server) in before.iter().flat_map(|service| service.servers.iter().map(move |server| (service, server))) {
             retiring.remove(&server.index);
             self.trash.take(*id, server.id);
-            if let Err(error) = self.datapath.set_server(server.index, &server.target()) {
+            let set_back = self.datapath.set_scope(server.index, service.scope(server));
+            if let Err(error) = set_back.and_then(|()| self.datapath.set_server(server.index, &service.target(server))) {
                 warn!("the real server {} could not be set back: {error}", server.id);
             }
         }
@@ -717,10 +739,11 @@ impl<D: Datapath> Director<D> {
         Ok(())
     }
 
-    /// Whether there is any connection, as far as the live counters know.
+    /// Whether there is any connection or template, as far as the live counters know.
     pub fn has_connections(&self) -> bool {
         let servers = self.services.values().flat_map(|service| &service.servers).map(|server| server.index);
-        servers.chain(self.trash.iter().map(|removed| removed.index)).any(|index| self.datapath.counters(index).total != 0)
+        let mut all = servers.chain(self.trash.iter().map(|removed| removed.index));
+        all.any(|index| self.datapath.counters(index).total != 0 || self.datapath.templates(index) != 0)
     }
 
     fn view(&self, service: &Service) -> Result<ServiceView, datapath::Error> {
@@ -732,7 +755,7 @@ impl<D: Datapath> Director<D> {
                 config: server.config,
                 active: counters.active,
                 inactive: counters.inactive(),
-                persistent: 0,
+                persistent: self.datapath.templates(server.index),
                 traffic: Traffic { totals: totals.since(server.zero), rates: server.estimator.rates() },
                 reachability: reachability(self.datapath.reachability(server.index)).to_owned(),
                 index: server.index,
@@ -814,6 +837,7 @@ fn scheduler(id: &ServiceId, config: &ServiceConfig) -> Result<Scheduler, Refusa
         return scheduler;
     }
     rules::engine(config)?;
+    rules::service(id, config)?;
     rules::service_supported(id, config)?;
     scheduler
 }

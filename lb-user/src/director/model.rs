@@ -92,6 +92,9 @@ pub enum ServiceId {
     },
 }
 
+/// The port of FTP's control connections.
+const FTP: u16 = 21;
+
 impl ServiceId {
     /// The family of the service's packets.
     pub const fn family(&self) -> Family {
@@ -99,6 +102,20 @@ impl ServiceId {
             Self::Address { address, .. } => Family::of(*address),
             Self::Mark { family, .. } => *family,
         }
+    }
+
+    /// Its firewall mark; 0 if it has an address.
+    pub const fn mark(&self) -> u32 {
+        match self {
+            Self::Address { .. } => 0,
+            Self::Mark { mark, .. } => *mark,
+        }
+    }
+
+    /// Whether persistence keeps a client with its real server whatever the port: where the service has more than one, and for
+    /// FTP, whose data connections have other ports than its own.
+    pub const fn spans_ports(&self) -> bool {
+        matches!(self, Self::Address { port: 0, .. } | Self::Address { protocol: Protocol::Tcp, port: FTP, .. } | Self::Mark { .. })
     }
 
     /// Whether its connections are active from their first packet ([`crate::scheduler::Arrivals::active`]). The packets of a
@@ -308,6 +325,11 @@ pub enum Command {
         /// Which; nothing for all.
         service: Option<ServiceId>,
     },
+    /// Deletes the templates of a persistent service, or of all. Connections stay.
+    FlushTemplates {
+        /// Which; nothing for all.
+        service: Option<ServiceId>,
+    },
     /// Sets timeouts (`--set`).
     SetTimeouts(Timeouts),
 }
@@ -419,7 +441,7 @@ pub struct ServiceView {
     pub servers: Vec<ServerView>,
 }
 
-/// A connection, as listed.
+/// A connection or a template, as listed.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct ConnectionView {
     /// `TCP`, `UDP`, `SCTP`; `IP` for the template of a mark.
@@ -442,6 +464,10 @@ pub struct ConnectionView {
     pub server_port: u16,
     /// Whether it counts as active.
     pub active: bool,
+    /// Whether it is no connection, but the template of a persistent service. Its client is a network, and a port of 0
+    /// stands for all. That of a mark has the mark as its virtual address.
+    #[serde(default)]
+    pub template: bool,
     /// What a persistence engine found, for the templates that one made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub engine: Option<EngineData>,

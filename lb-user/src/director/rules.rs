@@ -10,15 +10,19 @@
 use std::net::IpAddr;
 
 use super::model::{
-    Family, Method, Refusal, RefusalKind, ServerConfig, ServerId, ServiceConfig, ServiceId, Timeouts, Tunnel, TunnelChecksum,
+    Family, Method, Persistence, Protocol, Refusal, RefusalKind, ServerConfig, ServerId, ServiceConfig, ServiceId, Timeouts,
+    Tunnel, TunnelChecksum,
 };
 use crate::scheduler::Unknown;
 
 /// The largest weight and threshold: IPVS keeps them as signed numbers.
 const LARGEST: u32 = i32::MAX as u32;
 
-/// Persistence engines of IPVS; bpfvs has none yet.
-const ENGINES_TO_COME: &[&str] = &["sip"];
+/// Persistence engines of IPVS; bpfvs has none.
+const ENGINES: &[&str] = &["sip"];
+
+/// The longest life of a template in seconds: 31 days, as with `ipvsadm`.
+const LONGEST_PERSISTENCE: u32 = 31 * 86400;
 
 /// Makes a refusal.
 pub(super) fn refuse<T>(kind: RefusalKind, message: String) -> Result<T, Refusal> {
@@ -33,7 +37,7 @@ pub(super) fn scheduler(unknown: &Unknown) -> Refusal {
 /// The rules about a service's persistence engine, which IPVS looks for right after the scheduler.
 pub(super) fn engine(config: &ServiceConfig) -> Result<(), Refusal> {
     match &config.engine {
-        Some(name) if !ENGINES_TO_COME.contains(&name.as_str()) => refuse(
+        Some(name) if !ENGINES.contains(&name.as_str()) => refuse(
             RefusalKind::SchedulerNotFound,
             format!("the persistence engine {name} cannot be used: there is none of this name; leave it out"),
         ),
@@ -53,21 +57,35 @@ pub(super) fn service_supported(service: &ServiceId, config: &ServiceConfig) -> 
         return unsupported("firewall marks", "name the service by protocol, address and port");
     }
     if config.engine.is_some() {
-        return unsupported("persistence engines", "leave the engine out");
-    }
-    if config.persistence.is_some() {
-        return unsupported("persistence", "leave it out; the schedulers sh and mh keep a client with its real server");
-    }
-    if config.one_packet {
-        return unsupported("one-packet scheduling", "leave it out");
-    }
-    if let ServiceId::Address { port: 0, .. } = service {
         return refuse(
-            RefusalKind::Invalid,
-            format!("the service {service} cannot be set up: port 0 stands for all ports of a persistent service; name a port"),
+            RefusalKind::Unsupported,
+            format!(
+                "the service {service} cannot be set up: bpfvs does not read SIP, so it cannot keep calls together by their Call-ID; \
+                 leave the engine out (`--pe sip`) and keep clients together by their addresses (`-p`)"
+            ),
         );
     }
     Ok(())
+}
+
+/// IPVS's rules about a service by itself.
+pub(super) fn service(service: &ServiceId, config: &ServiceConfig) -> Result<(), Refusal> {
+    let invalid = |why: &str| refuse(RefusalKind::Invalid, format!("the service {service} cannot be set up: {why}"));
+    match config.persistence {
+        Some(Persistence { mask, .. }) if service.family() == Family::Ipv6 && !(1..=128).contains(&mask) => {
+            invalid(&format!("{mask} is no length of an IPv6 prefix; use one from 1 to 128 (`-M`)"))
+        }
+        Some(Persistence { timeout, .. }) if !(1..=LONGEST_PERSISTENCE).contains(&timeout) => {
+            invalid(&format!("a persistence of {timeout} s is out of range; use 1 to {LONGEST_PERSISTENCE} s (`-p`)"))
+        }
+        None if matches!(service, ServiceId::Address { port: 0, .. }) => invalid(
+            "port 0 stands for all ports, which takes persistence to keep a client's connections together; add it (`-p`), or name a port",
+        ),
+        _ if config.one_packet && matches!(service, ServiceId::Address { protocol: Protocol::Tcp | Protocol::Sctp, .. }) => {
+            invalid("each packet can be scheduled by itself with UDP only; leave that out (`-o`)")
+        }
+        _ => Ok(()),
+    }
 }
 
 /// IPVS's rules about a server that stands by itself: before it is looked for among the others.

@@ -2,11 +2,15 @@
 //!
 //! Everything here is written to the state file, but for the moving averages.
 
-use lb_common::server::Counters;
+use lb_common::{
+    server::Counters,
+    service::{Service as ServiceEntry, flags},
+    template::{Scope, scope_flags},
+};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    model::{ServerConfig, ServerId, ServiceConfig, ServiceId, Totals},
+    model::{Family, ServerConfig, ServerId, ServiceConfig, ServiceId, Totals},
     servers::Servers,
     traffic::Estimator,
 };
@@ -65,6 +69,46 @@ impl Service {
             }
             self.base = cursor;
         }
+    }
+
+    /// The service as the datapath sees it.
+    pub(super) fn entry(&self) -> ServiceEntry {
+        let set = |condition, flag| if condition { flag } else { 0 };
+        let (persistence, netmask) = self.config.persistence.map_or((0, 0), |persistence| {
+            let is_ipv4 = self.id.family() == Family::Ipv4;
+            (persistence.timeout, if is_ipv4 { persistence.mask.to_be() } else { persistence.mask })
+        });
+        ServiceEntry {
+            id: self.index,
+            mode: self.scheduler.mode() as u8,
+            flags: self.scheduler.service_flags()
+                | set(self.config.one_packet, flags::ONE_PACKET)
+                | set(persistence > 0 && self.id.spans_ports(), flags::ANY_PORT),
+            zero: 0,
+            mark: self.id.mark(),
+            persistence,
+            netmask,
+        }
+    }
+
+    /// How the templates of a server's connections are found.
+    pub(super) fn scope(&self, server: &Server) -> Scope {
+        if self.config.persistence.is_none() {
+            return Scope::default();
+        }
+        let scope = Scope::of(&self.entry());
+        Scope { flags: scope.flags | if server.config.weight == 0 { scope_flags::QUIESCENT } else { 0 }, ..scope }
+    }
+
+    /// A server as the datapath sees it. Where a client's template is for many ports, connections keep theirs.
+    pub(super) fn target(&self, server: &Server) -> Target {
+        let is_own = match self.id {
+            ServiceId::Address { port, .. } => port != 0 && port != server.id.port,
+            ServiceId::Mark { .. } => false,
+        };
+        let keeps_port = self.config.persistence.is_some() && self.id.spans_ports() && !is_own;
+        let port = if keeps_port { 0 } else { server.id.port };
+        Target { address: server.id.address, port, method: server.config.method }
     }
 
     /// The totals since it was added.
@@ -132,11 +176,6 @@ impl Server {
     /// Whether it has too many connections, as far as they are known.
     pub(super) fn is_overloaded(&self) -> bool {
         overloaded(&self.config, self.live, self.overloaded)
-    }
-
-    /// The server as the datapath sees it.
-    pub(super) fn target(&self) -> Target {
-        Target { address: self.id.address, port: self.id.port, method: self.config.method }
     }
 }
 

@@ -11,9 +11,10 @@ use lb_common::{
     server::{Counters, Status},
     service::Service,
     statistics::Statistics,
+    template::Scope,
 };
 
-use super::model::Protocol;
+use super::model::{Protocol, ServiceId};
 use crate::{
     datapath::{Datapath, Error, Target},
     scheduler::Run,
@@ -27,6 +28,8 @@ pub(crate) struct Memory {
     pub(crate) cursors: BTreeMap<u32, u32>,
     pub(crate) servers: BTreeMap<u32, Target>,
     pub(crate) retired: BTreeSet<u32>,
+    pub(crate) scopes: BTreeMap<u32, Scope>,
+    pub(crate) templates: BTreeMap<u32, u32>,
     pub(crate) counters: BTreeMap<u32, Counters>,
     pub(crate) statistics: BTreeMap<u32, Statistics>,
     pub(crate) config: Option<Config>,
@@ -116,6 +119,21 @@ impl Datapath for Memory {
         self.servers.remove(&index);
         self.counters.remove(&index);
         self.statistics.remove(&index);
+        Ok(())
+    }
+
+    fn set_scope(&mut self, index: u32, scope: Scope) -> Result<(), Error> {
+        self.scopes.insert(index, scope);
+        Ok(())
+    }
+
+    fn templates(&self, index: u32) -> u32 {
+        self.templates.get(&index).copied().unwrap_or_default()
+    }
+
+    fn flush_templates(&mut self, service: Option<&ServiceId>) -> Result<(), Error> {
+        self.journal.push(service.map_or_else(|| "flush_templates".to_owned(), |service| format!("flush_templates {service}")));
+        self.templates.clear();
         Ok(())
     }
 

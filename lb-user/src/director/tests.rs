@@ -5,10 +5,15 @@ use std::{
     time::Duration,
 };
 
-use lb_common::{server::Counters, statistics::Statistics};
+use lb_common::{
+    server::Counters,
+    service::flags,
+    statistics::Statistics,
+    template::{Scope, scope_flags},
+};
 
 use super::{
-    model::{Method, Protocol, Tunnel, TunnelChecksum},
+    model::{Method, Persistence, Protocol, Tunnel, TunnelChecksum},
     testing::Memory,
     *,
 };
@@ -19,6 +24,10 @@ fn service() -> ServiceId {
 
 fn scheduled(scheduler: &str) -> ServiceConfig {
     ServiceConfig { scheduler: scheduler.to_owned(), flags: 0, persistence: None, one_packet: false, engine: None }
+}
+
+fn persistent(timeout: u32, mask: u32) -> ServiceConfig {
+    ServiceConfig { persistence: Some(Persistence { timeout, mask }), ..scheduled("rr") }
 }
 
 fn server(last: u8) -> ServerId {
@@ -144,7 +153,24 @@ fn ipvs_refusals_in_the_order_of_ipvs() {
             Command::AddService { service: other, config: ServiceConfig { engine: Some("sip".to_owned()), ..scheduled("rr") } },
             Unsupported,
         ),
-        (Command::AddService { service: other, config: ServiceConfig { one_packet: true, ..scheduled("rr") } }, Unsupported),
+        (
+            Command::AddService {
+                service: ServiceId::Address { protocol: Protocol::Tcp, address: [10, 0, 0, 200].into(), port: 81 },
+                config: ServiceConfig { one_packet: true, ..scheduled("rr") },
+            },
+            Invalid,
+        ),
+        (add(ServiceId::Address { protocol: Protocol::Tcp, address: [10, 0, 0, 200].into(), port: 0 }, "rr"), Invalid),
+        (Command::AddService { service: other, config: persistent(0, u32::MAX) }, Invalid),
+        (Command::AddService { service: other, config: persistent(31 * 86400 + 1, u32::MAX) }, Invalid),
+        (
+            Command::AddService {
+                service: ServiceId::Address { protocol: Protocol::Tcp, address: std::net::Ipv6Addr::LOCALHOST.into(), port: 80 },
+                config: persistent(60, 129),
+            },
+            Invalid,
+        ),
+        (Command::FlushTemplates { service: Some(other) }, NoSuchService),
         (Command::EditService { service: other, config: scheduled("nonsense") }, NoSuchService),
         (Command::EditService { service: service(), config: scheduled("nonsense") }, SchedulerNotFound),
         (Command::RemoveService { service: other }, NoSuchService),
@@ -542,4 +568,65 @@ fn a_month_is_not_too_long_for_a_clock_of_250_ticks() {
     let limit = i32::MAX.cast_unsigned() / 250;
     let too_long = Command::SetTimeouts(Timeouts { tcp: limit + 1, tcp_fin: 0, udp: 0 });
     assert_eq!(refused(&mut director, too_long), RefusalKind::Invalid);
+}
+
+#[test]
+fn a_persistent_service_says_how_its_templates_are_found() {
+    let mut director = director();
+    let mask = 0xffff_ff00;
+    let config = ServerConfig { method: Method::Masquerade, ..weight(1) };
+    let server_on = |port| ServerId { port, ..server(1) };
+    for (port, server_port, any_port, packet_port) in
+        [(80, 8080, 0, 8080), (0, 8080, flags::ANY_PORT, 0), (21, 21, flags::ANY_PORT, 0)]
+    {
+        let service = ServiceId::Address { protocol: Protocol::Tcp, address: [10, 0, 0, 200].into(), port };
+        let add = Command::AddService { service, config: persistent(300, mask) };
+        accept(&mut director, &[add, Command::AddServer { service, server: server_on(server_port), config }]);
+
+        let entry = director.datapath().services[&(Protocol::Tcp, [10, 0, 0, 200].into(), port)];
+        assert_eq!((entry.persistence, entry.netmask, entry.flags), (300, mask.to_be(), any_port));
+        let (index, target) = director.datapath().servers.iter().next_back().expect("it was added");
+        assert_eq!(target.port, packet_port, "port {port}: where packets go");
+        let scope = Scope::of(&entry);
+        assert_eq!(director.datapath().scopes[index], scope);
+        let index = *index;
+        accept(
+            &mut director,
+            &[Command::EditServer { service, server: server_on(server_port), config: ServerConfig { weight: 0, ..config } }],
+        );
+        assert_eq!(director.datapath().scopes[&index], Scope { flags: scope.flags | scope_flags::QUIESCENT, ..scope });
+    }
+}
+
+#[test]
+fn a_service_may_become_persistent() {
+    let mut director = with_servers("rr", &[1]);
+    accept(&mut director, &[Command::EditService { service: service(), config: persistent(300, u32::MAX) }]);
+    let entry = *director.datapath().services.values().next().expect("it is there");
+    assert_eq!((entry.persistence, director.datapath().scopes[&0]), (300, Scope::of(&entry)));
+    accept(&mut director, &[Command::EditService { service: service(), config: scheduled("rr") }]);
+    assert_eq!(director.datapath().scopes[&0], Scope::default());
+}
+
+#[test]
+fn templates_are_counted_flushed_and_keep_removed_servers() {
+    let mut director = with_servers("rr", &[1]);
+    director.datapath_mut().templates.insert(0, 3);
+    let services = director.services().expect("memory refuses nothing");
+    assert_eq!(services[0].servers[0].persistent, 3);
+    assert!(director.has_connections());
+
+    accept(&mut director, &[remove_server(1)]);
+    let now = Instant::now();
+    for seconds in [0, 300, 600] {
+        director.tick(now + Duration::from_secs(seconds));
+    }
+    assert!(director.datapath().servers.contains_key(&0), "templates lead there");
+
+    accept(&mut director, &[Command::FlushTemplates { service: Some(service()) }, Command::FlushTemplates { service: None }]);
+    assert!(director.datapath().journal.ends_with(&[format!("flush_templates {}", service()), "flush_templates".to_owned()]));
+    for seconds in [700, 900] {
+        director.tick(now + Duration::from_secs(seconds));
+    }
+    assert!(!director.datapath().servers.contains_key(&0));
 }

@@ -59,7 +59,7 @@ impl Trash {
         self.by_index.remove(&index)
     }
 
-    /// Takes out every server that has been without connections for long enough.
+    /// Takes out every server that has been without connections and templates for long enough.
     pub(super) fn take_idle(&mut self, now: Instant, mut connections: impl FnMut(u32) -> u32) -> Vec<Removed> {
         let mut idle = Vec::new();
         for removed in self.by_index.values_mut() {

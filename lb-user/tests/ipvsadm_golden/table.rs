@@ -91,7 +91,7 @@ impl FileTable {
                 service.servers.remove(index);
             }
             Command::Clear => self.content.services.clear(),
-            Command::Zero { service } => {
+            Command::FlushTemplates { service } | Command::Zero { service } => {
                 if let Some(service) = service {
                     self.service(service)?;
                 }

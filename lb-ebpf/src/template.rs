@@ -1,0 +1,298 @@
+//! Persistence: where did the client go before? [`lb_common::template`] says what a template is.
+//!
+//! New connections of persistent services come here, after their service is found and before they begin:
+//!
+//! ```text
+//! usable template           its server; its time starts again
+//! no template               pick, insert if absent; if present by now: the server that stands there
+//! template not usable       pick, compare and swap;  if changed by now: the server that stands there
+//! ```
+//!
+//! Every change of a template's choice is one atomic step, and who comes second takes what it finds. So two first connections
+//! of a client, at the same moment on two CPUs, go to one server. The sweep marks a template in the same way before it deletes
+//! it; whoever meets that mark drops the packet, rather than make a connection that no template knows of.
+//!
+//! The stack is full when a new connection comes here. So what has to be kept in mind stands in a map, the [`Arrival`] of
+//! this CPU.
+
+use lb_common::{
+    config::flags as settings,
+    connection::{Connection, ConnectionKey, flags},
+    packet::{V4, V6, ethernet},
+    reason::Reason,
+    server::Status,
+    service::Service,
+    template::{Choice, Scope, Template, TemplateKey, scope_flags},
+};
+
+use crate::{
+    atomic, bell,
+    maps::{ARRIVALS, CONFIG, Family, HZ, PERSISTED, SCOPES, SERVERS},
+    pick,
+    track::{self, CONTROLLED, EEXIST, ONCE, jiffies},
+};
+
+/// A new connection of a persistent service.
+#[repr(C)]
+pub struct Arrival {
+    /// A template for a client that has none.
+    fresh: Template,
+    service: Service,
+    /// The [`ConnectionKey`], of either family.
+    connection: [u32; 10],
+    /// The [`TemplateKey`], of either family.
+    key: [u32; 9],
+}
+
+impl Arrival {
+    #[inline(always)]
+    fn key<F: Family>(arrival: *mut Self) -> *mut TemplateKey<F::Address> {
+        // SAFETY: an element of the map; the field is large enough for either family.
+        unsafe { (&raw mut (*arrival).key).cast() }
+    }
+
+    #[inline(always)]
+    fn connection<F: Family>(arrival: *mut Self) -> *mut ConnectionKey<F::Address> {
+        // SAFETY: as above.
+        unsafe { (&raw mut (*arrival).connection).cast() }
+    }
+
+    /// Whether no connection will follow.
+    #[inline(always)]
+    fn is_once<F: Family>(arrival: *mut Self) -> bool {
+        // SAFETY: as above.
+        unsafe { track::is_once(&(*arrival).service, (*Self::connection::<F>(arrival)).protocol as u8) }
+    }
+}
+
+/// Notes a new connection of a persistent service, for [`choose`].
+#[inline(always)]
+pub fn note<F: Family>(service: *const Service, connection: &ConnectionKey<F::Address>) {
+    let Some(arrival) = ARRIVALS.get_ptr_mut(0) else { return };
+    // SAFETY: elements of the maps; the arrival is this CPU's own.
+    unsafe {
+        (*arrival).service = *service;
+        Arrival::connection::<F>(arrival).write(*connection);
+    }
+}
+
+/// Chooses the real server of the connection that was noted. The answer is the index of the server, with bits of
+/// [`track::begin`]'s.
+#[inline(always)]
+pub fn choose<F: Family>() -> Result<u32, Reason> {
+    match if F::ETHERTYPE == ethernet::IPV4 { persist_ipv4() } else { persist_ipv6() } {
+        NO_SERVER => Err(Reason::NoServer),
+        TABLE_FULL => Err(Reason::TableFull),
+        OVER => Err(Reason::TemplateOver),
+        server => Ok(server),
+    }
+}
+
+const NO_SERVER: u32 = u32::MAX;
+const TABLE_FULL: u32 = u32::MAX - 1;
+const OVER: u32 = u32::MAX - 2;
+
+/// Global functions without arguments: the verifier looks at each once, and not once for each way that leads to it.
+#[unsafe(no_mangle)]
+extern "C" fn persist_ipv4() -> u32 {
+    persist::<V4>()
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn persist_ipv6() -> u32 {
+    persist::<V6>()
+}
+
+#[inline(always)]
+fn persist<F: Family>() -> u32 {
+    let Some(arrival) = ARRIVALS.get_ptr_mut(0) else { return NO_SERVER };
+    let kind = if Arrival::is_once::<F>(arrival) { ONCE } else { CONTROLLED };
+    // SAFETY: elements of maps. A template may become another one under our hands, but it stays memory. An arrival is
+    // this CPU's own.
+    let choice = unsafe {
+        Arrival::key::<F>(arrival).write(Scope::of(&(*arrival).service).key(&*Arrival::connection::<F>(arrival)));
+        match F::templates().get_ptr_mut(&*Arrival::key::<F>(arrival)) {
+            Some(known) => return_to::<F>(arrival, known),
+            None => go::<F>(arrival),
+        }
+    };
+    match choice {
+        Ok(Choice::OVER) => OVER,
+        Ok(server) => server | kind,
+        Err(why) => why,
+    }
+}
+
+/// The client has a template.
+///
+/// # Safety
+/// Both are elements of their maps.
+#[inline(always)]
+unsafe fn return_to<F: Family>(arrival: *mut Arrival, known: *mut Template) -> Result<u32, u32> {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let word = (&raw const (*known).choice).read_volatile();
+        let (choice, now) = (Choice::from_word(word), jiffies());
+        if choice.server == Choice::OVER {
+            return Ok(Choice::OVER);
+        }
+        let is_usable = is_usable(&*known, choice, now);
+        let server = if is_usable { choice.server } else { pick::<F>(arrival)? };
+        // Many connections of a client in one tick need not all write.
+        if !is_usable || choice.last_seen != now {
+            let found = atomic::compare_exchange(&raw mut (*known).choice, word, Choice { server, last_seen: now }.word());
+            if found != word {
+                return Ok(Choice::from_word(found).server);
+            }
+        }
+        if !is_usable {
+            (*known).timeout = timeout(arrival);
+            (*known).assured = 0;
+            count(choice.server, LESS);
+            count(server, MORE);
+        }
+        if !Arrival::is_once::<F>(arrival) {
+            (*known).held = 1;
+        }
+        Ok(server)
+    }
+}
+
+/// The client has none.
+///
+/// # Safety
+/// As above.
+#[inline(always)]
+unsafe fn go<F: Family>(arrival: *mut Arrival) -> Result<u32, u32> {
+    let server = pick::<F>(arrival)?;
+    // SAFETY: the caller's promise.
+    unsafe {
+        let fresh = &raw mut (*arrival).fresh;
+        (*fresh).choice = Choice { server, last_seen: jiffies() }.word();
+        (*fresh).timeout = timeout(arrival);
+        (*fresh).held = (!Arrival::is_once::<F>(arrival)).into();
+        match F::templates().insert(&*Arrival::key::<F>(arrival), &*fresh, 1 /* BPF_NOEXIST */) {
+            Ok(()) => {
+                count(server, MORE);
+                Ok(server)
+            }
+            // Another CPU was faster: one client, one server.
+            Err(EEXIST) => {
+                let known = F::templates().get_ptr(&*Arrival::key::<F>(arrival)).ok_or(OVER)?;
+                Ok(Choice::from_word((&raw const (*known).choice).read_volatile()).server)
+            }
+            Err(_) => Err(TABLE_FULL),
+        }
+    }
+}
+
+#[inline(always)]
+fn pick<F: Family>(arrival: *mut Arrival) -> Result<u32, u32> {
+    // SAFETY: an element of the map.
+    let picked = unsafe {
+        let connection = &*Arrival::connection::<F>(arrival);
+        pick::pick::<F>(&raw const (*arrival).service, &connection.client, connection.ports.source(), &connection.vip)
+    };
+    picked.ok_or_else(|| {
+        bell::ring();
+        NO_SERVER
+    })
+}
+
+/// Ticks that a new template lives.
+#[inline(always)]
+fn timeout(arrival: *const Arrival) -> u32 {
+    // SAFETY: an element of the map.
+    unsafe { (*arrival).service.persistence.wrapping_mul(HZ.load()) }
+}
+
+/// Whether new connections go where the template says.
+#[inline(always)]
+fn is_usable(template: &Template, choice: Choice, now: u32) -> bool {
+    const FREE: u8 = Status::Free as u8;
+    const REMOVED: u8 = Status::Removed as u8;
+    let removed = SERVERS.get(choice.server).is_none_or(|server| matches!(server.status, FREE | REMOVED));
+    let passed_over = CONFIG.get(0).is_some_and(|config| config.flags & settings::EXPIRE_QUIESCENT != 0)
+        && SCOPES.get(choice.server).is_some_and(|scope| scope.flags & scope_flags::QUIESCENT != 0);
+    !removed && !passed_over && (template.held != 0 || choice.idle(now) < template.timeout)
+}
+
+const MORE: u64 = 1;
+const LESS: u64 = 1_u64.wrapping_neg();
+
+/// Counts the templates that lead to a real server.
+#[inline(always)]
+fn count(server: u32, change: u64) {
+    if let Some(counter) = PERSISTED.get_ptr_mut(server) {
+        // SAFETY: an element of the array.
+        unsafe { atomic::add(counter, change) };
+    }
+}
+
+/// The template that chose a connection's real server, if it still leads there.
+#[inline(always)]
+fn of<F: Family>(key: &ConnectionKey<F::Address>, server: u32) -> Option<*mut Template> {
+    let known = F::templates().get_ptr_mut(&SCOPES.get(server)?.key(key))?;
+    // SAFETY: an element of the map.
+    let choice = Choice::from_word(unsafe { (&raw const (*known).choice).read_volatile() });
+    (choice.server == server).then_some(known)
+}
+
+/// Notes that a connection was established, or a datagram answered.
+#[inline(never)]
+pub fn assure<F: Family>(key: &ConnectionKey<F::Address>, server: u32) {
+    if let Some(known) = of::<F>(key, server) {
+        // SAFETY: an element of the map.
+        unsafe { (*known).assured = 1 };
+    }
+}
+
+/// The sweep has met a connection that lives.
+#[inline(always)]
+pub fn meet<F: Family>(key: &ConnectionKey<F::Address>, connection: &Connection) {
+    if connection.flags & flags::CONTROLLED != 0
+        && let Some(known) = of::<F>(key, connection.server)
+    {
+        // SAFETY: an element of the map.
+        unsafe { (*known).met = 1 };
+    }
+}
+
+/// Seconds more for a template whose time is over while it has connections; from then on it is what it lives.
+const RESPITE: u32 = 60;
+
+/// The sweep looks at a template, after it has met all connections. `now` is when it began.
+///
+/// # Safety
+/// Both are of an element of the map.
+#[inline(always)]
+pub unsafe fn expire<F: Family>(key: *const TemplateKey<F::Address>, known: *mut Template, now: u32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let word = (&raw const (*known).choice).read_volatile();
+        let choice = Choice::from_word(word);
+        let has_connections = (*known).met != 0;
+        (*known).met = 0;
+        if choice.idle(now) < (*known).timeout {
+            // A connection that came after the sweep began was not met.
+            if has_connections || choice.idle(now) > 0 {
+                (*known).held = has_connections.into();
+            }
+            return;
+        }
+        let next = if has_connections {
+            Choice { server: choice.server, last_seen: now }
+        } else {
+            Choice { server: Choice::OVER, ..choice }
+        };
+        if atomic::compare_exchange(&raw mut (*known).choice, word, next.word()) != word {
+            // A new connection has come in this moment.
+            return;
+        }
+        if has_connections {
+            (*known).timeout = HZ.load().wrapping_mul(RESPITE);
+        } else if F::templates().remove(&*key).is_ok() {
+            count(choice.server, LESS);
+        }
+    }
+}

@@ -1,0 +1,60 @@
+//! `bpfvs persistence`: which clients stay with which real servers.
+
+use clap::Subcommand;
+
+use super::{
+    Global,
+    connections::{belongs, endpoint},
+    names::ServiceName,
+    service,
+    table::{number, table, text},
+};
+use crate::director::model::{Command, ConnectionView};
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Persistence {
+    /// List the templates: each leads a client's new connections to a real server
+    List {
+        /// Only those of this service: `tcp://10.0.0.200:80`
+        #[arg(long)]
+        service: Option<ServiceName>,
+    },
+    /// Delete templates, so that clients may go elsewhere with their next connections; those that they have stay
+    Flush {
+        /// The service: `tcp://10.0.0.200:80`; all if none is named
+        service: Option<ServiceName>,
+    },
+}
+
+impl Persistence {
+    pub(super) fn run(self, global: &Global) -> anyhow::Result<()> {
+        match self {
+            Self::List { service } => {
+                let mut client = global.client()?;
+                let mut templates = client.connections()?;
+                templates.retain(|template| template.template);
+                if let Some(name) = service {
+                    service::find(client.services()?, &name)?;
+                    templates.retain(|template| belongs(template, &name.0));
+                }
+                global.answer(&templates, || list(&templates))
+            }
+            Self::Flush { service } => global.change(Command::FlushTemplates { service: service.map(|service| service.0) }),
+        }
+    }
+}
+
+fn list(templates: &[ConnectionView]) -> String {
+    let columns = [text("PROTOCOL"), text("CLIENT"), text("VIRTUAL"), text("SERVER"), number("EXPIRES"), text("STATE")];
+    let rows = templates.iter().map(|template| {
+        [
+            template.protocol.clone(),
+            template.client.to_string(),
+            endpoint(template.vip, template.vip_port),
+            endpoint(template.server, template.server_port),
+            format!("{}s", template.expires),
+            template.state.to_lowercase(),
+        ]
+    });
+    table(columns, rows)
+}

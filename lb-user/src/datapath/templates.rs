@@ -1,0 +1,186 @@
+//! Templates of persistent services: listed, counted and flushed.
+//!
+//! The packet path makes them and the sweep deletes them ([`lb_common::template`] says what they are). What userspace adds is
+//! how each real server's connections find theirs ([`Scope`]), and the wish to see or to lose them.
+
+use std::{collections::HashMap, sync::atomic::Ordering};
+
+use anyhow::Context as _;
+use aya::maps::{Array, MapData};
+use lb_common::{
+    Plain,
+    family::{Address, Ipv4, Ipv6},
+    server::{Server, flags as server_flags},
+    template::{Choice, Scope, Template, TemplateKey},
+};
+
+use super::{
+    Error,
+    connections::Clock,
+    kernel_error,
+    maps::Pins,
+    shared::Words,
+    system::{for_each_entry, take},
+    way::address,
+};
+use crate::director::model::{ConnectionView, Family, ServiceId};
+
+/// Seconds that a template is said to have left while its time is over, and the next sweep will give it more for the sake of
+/// its connections.
+const RESPITE: u32 = 60;
+
+/// The templates, and how they are found.
+pub struct Templates {
+    ipv4: MapData,
+    ipv6: MapData,
+    counts: Words,
+    scopes: Array<MapData, Scope>,
+    /// What stands there, but for what is empty.
+    known: HashMap<u32, Scope>,
+}
+
+impl Templates {
+    /// Opens the tables.
+    pub fn open(pins: &Pins) -> anyhow::Result<Self> {
+        let mut known = HashMap::new();
+        for_each_entry(&pins.data("SCOPES")?, |index: &u32, scope: &Scope| {
+            if *scope != Scope::default() {
+                known.insert(*index, *scope);
+            }
+        })
+        .context("the scopes of templates cannot be read")?;
+        Ok(Self {
+            ipv4: pins.data("TEMPLATES_V4")?,
+            ipv6: pins.data("TEMPLATES_V6")?,
+            counts: Words::open(&pins.map("PERSISTED"))?,
+            scopes: pins.typed("SCOPES")?,
+            known,
+        })
+    }
+
+    /// Says how the templates of a real server's connections are found.
+    pub fn set_scope(&mut self, index: u32, scope: Scope) -> Result<(), Error> {
+        if self.known.get(&index).copied().unwrap_or_default() == scope {
+            return Ok(());
+        }
+        let failed = |error| kernel_error(format!("the scope of templates of real server {index} cannot be written"), error);
+        self.scopes.set(index, scope, 0).map_err(failed)?;
+        self.known.insert(index, scope);
+        Ok(())
+    }
+
+    /// Forgets a real server.
+    pub fn free(&mut self, index: u32) -> Result<(), Error> {
+        self.set_scope(index, Scope::default())?;
+        self.known.remove(&index);
+        self.counts.store(index, 0);
+        Ok(())
+    }
+
+    /// How many templates lead to a real server.
+    pub fn count(&self, index: u32) -> u32 {
+        self.counts.load(index) as u32
+    }
+
+    /// Adds all templates that are not over to a list. `server` tells the entry of a real server.
+    pub fn list(
+        &self,
+        clock: Clock,
+        server: impl Fn(u32) -> Option<Server>,
+        views: &mut Vec<ConnectionView>,
+    ) -> anyhow::Result<()> {
+        collect::<Ipv4>(&self.ipv4, clock, &server, views)?;
+        collect::<Ipv6>(&self.ipv6, clock, &server, views)
+    }
+
+    /// Deletes the templates of a service, or all.
+    pub fn flush(&self, service: Option<&ServiceId>) -> anyhow::Result<()> {
+        self.flush_table::<Ipv4>(&self.ipv4, service)?;
+        self.flush_table::<Ipv6>(&self.ipv6, service)
+    }
+
+    fn flush_table<A: Address>(&self, table: &MapData, service: Option<&ServiceId>) -> anyhow::Result<()>
+    where
+        TemplateKey<A>: Plain,
+    {
+        let mut keys = Vec::new();
+        for_each_entry(table, |key: &TemplateKey<A>, _: &Template| {
+            if service.is_none_or(|service| belongs(key, service)) {
+                keys.push(*key);
+            }
+        })
+        .context("the templates cannot be read")?;
+        for key in keys {
+            // The sweep may have been faster.
+            let Some(template) = take::<_, Template>(table, &key).context("a template cannot be deleted")? else { continue };
+            if let Some(count) = self.counts.word(Choice::from_word(template.choice).server) {
+                count.fetch_sub(1, Ordering::AcqRel);
+            }
+        }
+        Ok(())
+    }
+}
+
+const fn is_ipv6<A>() -> bool {
+    size_of::<A>() == size_of::<Ipv6>()
+}
+
+fn collect<A: Address>(
+    table: &MapData,
+    clock: Clock,
+    server: &impl Fn(u32) -> Option<Server>,
+    views: &mut Vec<ConnectionView>,
+) -> anyhow::Result<()>
+where
+    TemplateKey<A>: Plain,
+{
+    for_each_entry(table, |key: &TemplateKey<A>, template: &Template| {
+        let choice = Choice::from_word(template.choice);
+        let respite = (template.held != 0).then_some(RESPITE);
+        let Some(expires) = clock.left(choice, template.timeout).or(respite) else { return };
+        let Some(entry) = server(choice.server) else { return };
+        views.push(ConnectionView {
+            protocol: protocol_name(key.protocol).to_owned(),
+            expires,
+            state: if template.assured != 0 { "ASSURED" } else { "NONE" }.to_owned(),
+            client: address(key.client.words(), is_ipv6::<A>()),
+            client_port: 0,
+            vip: address(key.vip.words(), is_ipv6::<A>()),
+            vip_port: u16::from_be(key.port),
+            server: address(entry.address, entry.flags & server_flags::IPV6 != 0),
+            server_port: match (key.port, entry.port) {
+                (0, _) => 0,
+                (port, 0) | (_, port) => u16::from_be(port),
+            },
+            active: false,
+            template: true,
+            engine: None,
+        });
+    })
+    .context("the templates cannot be read")
+}
+
+/// The protocol of a template; `IP` if it is for all.
+const fn protocol_name(number: u8) -> &'static str {
+    match number {
+        6 => "TCP",
+        17 => "UDP",
+        132 => "SCTP",
+        _ => "IP",
+    }
+}
+
+/// Whether a template is of a service.
+fn belongs<A: Address>(key: &TemplateKey<A>, service: &ServiceId) -> bool {
+    if (service.family() == Family::Ipv6) != is_ipv6::<A>() {
+        return false;
+    }
+    match *service {
+        ServiceId::Address { protocol, address: vip, port } => {
+            key.protocol == protocol.number()
+                && address(key.vip.words(), is_ipv6::<A>()) == vip
+                && u16::from_be(key.port) == if service.spans_ports() { 0 } else { port }
+        }
+        ServiceId::Mark { mark, .. } => key.protocol == 0 && u32::from_be(key.vip.words()[0]) == mark,
+    }
+}
