@@ -130,6 +130,13 @@ pub fn curl(client: &Namespace, address: IpAddr) -> Result<String> {
     Ok(text.trim_end().to_owned())
 }
 
+/// The same from a port of the server.
+pub fn curl_port(client: &Namespace, address: IpAddr, port: u16) -> Result<String> {
+    let url = format!("http://{}:{port}/", host(address));
+    let text = client.run("curl", CURL.into_iter().chain(["--max-time", "10", &url]))?;
+    Ok(text.trim_end().to_owned())
+}
+
 /// Fetches `/` so many times, one connection after the other, and returns who answered.
 pub fn curl_times(client: &Namespace, address: IpAddr, times: usize) -> Result<Vec<String>> {
     (0..times).map(|_| curl(client, address)).collect()

@@ -40,6 +40,7 @@ use lb_common::{
     server::Counters,
     service::{Service, ServiceKey},
     statistics::Statistics,
+    template::{Template, TemplateKey},
 };
 
 /// Where the datapath takes frames.
@@ -228,6 +229,29 @@ impl Pinned {
         Ok(ipv4.keys().count() + ipv6.keys().count())
     }
 
+    /// Sets bits of the settings ([`lb_common::config::flags`]), until the daemon writes the settings anew.
+    pub fn set_flags(&self, flags: u32) -> Result<()> {
+        let mut map: Array<MapData, Config> = self.map("CONFIG", Map::Array)?;
+        let config = map.get(&0, 0)?;
+        map.set(0, Config { flags, ..config }, 0).context("change the settings in the pinned map")
+    }
+
+    /// How many picks the first service has dealt.
+    pub fn first_cursor(&self) -> Result<u32> {
+        let map: Array<MapData, u64> = self.map("CURSORS", Map::Array)?;
+        Ok(map.get(&0, 0)? as u32)
+    }
+
+    /// The IPv4 templates.
+    pub fn templates_v4(&self) -> Result<Vec<(TemplateKey<Ipv4>, Template)>> {
+        entries(&self.map("TEMPLATES_V4", Map::HashMap)?)
+    }
+
+    /// The IPv6 templates.
+    pub fn templates_v6(&self) -> Result<Vec<(TemplateKey<Ipv6>, Template)>> {
+        entries(&self.map("TEMPLATES_V6", Map::HashMap)?)
+    }
+
     /// The IPv4 connections.
     pub fn connections_v4(&self) -> Result<Vec<(ConnectionKey<Ipv4>, Connection)>> {
         entries(&self.map("CONNECTIONS_V4", Map::HashMap)?)
@@ -261,8 +285,8 @@ impl Pinned {
     }
 }
 
-fn entries<K: Pod>(map: &HashMap<MapData, K, Connection>) -> Result<Vec<(K, Connection)>> {
-    map.iter().map(|entry| entry.context("read a connection")).collect()
+fn entries<K: Pod, V: Pod>(map: &HashMap<MapData, K, V>) -> Result<Vec<(K, V)>> {
+    map.iter().map(|entry| entry.context("read an entry of a map")).collect()
 }
 
 /// Makes a service known at another address, too.

@@ -559,6 +559,95 @@ const CASES: &[Case] = &[
         commands: |world| vec![world.service("tcp"), world.server("tcp", world.addresses.silent_server, "-g")],
         steps: |world| Ok(vec![step(&Frame::tcp(world.client(), world.vip(), SYN), Outcome::Resolving)]),
     },
+    Case {
+        name: "a service of all ports takes what no other service does, and keeps a client together",
+        commands: |world| {
+            let [first, second] = world.addresses.servers.map(bracketed);
+            let vip = bracketed(world.addresses.vip);
+            vec![
+                format!("-A -t {vip}:0 -s rr -p 60"),
+                format!("-a -t {vip}:0 -r {first}:0 -g"),
+                format!("-A -t {vip}:80 -s rr"),
+                format!("-a -t {vip}:80 -r {second}:80 -g"),
+            ]
+        },
+        steps: |world| {
+            let syn = |port| Frame::tcp(world.client(), socket(world.addresses.vip, port), SYN);
+            Ok(vec![
+                step(&syn(81), Outcome::Routed { server: 0, new: true }),
+                step(&syn(80), Outcome::Routed { server: 1, new: true }),
+                step(&syn(50_000), Outcome::Routed { server: 0, new: true }),
+                step(&Frame::udp(world.client(), world.vip()), Outcome::Passed(Reason::NoService)),
+            ])
+        },
+    },
+    Case {
+        name: "a service of all ports keeps the port of each packet, whatever the real server's",
+        commands: |world| {
+            let (vip, server) = (bracketed(world.addresses.vip), bracketed(world.addresses.servers[0]));
+            vec![format!("-A -t {vip}:0 -s rr -p 60"), format!("-a -t {vip}:0 -r {server}:8080 -m")]
+        },
+        steps: |world| {
+            let request = Frame::tcp(world.client(), world.vip(), SYN);
+            let server = socket(world.addresses.servers[0], 80);
+            let inside = Frame { destination: server, ttl: request.ttl - 1, ..request.clone() };
+            let reply = Frame::tcp(server, world.client(), SYN | ACK);
+            let outside = Frame { source: world.vip(), ttl: reply.ttl - 1, ..reply.clone() };
+            Ok(vec![
+                step(&request, Outcome::Translated { packet: inside.packet(), new: true }),
+                step(&reply, Outcome::Replied { packet: outside.packet() }),
+            ])
+        },
+    },
+    Case {
+        name: "a persistent FTP service takes the data connections of its clients, too",
+        commands: |world| {
+            let [first, second] = world.addresses.servers.map(bracketed);
+            let vip = bracketed(world.addresses.vip);
+            let mut commands = vec![format!("-A -t {vip}:21 -s rr -p 60")];
+            commands.extend([first, second].map(|server| format!("-a -t {vip}:21 -r {server}:21 -g")));
+            commands.extend([format!("-A -t {vip}:80 -s rr")]);
+            commands
+        },
+        steps: |world| {
+            let syn = |port| Frame::tcp(world.client(), socket(world.addresses.vip, port), SYN);
+            let routed = |port| step(&syn(port), Outcome::Routed { server: 1, new: true });
+            Ok(vec![routed(21), routed(20_000), routed(1024), step(&syn(1023), Outcome::Passed(Reason::NoService))])
+        },
+    },
+    Case {
+        name: "one-packet scheduling picks for every datagram, and remembers nothing",
+        commands: |world| {
+            let mut commands = world.one_server("udp");
+            commands[0].push_str(" -o");
+            commands.push(world.server("udp", world.addresses.servers[1], "-g"));
+            commands
+        },
+        steps: |world| {
+            let datagram = Frame::udp(world.client(), world.vip());
+            let mut steps: Vec<_> =
+                [1, 0, 1, 0].map(|server| step(&datagram, Outcome::Routed { server, new: true })).into_iter().collect();
+            steps.push(Step::Connections { active: 0, total: 0 });
+            Ok(steps)
+        },
+    },
+    Case {
+        name: "one-packet scheduling translates requests, and knows nothing of the replies",
+        commands: |world| {
+            let mut commands = world.masqueraded("udp");
+            commands[0].push_str(" -o");
+            commands
+        },
+        steps: |world| {
+            let reply = Frame::udp(world.masked(), world.client());
+            Ok(vec![
+                world.request(&Frame::udp(world.client(), world.vip()), true),
+                world.request(&Frame::udp(world.client(), world.vip()), true),
+                step(&reply, Outcome::Passed(Reason::NotOurs)),
+                Step::Connections { active: 0, total: 0 },
+            ])
+        },
+    },
 ];
 
 #[test]
@@ -588,6 +677,7 @@ fn the_table_holds_for_both_hooks_and_families() -> Result<()> {
 fn run(world: &World<'_>, case: &Case) -> Result<()> {
     let bpfvs = &world.bench.bpfvs;
     bpfvs.ipvsadm("-C")?;
+    bpfvs.succeed(&["persistence", "flush"])?;
     world.bench.pinned.forget_connections()?;
     for command in (case.commands)(world) {
         bpfvs.ipvsadm(&command)?;
