@@ -69,7 +69,7 @@ pub fn connection<F: Family>(header: &IpHeader<F::Address>, protocol: u8, segmen
 const EXPECTS: u32 = 1 << 31;
 /// Bit of a real server's index that [`begin`] takes: a template chose the server.
 pub const CONTROLLED: u32 = 1 << 30;
-/// The same: for this packet alone.
+/// The same: for this packet alone, if it is one of UDP.
 pub const ONCE: u32 = 1 << 29;
 /// In the place of a picked server: its template knows it.
 const PERSISTENT: u32 = 1 << 28;
@@ -278,8 +278,8 @@ fn pick_for<F: Family>(key: &ConnectionKey<F::Address>, event: u8) -> Result<u32
         return Err(Reason::NoConnection);
     }
     // SAFETY: an element of the map.
-    let (is_persistent, is_once) = unsafe { ((*service).persistence != 0, is_once(&*service, protocol)) };
-    if is_persistent {
+    let (persistence, flags) = unsafe { ((*service).persistence, (*service).flags) };
+    if persistence != 0 {
         template::note::<F>(service, key);
         return Ok(PERSISTENT);
     }
@@ -288,8 +288,12 @@ fn pick_for<F: Family>(key: &ConnectionKey<F::Address>, event: u8) -> Result<u32
         bell::ring();
         Reason::NoServer
     })?;
-    Ok(if is_once { picked | ONCE } else { picked })
+    // Without a question, of which the verifier would follow both answers to the end.
+    Ok(picked | u32::from(flags & service_flags::ONE_PACKET) << ONCE_SHIFT)
 }
+
+/// From the flag of a service to [`ONCE`].
+const ONCE_SHIFT: u32 = ONCE.trailing_zeros() - service_flags::ONE_PACKET.trailing_zeros();
 
 /// Whether a service takes each packet of a protocol for itself.
 #[inline(always)]
@@ -301,11 +305,11 @@ pub const fn is_once(service: &Service, protocol: u8) -> bool {
 #[inline(never)]
 fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8, picked: u32) -> Result<u32, Reason> {
     let server = picked & !(CONTROLLED | ONCE);
-    if picked & ONCE != 0 {
+    let protocol = key.protocol as u8;
+    if picked & ONCE != 0 && protocol == protocol::UDP {
         account::connection(server);
         return Ok(server);
     }
-    let protocol = key.protocol as u8;
     let masqueraded = SERVERS.get(server).is_some_and(|server| server.method == Method::Masquerade as u8);
     let controlled = if picked & CONTROLLED != 0 { flags::CONTROLLED } else { 0 };
     let side = controlled | if masqueraded { flags::MASQUERADED } else { flags::NO_OUTPUT };
