@@ -2,11 +2,12 @@
 //! virtual machine: see [`bpfvs_tests::differential`].
 //!
 //! ```text
-//! kernel_ipvs FIRST_SEED COUNT
+//! kernel_ipvs FIRST_SEED COUNT                   schedulers
+//! kernel_ipvs FIRST_SEED COUNT --persistence     templates
 //! ```
 
 use anyhow::Result;
-use bpfvs_tests::differential::{player, script::Script, wire::Wire};
+use bpfvs_tests::differential::{persistence::Story, player, script::Script, wire::Wire};
 use clap::Parser;
 
 /// Play scripts on the kernel's own IPVS.
@@ -16,12 +17,21 @@ struct Options {
     first: u64,
     /// How many scripts.
     count: u64,
+    /// Stories of persistent services.
+    #[arg(long)]
+    persistence: bool,
 }
 
 fn main() -> Result<()> {
-    let Options { first, count } = Options::parse();
-    let scripts: Vec<_> = (first..first + count).map(Script::new).collect();
+    let Options { first, count, persistence } = Options::parse();
     let wire = Wire::new()?;
+    if persistence {
+        for seed in first..first + count {
+            println!("{}", serde_json::to_string(&Story::new(seed).play(&wire.director, &wire)?)?);
+        }
+        return Ok(());
+    }
+    let scripts: Vec<_> = (first..first + count).map(Script::new).collect();
     for record in player::play(&scripts, &wire.director, &wire)? {
         println!("{}", serde_json::to_string(&record)?);
     }

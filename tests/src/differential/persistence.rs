@@ -1,0 +1,277 @@
+//! Clients that come back: whether bpfvs leads them where the kernel's IPVS does, and remembers the same of them.
+//!
+//! A story is a persistent service of some kind, made up from a seed, and what happens to it: clients of a few networks begin
+//! connections to several ports, establish and end them; weights change, real servers go and come back, the service is edited.
+//! After each packet both directors must have sent it the same way; in the end both must list the same connections and
+//! templates, times aside.
+//!
+//! Two things are left out. IPVS lists a template that leads nowhere, with ports of 65535, until its time is over; bpfvs
+//! changes it. And after an edit of the netmask IPVS still knows which template each older connection belongs to, which is then
+//! assured by it; bpfvs takes the new netmask.
+
+use std::{
+    fmt::{self, Write as _},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
+
+use anyhow::{Context, Result};
+use fastrand::Rng;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    player::{Director, stay_on_this_processor},
+    wire::{Sight, Wire},
+};
+use crate::frame::{ACK, FIN, Frame, RST, SYN};
+
+/// Things that happen in a story.
+const STEPS: usize = 60;
+/// Real servers of a story.
+const SERVERS: u8 = 4;
+
+/// A kind of persistent service: options of `ipvsadm -A`, port, protocol and family, and an edit.
+struct Kind {
+    protocol: char,
+    ipv6: bool,
+    port: u16,
+    options: &'static str,
+    /// Options after an edit.
+    edited: &'static str,
+    /// Ports that clients ask for.
+    ports: &'static [u16],
+    /// Port of a service beside it that is not persistent.
+    beside: Option<u16>,
+}
+
+const KINDS: &[Kind] = &[
+    Kind { protocol: 't', ipv6: false, port: 80, options: "-p 300", edited: "-p 600", ports: &[80, 81], beside: None },
+    Kind { protocol: 't', ipv6: false, port: 80, options: "-p 300 -M 255.255.255.0", edited: "-p 300", ports: &[80], beside: None },
+    Kind {
+        protocol: 't',
+        ipv6: false,
+        port: 0,
+        options: "-p 300",
+        edited: "-p 300 -M 255.255.255.0",
+        ports: &[80, 443, 9000],
+        beside: None,
+    },
+    Kind { protocol: 't', ipv6: false, port: 0, options: "-p 300", edited: "-p 300", ports: &[80, 443], beside: Some(443) },
+    Kind {
+        protocol: 't',
+        ipv6: false,
+        port: 21,
+        options: "-p 300",
+        edited: "-p 300",
+        ports: &[21, 1024, 20_000, 80],
+        beside: None,
+    },
+    Kind { protocol: 'u', ipv6: false, port: 53, options: "-p 300", edited: "", ports: &[53], beside: None },
+    Kind { protocol: 'u', ipv6: false, port: 53, options: "-p 300 -o", edited: "-p 300", ports: &[53], beside: None },
+    Kind { protocol: 'u', ipv6: false, port: 53, options: "-o", edited: "-p 300 -o", ports: &[53], beside: None },
+    Kind { protocol: 't', ipv6: true, port: 80, options: "-p 300 -M 64", edited: "-p 300", ports: &[80], beside: None },
+    Kind { protocol: 't', ipv6: true, port: 0, options: "-p 300", edited: "-p 300 -M 64", ports: &[80, 443], beside: None },
+    Kind { protocol: 'u', ipv6: true, port: 53, options: "-p 300 -o", edited: "-p 300", ports: &[53], beside: None },
+];
+
+/// One thing that happens.
+#[derive(Clone, Debug)]
+pub enum Step {
+    /// Somebody types a line of `ipvsadm`.
+    Line(String),
+    /// A client sends a packet.
+    Packet(SocketAddr, SocketAddr, Meaning),
+}
+
+/// What a packet means to its connection.
+#[derive(Clone, Copy, Debug)]
+#[expect(missing_docs, reason = "the names are those of TCP's flags")]
+pub enum Meaning {
+    Syn,
+    Ack,
+    Fin,
+    Rst,
+    Datagram,
+}
+
+/// A service, and what happens to it.
+#[derive(Clone, Debug)]
+pub struct Story {
+    /// All the rest follows from it.
+    pub seed: u64,
+    vip: IpAddr,
+    steps: Vec<Step>,
+    /// The netmask is edited.
+    is_regrouped: bool,
+}
+
+/// What a director did.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Record {
+    /// What became of each packet.
+    pub sights: Vec<String>,
+    /// Connections and templates in the end, times aside.
+    pub entries: Vec<String>,
+}
+
+impl Story {
+    /// Makes a story up.
+    pub fn new(seed: u64) -> Self {
+        let mut random = Rng::with_seed(seed);
+        let kind = &KINDS[seed as usize % KINDS.len()];
+        // Of its own, so that stories do not meet.
+        let number = (seed / KINDS.len() as u64 % 250) as u8 + 1;
+        let row = (seed % KINDS.len() as u64) as u8;
+        let vip: IpAddr = if kind.ipv6 {
+            Ipv6Addr::new(0xfd99, 0, 0, 0, 0, 0, row.into(), number.into()).into()
+        } else {
+            Ipv4Addr::new(10, 99, row, number).into()
+        };
+        let service = |port| format!("-{} {}", kind.protocol, SocketAddr::new(vip, port));
+        let server = |number: u8, port| {
+            let address: IpAddr = if kind.ipv6 {
+                Ipv6Addr::new(0xfd01, 0, 0, 0, 0, 0, 0, number.into()).into()
+            } else {
+                Ipv4Addr::new(10, 1, 0, number).into()
+            };
+            SocketAddr::new(address, port)
+        };
+        let mut steps = Vec::new();
+        let line = |steps: &mut Vec<Step>, line: String| steps.push(Step::Line(line));
+        for (port, options) in [(kind.port, kind.options)].into_iter().chain(kind.beside.map(|port| (port, ""))) {
+            line(&mut steps, format!("-A {} -s rr {options}", service(port)));
+            for number in 1..=SERVERS {
+                line(&mut steps, format!("-a {} -r {} -g -w 1", service(port), server(number, port)));
+            }
+        }
+        let mut present: Vec<u8> = (1..=SERVERS).collect();
+        let mut open: Vec<(SocketAddr, SocketAddr)> = Vec::new();
+        for step in 0..STEPS {
+            match random.u8(..20) {
+                0 => {
+                    let number = present[random.usize(..present.len())];
+                    let weight = random.u8(..3);
+                    line(&mut steps, format!("-e {} -r {} -g -w {weight}", service(kind.port), server(number, kind.port)));
+                }
+                1 if present.len() > 1 => {
+                    let number = present.swap_remove(random.usize(..present.len()));
+                    line(&mut steps, format!("-d {} -r {}", service(kind.port), server(number, kind.port)));
+                }
+                2 | 3 if present.len() < usize::from(SERVERS) => {
+                    let number = (1..=SERVERS).find(|number| !present.contains(number)).unwrap_or(1);
+                    present.push(number);
+                    line(&mut steps, format!("-a {} -r {} -g -w 1", service(kind.port), server(number, kind.port)));
+                }
+                4 if step == STEPS / 2 || random.u8(..4) == 0 => {
+                    line(&mut steps, format!("-E {} -s rr {}", service(kind.port), kind.edited));
+                }
+                5..8 if !open.is_empty() && kind.protocol == 't' => {
+                    let (client, vip) = open[random.usize(..open.len())];
+                    let meaning = [Meaning::Ack, Meaning::Ack, Meaning::Fin, Meaning::Rst][random.usize(..4)];
+                    steps.push(Step::Packet(client, vip, meaning));
+                }
+                8 if !open.is_empty() && kind.protocol == 'u' => {
+                    let (client, vip) = open[random.usize(..open.len())];
+                    steps.push(Step::Packet(client, vip, Meaning::Datagram));
+                }
+                _ => {
+                    let (network, host) = (random.u8(..3), random.u8(2..5));
+                    let address: IpAddr = if kind.ipv6 {
+                        Ipv6Addr::new(0xfd09, 0, 0, 0, network.into(), 0, 0, host.into()).into()
+                    } else {
+                        Ipv4Addr::new(10, 9, network, host).into()
+                    };
+                    let client = SocketAddr::new(address, 2000 + step as u16);
+                    let vip = SocketAddr::new(vip, kind.ports[random.usize(..kind.ports.len())]);
+                    let meaning = if kind.protocol == 't' { Meaning::Syn } else { Meaning::Datagram };
+                    open.push((client, vip));
+                    steps.push(Step::Packet(client, vip, meaning));
+                }
+            }
+        }
+        let mask = |options: &str| options.split_once("-M ").map(|(_, mask)| mask.to_owned());
+        Self { seed, vip, steps, is_regrouped: mask(kind.options) != mask(kind.edited) }
+    }
+
+    /// Plays it on a director.
+    pub fn play(&self, director: &dyn Director, wire: &Wire) -> Result<Record> {
+        stay_on_this_processor()?;
+        let mut record = Record::default();
+        for step in &self.steps {
+            match step {
+                Step::Line(line) => drop(director.ipvsadm(line).with_context(|| format!("type {line}"))?),
+                Step::Packet(client, vip, meaning) => {
+                    let frame = match meaning {
+                        Meaning::Syn => Frame::tcp(*client, *vip, SYN),
+                        Meaning::Ack => Frame::tcp(*client, *vip, ACK),
+                        Meaning::Fin => Frame::tcp(*client, *vip, FIN | ACK),
+                        Meaning::Rst => Frame::tcp(*client, *vip, RST),
+                        Meaning::Datagram => Frame::udp(*client, *vip),
+                    };
+                    record.sights.push(match wire.exchange(&[frame])?.first() {
+                        Some(Sight::Forwarded(_, server)) => format!("server {server}"),
+                        Some(Sight::Refused(_)) => "refused".to_owned(),
+                        Some(Sight::Stack(_)) => "stack".to_owned(),
+                        None => "nothing".to_owned(),
+                    });
+                }
+            }
+        }
+        record.entries = self.entries(&director.ipvsadm("-Lnc")?);
+        Ok(record)
+    }
+
+    /// What is listed about the service, but for times, and for what leads nowhere.
+    fn entries(&self, listing: &str) -> Vec<String> {
+        let vip = match self.vip {
+            IpAddr::V4(vip) => format!(" {vip}:"),
+            IpAddr::V6(vip) => format!(" [{vip}]:"),
+        };
+        let lines = listing.lines().filter(|line| line.contains(&vip) && !line.contains(":65535 "));
+        let without_time = |line: &str| {
+            let mut words: Vec<_> = line.split_whitespace().collect();
+            words.remove(1);
+            if self.is_regrouped && ["ASSURED", "NONE"].contains(&words[1]) {
+                words.remove(1);
+            }
+            words.join(" ")
+        };
+        let mut entries: Vec<_> = lines.map(without_time).collect();
+        entries.sort();
+        entries
+    }
+
+    /// Says how two directors differ about it, if they do.
+    pub fn difference(&self, kernel: &Record, bpfvs: &Record) -> Option<String> {
+        if kernel == bpfvs {
+            return None;
+        }
+        let mut text = format!("story {}\n", self.seed);
+        let mut sights = kernel.sights.iter().zip(&bpfvs.sights);
+        for step in &self.steps {
+            let _ = write!(text, "  {step}");
+            if let Step::Packet(..) = step
+                && let Some((kernel, bpfvs)) = sights.next()
+            {
+                let _ = write!(text, ": {bpfvs}");
+                if kernel != bpfvs {
+                    return Some(text + &format!(", but IPVS: {kernel}\n"));
+                }
+            }
+            text.push('\n');
+        }
+        for (owner, entries, others) in [("IPVS", &kernel.entries, &bpfvs.entries), ("bpfvs", &bpfvs.entries, &kernel.entries)] {
+            let own: Vec<_> = entries.iter().filter(|entry| !others.contains(entry)).map(String::as_str).collect();
+            let _ = writeln!(text, "only {owner} lists\n  {}", own.join("\n  "));
+        }
+        Some(text)
+    }
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Line(line) => write!(formatter, "ipvsadm {line}"),
+            Self::Packet(client, vip, meaning) => write!(formatter, "{client} -> {vip} {meaning:?}"),
+        }
+    }
+}
