@@ -15,6 +15,7 @@ use lb_common::{
         transport::{self, Ports, Segment},
     },
     reason::Reason,
+    schedule::NOBODY,
     sctp,
     server::{Counters, Method, Status},
     service::ServiceKey,
@@ -24,7 +25,7 @@ use lb_ebpf::packet::{Packet, REACH, merged};
 
 use crate::{
     account, atomic, bell,
-    maps::{CONFIG, COUNTERS, Family, HZ, SERVERS},
+    maps::{CONFIG, COUNTERS, Family, HZ, PEAKS, SERVERS},
     pick, reply,
 };
 
@@ -43,6 +44,7 @@ pub fn jiffies() -> u32 {
 #[inline(always)]
 pub fn connection<F: Family>(header: &IpHeader<F::Address>, protocol: u8, segment: Segment) -> Result<u32, Reason> {
     let key = ConnectionKey { client: header.source, vip: header.destination, ports: segment.ports, protocol: u32::from(protocol) };
+    let mut former = NONE;
     if let Some(known) = F::connections().get_ptr_mut(&key) {
         // SAFETY: an element of the map; it may become another connection's under our hands, but it stays memory.
         let (server, last_seen, settled) = unsafe { ((*known).server, (*known).last_seen, (*known).flags & flags::SETTLED != 0) };
@@ -51,13 +53,16 @@ pub fn connection<F: Family>(header: &IpHeader<F::Address>, protocol: u8, segmen
         if undisturbed {
             return Ok(server);
         }
-        match attend::<F>(&key, known, idle, segment.event) {
-            HELD => return Ok(server),
-            GONE => {}
-            masqueraded => reply::forget::<F>(&key, masqueraded),
+        former = attend::<F>(&key, known, idle, segment.event);
+        if former == HELD {
+            return Ok(server);
         }
     }
-    let server = schedule::<F>(&key, segment.event).and_then(|server| begin::<F>(&key, segment.event, server))?;
+    let picked = schedule::<F>(&key, segment.event);
+    if former != NONE {
+        make_way::<F>(&key, former, picked.unwrap_or(NOBODY));
+    }
+    let server = begin::<F>(&key, segment.event, picked?)?;
     if server & EXPECTS == 0 {
         return Ok(server);
     }
@@ -129,27 +134,32 @@ fn starts(protocol: u8, event: u8) -> bool {
 
 /// Answer of [`attend`]: the connection goes on.
 const HELD: u32 = u32::MAX;
-/// Answer of [`attend`]: the connection is gone.
-const GONE: u32 = u32::MAX - 1;
+/// Answer of [`attend`]: there is no connection any more, and nothing of it is left.
+const NONE: u32 = u32::MAX - 1;
+/// Bit of an answer of [`attend`], which else is the index of the former connection's real server: the connection is to make
+/// way for another.
+const REPLACED: u32 = 1 << 31;
+/// The same: its replies are still expected.
+const EXPECTED: u32 = 1 << 30;
 
 /// Looks closely at a connection: it was idle for a second or more, is not settled yet, or its packet begins or ends
-/// something. If it was over and is gone, and masqueraded, the answer is the real server whose replies are to be forgotten.
+/// something. The answer says whether it goes on, and else what [`make_way`] has to do about it.
 #[inline(never)]
 fn attend<F: Family>(key: &ConnectionKey<F::Address>, connection: *mut Connection, idle: u32, event: u8) -> u32 {
     let Some(config) = CONFIG.get(0) else { return HELD };
     // SAFETY: an element of the map, as in `connection`.
     let known = unsafe { *connection };
     let protocol = key.protocol as u8;
-    if idle >= lifetime(config, protocol, known.state)
-        || (starts(protocol, event) && is_reusable(config.connection_reuse, protocol, &known))
-    {
-        if F::connections().remove(key).is_ok() {
-            forget(&known);
-            if known.flags & flags::MASQUERADED != 0 {
-                return known.server;
-            }
+    let expected = if known.flags & flags::MASQUERADED != 0 { EXPECTED } else { 0 };
+    if idle >= lifetime(config, protocol, known.state) {
+        if F::connections().remove(key).is_err() {
+            return NONE;
         }
-        return GONE;
+        forget(&known);
+        return if expected != 0 { known.server | expected } else { NONE };
+    }
+    if starts(protocol, event) && is_reusable(config.connection_reuse, protocol, &known) {
+        return known.server | REPLACED | expected;
     }
     // A removed server's connections are left to die: neither their state nor their time moves on.
     let removed = SERVERS.get(known.server).is_none_or(|server| server.status == Status::Removed as u8);
@@ -157,6 +167,35 @@ fn attend<F: Family>(key: &ConnectionKey<F::Address>, connection: *mut Connectio
         move_on(connection, protocol, from_client(known.flags), event, SIDE);
     }
     HELD
+}
+
+/// Removes what is left of a former connection, once a server is picked for the one that takes its place.
+///
+/// Not before: for IPVS the old connection is there until its timer runs, soon after. So schedulers count it, and if both
+/// have the same server, its upper threshold may be reached for that moment. Userspace, which could not see it, is told.
+#[inline(never)]
+fn make_way<F: Family>(key: &ConnectionKey<F::Address>, former: u32, picked: u32) {
+    let server = former & !(REPLACED | EXPECTED);
+    if former & REPLACED != 0 {
+        if F::connections().remove(key).is_err() {
+            return;
+        }
+        if let Some(counter) = COUNTERS.get_ptr_mut(server) {
+            // SAFETY: elements of the arrays. A connection that can be replaced is not active.
+            unsafe {
+                let before = atomic::fetch_add(counter, Counters::TOTAL.wrapping_neg());
+                if server == picked
+                    && let Some(peak) = PEAKS.get_ptr_mut(server)
+                {
+                    peak.write_volatile(u64::from(Counters::from_word(before).total) + 1);
+                }
+            }
+            bell::ring();
+        }
+    }
+    if former & EXPECTED != 0 {
+        reply::forget::<F>(key, server);
+    }
 }
 
 /// Moves a connection's state and time on after a packet. Of its flags that do not follow from the state, `side` stay.
