@@ -55,6 +55,11 @@ pub static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
 #[unsafe(no_mangle)]
 pub static FILTER: Filter = Filter(UnsafeCell::new([0; filter::WORDS as usize]));
 
+/// The same for addresses of masqueraded real servers (in the map `.bss.sources`). Packets read that are to no virtual address.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = ".bss.sources")]
+pub static SOURCES: Filter = Filter(UnsafeCell::new([0; filter::WORDS as usize]));
+
 /// See [`FILTER`].
 #[repr(transparent)]
 pub struct Filter(UnsafeCell<[u64; filter::WORDS as usize]>);
@@ -70,10 +75,6 @@ impl Filter {
         unsafe { self.0.get().cast::<u64>().add((index & (filter::WORDS - 1)) as usize).read_volatile() }
     }
 }
-
-/// One bit for each hashed address of a masqueraded real server. Userspace writes, packets read that are to no virtual address.
-#[map]
-pub static SOURCES: Array<[u64; filter::WORDS as usize]> = Array::with_max_entries(1, 0);
 
 /// Virtual services. Userspace writes, new connections read.
 #[map]

@@ -77,12 +77,12 @@ pub fn plain<P: Packet, F: Family>(packet: &mut P, plain: &Plain<F::Address>) ->
     let mtu = known.hop.mtu;
     let fits = header.length <= mtu as usize || packet.fits_in_segments(SEGMENT_HEADERS + F::HEADER, mtu);
     let reaches = packet.reaches(&known.hop, known.flags & flags::REDIRECT != 0);
-    if !undisturbed
-        || !fits
-        || !reaches
-        || nat::translate_plain::<P, F>(packet, plain, End::Source, &known.vip, known.port).is_err()
-    {
+    if !undisturbed || !fits || !reaches {
         return Ok(Outcome::reply::<F>());
+    }
+    match nat::translate_plain::<P, F>(packet, plain, End::Source, &known.vip, known.port) {
+        Err(Reason::TtlExpired) => return Ok(Outcome::reply::<F>()),
+        translated => translated?,
     }
     account::reply(known.server, header.length);
     packet.address(&Link::plain(F::ETHERTYPE), &known.hop, Room::NONE)?;
