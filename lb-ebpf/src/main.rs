@@ -111,12 +111,13 @@ fn direct<P: Packet>(packet: &mut P) -> i32 {
 #[inline(always)]
 fn plain<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
     let link = Link::plain(F::ETHERTYPE);
-    let Some(Plain { header, protocol, segment }) = F::plain(packet, link.payload) else { return Ok(Outcome::odd::<F>()) };
+    let Some(plain) = F::plain(packet, link.payload) else { return Ok(Outcome::odd::<F>()) };
+    let Plain { header, protocol, segment } = &plain;
     if !classify::may_be_ours(&header.destination) {
-        return if classify::may_be_reply(&header.source) { Ok(Outcome::reply::<F>(true)) } else { Err(Reason::NotOurs) };
+        return if classify::may_be_reply(&header.source) { reply::plain::<P, F>(packet, &plain) } else { Err(Reason::NotOurs) };
     }
-    let server = track::connection::<F>(&header, protocol, segment);
-    Ok(deliver::<P, F, true>(packet, &link, &header, true, server))
+    let server = track::connection::<F>(header, *protocol, *segment);
+    Ok(deliver::<P, F>(packet, &link, header, Some(&plain), true, server))
 }
 
 /// A frame with VLAN tags is odd, if there is an IP packet behind them.
@@ -144,39 +145,41 @@ fn any<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
     if !classify::may_be_ours(&header.destination) {
         // ICMP errors come from routers, too: whether they are about a request, only the packet that they quote tells.
         let may_be_reply = F::protocol(packet, header.offset) == Some(F::ICMP) || classify::may_be_reply(&header.source);
-        return if may_be_reply { Ok(Outcome::reply::<F>(false)) } else { Err(Reason::NotOurs) };
+        return if may_be_reply { Ok(Outcome::reply::<F>()) } else { Err(Reason::NotOurs) };
     }
     let Payload { offset, protocol, fragment, .. } = F::transport(packet, &header)?;
     // Never an error about an error, nor about a later fragment (RFC 1122, 3.2.2).
     let answerable = protocol != F::ICMP && fragment != Fragment::Later;
     let server = track::anything::<P, F>(packet, &header, offset, protocol, fragment);
-    Ok(deliver::<P, F, false>(packet, &link, &header, answerable, server))
+    Ok(deliver::<P, F>(packet, &link, &header, None, answerable, server))
 }
 
 /// The second half of either way: the packet's real server is known, or why there is none.
 #[inline(always)]
-fn deliver<P: Packet, F: Family, const PLAIN: bool>(
+fn deliver<P: Packet, F: Family>(
     packet: &mut P,
     link: &Link,
     header: &IpHeader<F::Address>,
+    plain: Option<&Plain<F::Address>>,
     answerable: bool,
     server: Result<u32, Reason>,
 ) -> Outcome {
     let mut mtu = 0;
-    match to_server::<P, F, PLAIN>(packet, link, header, server, &mut mtu) {
+    match to_server::<P, F>(packet, link, header, plain, server, &mut mtu) {
         Ok(outcome) => outcome,
         // An address that looks like a virtual one to the filter may be that of a client.
-        Err(Reason::NoService) if classify::may_be_reply(&header.source) => Outcome::reply::<F>(false),
+        Err(Reason::NoService) if classify::may_be_reply(&header.source) => Outcome::reply::<F>(),
         Err(why) if answerable => Outcome::refused::<P, F>(why, mtu, link, header.length),
         Err(why) => Outcome::left::<P>(why),
     }
 }
 
 #[inline(always)]
-fn to_server<P: Packet, F: Family, const PLAIN: bool>(
+fn to_server<P: Packet, F: Family>(
     packet: &mut P,
     link: &Link,
     header: &IpHeader<F::Address>,
+    plain: Option<&Plain<F::Address>>,
     server: Result<u32, Reason>,
     mtu: &mut u16,
 ) -> Result<Outcome, Reason> {
@@ -190,7 +193,7 @@ fn to_server<P: Packet, F: Family, const PLAIN: bool>(
         server => server?,
     };
     account::packet(index, header.length);
-    forward::forward::<P, F, PLAIN>(packet, link, header, &server, mtu)
+    forward::forward::<P, F>(packet, link, header, plain, &server, mtu)
 }
 
 lb_ebpf::object!();

@@ -11,9 +11,11 @@ use aya::{
     maps::{Array, MapData, ProgramArray},
     programs::{Program, ProgramError, RawTracePoint, SchedClassifier, Xdp},
 };
-use lb_common::filter::WORDS;
 
-use super::maps::{CONNECTION_TABLES, OBJECT, Pins, remove_pin};
+use super::{
+    filter::Bitmap,
+    maps::{CONNECTION_TABLES, OBJECT, Pins, remove_pin},
+};
 
 const XDP: &str = "xdp_director";
 const TC: &str = "tc_director";
@@ -22,8 +24,9 @@ const TC_TRANSLATE: &str = "tc_translate";
 const SWEEP: &str = "sweep";
 /// The arrays through which programs call those for translation.
 const TRANSLATIONS: [(&str, &str); 2] = [("XDP_TRANSLATION", XDP_TRANSLATE), ("TC_TRANSLATION", TC_TRANSLATE)];
-/// The map with the programs' global variable, the filter.
-const FILTER: &str = ".bss";
+/// The maps with the programs' global variables, the filters.
+const DESTINATIONS: &str = ".bss";
+const SOURCES: &str = ".bss.sources";
 
 /// The loaded programs.
 #[derive(Debug)]
@@ -80,10 +83,19 @@ impl Programs {
         Ok(())
     }
 
-    /// The filter of the loaded programs, which is empty until it is written. It can be taken once.
-    pub fn take_filter(&mut self) -> anyhow::Result<Array<MapData, [u64; WORDS as usize]>> {
-        let map = self.ebpf.take_map(FILTER).with_context(|| missing("filter"))?;
-        map.try_into().context("the programs' filter is not what it should be; build bpfvs anew")
+    /// The loaded programs' filter of virtual addresses, which is empty until it is written. It can be taken once.
+    pub fn take_destinations(&mut self) -> anyhow::Result<Array<MapData, Bitmap>> {
+        self.take_filter(DESTINATIONS)
+    }
+
+    /// The same of masqueraded real servers.
+    pub fn take_sources(&mut self) -> anyhow::Result<Array<MapData, Bitmap>> {
+        self.take_filter(SOURCES)
+    }
+
+    fn take_filter(&mut self, name: &str) -> anyhow::Result<Array<MapData, Bitmap>> {
+        let map = self.ebpf.take_map(name).with_context(|| missing(name))?;
+        map.try_into().with_context(|| format!("the programs' filter {name} is not what it should be; build bpfvs anew"))
     }
 
     /// The XDP program.
