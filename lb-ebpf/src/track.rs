@@ -44,7 +44,6 @@ pub fn jiffies() -> u32 {
 #[inline(always)]
 pub fn connection<F: Family>(header: &IpHeader<F::Address>, protocol: u8, segment: Segment) -> Result<u32, Reason> {
     let key = ConnectionKey { client: header.source, vip: header.destination, ports: segment.ports, protocol: u32::from(protocol) };
-    let mut former = NONE;
     if let Some(known) = F::connections().get_ptr_mut(&key) {
         // SAFETY: an element of the map; it may become another connection's under our hands, but it stays memory.
         let (server, last_seen, settled) = unsafe { ((*known).server, (*known).last_seen, (*known).flags & flags::SETTLED != 0) };
@@ -53,16 +52,13 @@ pub fn connection<F: Family>(header: &IpHeader<F::Address>, protocol: u8, segmen
         if undisturbed {
             return Ok(server);
         }
-        former = attend::<F>(&key, known, idle, segment.event);
-        if former == HELD {
-            return Ok(server);
+        match attend::<F>(&key, known, idle, segment.event) {
+            HELD => return Ok(server),
+            GONE => {}
+            masqueraded => reply::forget::<F>(&key, masqueraded),
         }
     }
-    let picked = schedule::<F>(&key, segment.event);
-    if former != NONE {
-        make_way::<F>(&key, former, picked.unwrap_or(NOBODY));
-    }
-    let server = begin::<F>(&key, segment.event, picked?)?;
+    let server = schedule::<F>(&key, segment.event).and_then(|server| begin::<F>(&key, segment.event, server))?;
     if server & EXPECTS == 0 {
         return Ok(server);
     }
@@ -134,32 +130,29 @@ fn starts(protocol: u8, event: u8) -> bool {
 
 /// Answer of [`attend`]: the connection goes on.
 const HELD: u32 = u32::MAX;
-/// Answer of [`attend`]: there is no connection any more, and nothing of it is left.
-const NONE: u32 = u32::MAX - 1;
-/// Bit of an answer of [`attend`], which else is the index of the former connection's real server: the connection is to make
-/// way for another.
-const REPLACED: u32 = 1 << 31;
-/// The same: its replies are still expected.
-const EXPECTED: u32 = 1 << 30;
+/// Answer of [`attend`]: the connection is gone, or to make way for another.
+const GONE: u32 = u32::MAX - 1;
 
 /// Looks closely at a connection: it was idle for a second or more, is not settled yet, or its packet begins or ends
-/// something. The answer says whether it goes on, and else what [`make_way`] has to do about it.
+/// something. If it was over, and masqueraded, the answer is the real server whose replies are to be forgotten.
 #[inline(never)]
 fn attend<F: Family>(key: &ConnectionKey<F::Address>, connection: *mut Connection, idle: u32, event: u8) -> u32 {
     let Some(config) = CONFIG.get(0) else { return HELD };
     // SAFETY: an element of the map, as in `connection`.
     let known = unsafe { *connection };
     let protocol = key.protocol as u8;
-    let expected = if known.flags & flags::MASQUERADED != 0 { EXPECTED } else { 0 };
-    if idle >= lifetime(config, protocol, known.state) {
+    let replies = if known.flags & flags::MASQUERADED != 0 { known.server } else { GONE };
+    if known.flags & flags::LEAVING != 0 || idle >= lifetime(config, protocol, known.state) {
         if F::connections().remove(key).is_err() {
-            return NONE;
+            return GONE;
         }
         forget(&known);
-        return if expected != 0 { known.server | expected } else { NONE };
+        return replies;
     }
     if starts(protocol, event) && is_reusable(config.connection_reuse, protocol, &known) {
-        return known.server | REPLACED | expected;
+        // SAFETY: as above.
+        unsafe { (*connection).flags = known.flags | flags::LEAVING };
+        return replies;
     }
     // A removed server's connections are left to die: neither their state nor their time moves on.
     let removed = SERVERS.get(known.server).is_none_or(|server| server.status == Status::Removed as u8);
@@ -169,33 +162,26 @@ fn attend<F: Family>(key: &ConnectionKey<F::Address>, connection: *mut Connectio
     HELD
 }
 
-/// Removes what is left of a former connection, once a server is picked for the one that takes its place.
+/// Deletes the connection that is to make way for a new one, whose server is picked now. `false`: there is none.
 ///
 /// Not before: for IPVS the old connection is there until its timer runs, soon after. So schedulers count it, and if both
 /// have the same server, its upper threshold may be reached for that moment. Userspace, which could not see it, is told.
 #[inline(never)]
-fn make_way<F: Family>(key: &ConnectionKey<F::Address>, former: u32, picked: u32) {
-    let server = former & !(REPLACED | EXPECTED);
-    if former & REPLACED != 0 {
-        if F::connections().remove(key).is_err() {
-            return;
-        }
-        if let Some(counter) = COUNTERS.get_ptr_mut(server) {
-            // SAFETY: elements of the arrays. A connection that can be replaced is not active.
-            unsafe {
-                let before = atomic::fetch_add(counter, Counters::TOTAL.wrapping_neg());
-                if server == picked
-                    && let Some(peak) = PEAKS.get_ptr_mut(server)
-                {
-                    peak.write_volatile(u64::from(Counters::from_word(before).total) + 1);
-                }
-            }
-            bell::ring();
-        }
+fn make_way<F: Family>(key: &ConnectionKey<F::Address>, picked: u32) -> bool {
+    let Some(known) = F::connections().get_ptr(key) else { return false };
+    // SAFETY: an element of the map, as in `connection`.
+    let known = unsafe { *known };
+    if known.flags & flags::LEAVING == 0 || F::connections().remove(key).is_err() {
+        return false;
     }
-    if former & EXPECTED != 0 {
-        reply::forget::<F>(key, server);
+    if known.server == picked
+        && let (Some(counter), Some(peak)) = (COUNTERS.get_ptr(picked), PEAKS.get_ptr_mut(picked))
+    {
+        // SAFETY: elements of the arrays.
+        unsafe { peak.write_volatile(u64::from(Counters::from_word(counter.read_volatile()).total) + 1) };
     }
+    forget(&known);
+    true
 }
 
 /// Moves a connection's state and time on after a packet. Of its flags that do not follow from the state, `side` stay.
@@ -273,7 +259,7 @@ pub fn forget(connection: &Connection) {
     }
 }
 
-/// Finds the service for a packet without a connection, and picks a real server.
+/// Finds the service for a packet without a connection, and picks a real server, or [`NOBODY`].
 #[inline(never)]
 fn schedule<F: Family>(key: &ConnectionKey<F::Address>, event: u8) -> Result<u32, Reason> {
     let protocol = key.protocol as u8;
@@ -283,22 +269,31 @@ fn schedule<F: Family>(key: &ConnectionKey<F::Address>, event: u8) -> Result<u32
     if !may_begin(protocol, event, sloppy) || key.ports.source() == FTP_DATA.to_be() {
         return Err(Reason::NoConnection);
     }
-    pick::pick::<F>(service, &key.client, key.ports.source(), &key.vip).ok_or_else(|| {
+    Ok(pick::pick::<F>(service, &key.client, key.ports.source(), &key.vip).unwrap_or_else(|| {
         // The cursor has moved, and that the forecast says "nobody" may be out of date.
         bell::ring();
-        Reason::NoServer
-    })
+        NOBODY
+    }))
 }
 
-/// Begins a connection to a real server: makes the entry. Returns the server's index.
+/// Begins a connection to a real server, if there is one: makes the entry. Returns the server's index.
 #[inline(never)]
 fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8, server: u32) -> Result<u32, Reason> {
+    if server == NOBODY {
+        make_way::<F>(key, NOBODY);
+        return Err(Reason::NoServer);
+    }
     let protocol = key.protocol as u8;
     let masqueraded = SERVERS.get(server).is_some_and(|server| server.method == Method::Masquerade as u8);
     let side = if masqueraded { flags::MASQUERADED } else { flags::NO_OUTPUT };
     let Standing { state, flags } = Standing::after(protocol, from_client(side), 0, event, side);
     let connection = Connection { server, last_seen: jiffies(), state, flags, zero: [0; 6] };
-    match F::connections().insert(key, &connection, 1 /* BPF_NOEXIST */) {
+    let insert = || F::connections().insert(key, &connection, 1 /* BPF_NOEXIST */);
+    let inserted = match insert() {
+        Err(EEXIST) if make_way::<F>(key, server) => insert(),
+        outcome => outcome,
+    };
+    match inserted {
         Ok(()) => {}
         // Another CPU was faster: one connection, one server.
         // SAFETY: an element of the map, as in `track`.
