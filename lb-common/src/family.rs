@@ -23,6 +23,9 @@ pub trait Address: Eq + Plain {
     /// The network that the address belongs to. IPv4: by a netmask in network order; IPv6: by the length of a prefix.
     #[must_use]
     fn network(&self, netmask: u32) -> Self;
+
+    /// What a checksum over the words of this address adds up: not folded.
+    fn sum(&self) -> u64;
 }
 
 /// An IPv4 address: the four bytes of the header, in memory order.
@@ -67,6 +70,11 @@ impl Address for Ipv4 {
     fn network(&self, netmask: u32) -> Self {
         *self & netmask
     }
+
+    #[inline(always)]
+    fn sum(&self) -> u64 {
+        u64::from(*self)
+    }
 }
 
 impl Address for Ipv6 {
@@ -98,6 +106,11 @@ impl Address for Ipv6 {
             self[number as usize] & ((u64::MAX << (32 - bits)) as u32).to_be()
         };
         [word(0), word(1), word(2), word(3)]
+    }
+
+    #[inline(always)]
+    fn sum(&self) -> u64 {
+        self[0].sum() + self[1].sum() + self[2].sum() + self[3].sum()
     }
 }
 

@@ -20,6 +20,7 @@ use lb_common::{
     connection::{Connection, ConnectionKey, flags},
     packet::{V4, V6, ethernet},
     reason::Reason,
+    schedule::NOBODY,
     server::Status,
     service::Service,
     template::{Choice, Scope, Template, TemplateKey, scope_flags},
@@ -77,20 +78,18 @@ pub fn note<F: Family>(service: *const Service, connection: &ConnectionKey<F::Ad
 }
 
 /// Chooses the real server of the connection that was noted. The answer is the index of the server, with bits of
-/// [`track::begin`]'s.
+/// [`track::begin`]'s, or [`NOBODY`].
 #[inline(always)]
 pub fn choose<F: Family>() -> Result<u32, Reason> {
     match if F::ETHERTYPE == ethernet::IPV4 { persist_ipv4() } else { persist_ipv6() } {
-        NO_SERVER => Err(Reason::NoServer),
         TABLE_FULL => Err(Reason::TableFull),
         OVER => Err(Reason::TemplateOver),
         server => Ok(server),
     }
 }
 
-const NO_SERVER: u32 = u32::MAX;
-const TABLE_FULL: u32 = u32::MAX - 1;
-const OVER: u32 = u32::MAX - 2;
+const TABLE_FULL: u32 = NOBODY - 1;
+const OVER: u32 = NOBODY - 2;
 
 /// Global functions without arguments: the verifier looks at each once, and not once for each way that leads to it.
 #[unsafe(no_mangle)]
@@ -105,7 +104,7 @@ extern "C" fn persist_ipv6() -> u32 {
 
 #[inline(always)]
 fn persist<F: Family>() -> u32 {
-    let Some(arrival) = ARRIVALS.get_ptr_mut(0) else { return NO_SERVER };
+    let Some(arrival) = ARRIVALS.get_ptr_mut(0) else { return NOBODY };
     let kind = if Arrival::is_once::<F>(arrival) { ONCE } else { CONTROLLED };
     // SAFETY: elements of maps. A template may become another one under our hands, but it stays memory. An arrival is
     // this CPU's own.
@@ -137,7 +136,12 @@ unsafe fn return_to<F: Family>(arrival: *mut Arrival, known: *mut Template) -> R
             return Ok(Choice::OVER);
         }
         let is_usable = is_usable(&*known, choice, now);
-        let server = if is_usable { choice.server } else { pick::<F>(arrival)? };
+        let server = if is_usable { choice.server } else { pick::<F>(arrival).unwrap_or(NOBODY) };
+        if server == NOBODY {
+            // As in IPVS, the client is free even if its old server comes back.
+            end::<F>(Arrival::key::<F>(arrival), known, word);
+            return Err(NOBODY);
+        }
         // Many connections of a client in one tick need not all write.
         if !is_usable || choice.last_seen != now {
             let found = atomic::compare_exchange(&raw mut (*known).choice, word, Choice { server, last_seen: now }.word());
@@ -195,7 +199,7 @@ fn pick<F: Family>(arrival: *mut Arrival) -> Result<u32, u32> {
     };
     picked.ok_or_else(|| {
         bell::ring();
-        NO_SERVER
+        NOBODY
     })
 }
 
@@ -258,6 +262,22 @@ pub fn meet<F: Family>(key: &ConnectionKey<F::Address>, connection: &Connection)
     }
 }
 
+/// Deletes a template, unless it has another choice by now than this one.
+///
+/// # Safety
+/// Both are of an element of the map, or the key is another copy.
+#[inline(always)]
+unsafe fn end<F: Family>(key: *const TemplateKey<F::Address>, known: *mut Template, word: u64) {
+    let choice = Choice::from_word(word);
+    let over = Choice { server: Choice::OVER, ..choice };
+    // SAFETY: the caller's promise.
+    unsafe {
+        if atomic::compare_exchange(&raw mut (*known).choice, word, over.word()) == word && F::templates().remove(&*key).is_ok() {
+            count(choice.server, LESS);
+        }
+    }
+}
+
 /// Seconds more for a template whose time is over while it has connections; from then on it is what it lives.
 const RESPITE: u32 = 60;
 
@@ -280,19 +300,13 @@ pub unsafe fn expire<F: Family>(key: *const TemplateKey<F::Address>, known: *mut
             }
             return;
         }
-        let next = if has_connections {
-            Choice { server: choice.server, last_seen: now }
-        } else {
-            Choice { server: Choice::OVER, ..choice }
-        };
-        if atomic::compare_exchange(&raw mut (*known).choice, word, next.word()) != word {
-            // A new connection has come in this moment.
-            return;
+        if !has_connections {
+            return end::<F>(key, known, word);
         }
-        if has_connections {
+        let renewed = Choice { last_seen: now, ..choice };
+        // Unless a new connection has come in this moment.
+        if atomic::compare_exchange(&raw mut (*known).choice, word, renewed.word()) == word {
             (*known).timeout = HZ.load().wrapping_mul(RESPITE);
-        } else if F::templates().remove(&*key).is_ok() {
-            count(choice.server, LESS);
         }
     }
 }

@@ -101,6 +101,7 @@ pub struct KernelDatapath {
     destinations: Destinations,
     templates: Templates,
     counters: Words,
+    peaks: Words,
     /// Something once it is started.
     bell: Option<Bell>,
     swept: Words,
@@ -143,7 +144,7 @@ impl KernelDatapath {
         // Before anything is attached: until then a program lets every packet pass.
         let services = read_services(&pins)?;
         let addresses = services.keys().map(|(_, address, _)| *address);
-        let filter = Filter::new(Some(programs.take_filter()?), addresses).context("the filter cannot be written")?;
+        let filter = Filter::new(Some(programs.take_destinations()?), addresses).context("the filter cannot be written")?;
         let connections = Connections::open(&pins)?;
         if connections.capacity() != options.max_connections {
             tracing::info!(
@@ -167,10 +168,11 @@ impl KernelDatapath {
             destinations: Destinations::open(&pins)?,
             templates: Templates::open(&pins)?,
             counters: words("COUNTERS")?,
+            peaks: words("PEAKS")?,
             bell: None,
             swept: words("SWEPT")?,
             statistics: pins.typed("STATISTICS")?,
-            servers: Arc::new(Mutex::new(Servers::open(&pins)?)),
+            servers: Arc::new(Mutex::new(Servers::open(&pins, programs.take_sources()?)?)),
             attachments: Arc::new(Mutex::new(Attachments::new(
                 programs,
                 pins.clone(),
@@ -466,6 +468,10 @@ impl Datapath for KernelDatapath {
 
     fn counters(&self, index: u32) -> Counters {
         Counters::from_word(self.counters.load(index))
+    }
+
+    fn take_peak(&self, index: u32) -> u32 {
+        self.peaks.take(index) as u32
     }
 
     fn statistics(&self, index: u32) -> Result<Statistics, Error> {
