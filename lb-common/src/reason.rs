@@ -74,8 +74,8 @@ reasons! {
     ServerRemoved = "server-removed", Dropped, "the connection's real server was removed from its service";
     /// The first part of an SCTP packet whose port is to be changed: its checksum is over parts that are not here.
     SctpFragment = "sctp-fragment", Dropped, "a fragmented SCTP packet, to a masqueraded real server on another port";
-    /// The connection table is full.
-    TableFull = "table-full", Dropped, "the connection table is full";
+    /// The connection table or that of templates is full.
+    TableFull = "table-full", Dropped, "the connection table or that of templates is full";
     /// A client's template was about to be deleted; its next packet finds none, and makes a new one.
     TemplateOver = "template-over", Dropped, "the client's template was being deleted at that moment";
     /// Larger than the way to the real server, or to its client, allows.
