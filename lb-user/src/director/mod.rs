@@ -425,19 +425,20 @@ impl<D: Datapath> Director<D> {
         let other_mode = scheduler.mode() != old.scheduler.mode();
         // IPVS leaves a scheduler alone that stays the same.
         let same = scheduler.name() == old.scheduler.name();
+        // Persistence decides whether connections keep their port.
+        let edited = Service { config: config.clone(), ..old.clone() };
+        for server in &edited.servers {
+            let target = edited.target(server);
+            if target != old.target(server) {
+                self.datapath.set_server(server.index, &target)?;
+            }
+        }
         // A schedule must not be read in the mode of another: the service moves to a new index, in one step.
         let index = if other_mode { Some(self.new_service_index(&id)?) } else { None };
         let touched = self.touch(&id, position, pending);
         let service = self.services.get_mut(&id).ok_or_else(|| no_such_service(&id))?;
         touched.tell(service);
-        let before = service.clone();
         service.config = config.clone();
-        for server in &service.servers {
-            let target = service.target(server);
-            if target != before.target(server) {
-                self.datapath.set_server(server.index, &target)?;
-            }
-        }
         if same {
             service.scheduler.set_flags(config.flags);
         } else {
