@@ -1,8 +1,8 @@
-//! A virtual service, as the datapath sees it: (protocol, address, port) to a schedule.
+//! A virtual service, as the datapath sees it: (protocol, address, port), or a firewall mark, to a schedule.
 
-use crate::wire::plain;
+use crate::{family::Address, wire::plain};
 
-/// What a packet must be addressed to. Address and port in network order.
+/// What a packet must be addressed to, or be marked with. Address and port in network order.
 #[doc(alias = "ip_vs_service")]
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 #[repr(C)]
@@ -17,6 +17,15 @@ pub struct ServiceKey<A> {
     pub zero: u8,
 }
 
+impl<A: Address> ServiceKey<A> {
+    /// The key of the service that a firewall mark names: the mark in the place of an address, of a protocol that no balanced
+    /// packet has.
+    #[inline(always)]
+    pub fn of_mark(mark: u32) -> Self {
+        Self { vip: A::from_words(&[mark, 0, 0, 0]), port: 0, protocol: 0, zero: 0 }
+    }
+}
+
 /// A virtual service. Written by userspace, read by the datapath on a connection's first packet.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 #[repr(C)]
@@ -29,6 +38,12 @@ pub struct Service {
     pub flags: u8,
     /// Always zero.
     pub zero: u16,
+    /// The firewall mark that names the service; 0: none.
+    pub mark: u32,
+    /// Seconds that a client stays with its real server; 0: not at all.
+    pub persistence: u32,
+    /// Whom persistence takes for one client. IPv4: the netmask, in network order; IPv6: the length of the prefix.
+    pub netmask: u32,
 }
 
 /// How a service's schedule is indexed.
@@ -63,5 +78,5 @@ pub mod flags {
 plain! {
     ServiceKey<crate::family::Ipv4> = 8,
     ServiceKey<crate::family::Ipv6> = 20,
-    Service = 8,
+    Service = 20,
 }

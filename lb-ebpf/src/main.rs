@@ -61,7 +61,8 @@ pub fn xdp_director(context: XdpContext) -> u32 {
     if verdict == Outcome::DEFERRED {
         // SAFETY: the map is a program array, whose program has the same kind of context.
         unsafe { XDP_TRANSLATION.tail_call(&context, 0) };
-        return XdpFrame::PASS as u32;
+        // Nobody is masqueraded, so that it is nobody's reply.
+        return account::leave::<XdpFrame>(Reason::NotOurs) as u32;
     }
     verdict as u32
 }
@@ -82,7 +83,8 @@ pub fn tc_director(context: TcContext) -> i32 {
     if verdict == Outcome::DEFERRED {
         // SAFETY: the map is a program array, whose program has the same kind of context.
         unsafe { TC_TRANSLATION.tail_call(&context, 0) };
-        return TcBuffer::PASS;
+        // As above.
+        return account::leave::<TcBuffer>(Reason::NotOurs);
     }
     verdict
 }
@@ -107,15 +109,19 @@ fn direct<P: Packet>(packet: &mut P) -> i32 {
 }
 
 /// The way of a plain packet: no VLAN tag, no IP options or extension headers, no fragment, TCP or UDP. Everything is
-/// where it always is, which makes this way short.
+/// where it always is, which makes this way short. One that is an exception to the filter counts as odd.
 #[inline(always)]
 fn plain<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
     let link = Link::plain(F::ETHERTYPE);
     let Some(Plain { header, protocol, segment }) = F::plain(packet, link.payload) else { return Ok(Outcome::odd::<F>()) };
     if !classify::may_be_ours(&header.destination) {
-        return if classify::may_be_reply(&header.source) { Ok(Outcome::reply::<F>(true)) } else { Err(Reason::NotOurs) };
+        return match () {
+            () if classify::is_excepted::<P, F>(packet) => Ok(Outcome::odd::<F>()),
+            () if classify::may_be_reply(&header.source) => Ok(Outcome::reply::<F>(true)),
+            () => Err(Reason::NotOurs),
+        };
     }
-    let server = track::connection::<F>(&header, protocol, segment);
+    let server = track::connection::<P, F>(packet, &header, protocol, segment);
     Ok(deliver::<P, F, true>(packet, &link, &header, true, server))
 }
 
@@ -141,7 +147,7 @@ fn odd<P: Packet, F: Family>(context: *mut c_void) -> Outcome {
 fn any<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
     let link = ethernet::parse(packet)?;
     let header = F::parse(packet, link.payload)?;
-    if !classify::may_be_ours(&header.destination) {
+    if !classify::may_be_ours(&header.destination) && !classify::is_excepted::<P, F>(packet) {
         // ICMP errors come from routers, too: whether they are about a request, only the packet that they quote tells.
         let may_be_reply = F::protocol(packet, header.offset) == Some(F::ICMP) || classify::may_be_reply(&header.source);
         return if may_be_reply { Ok(Outcome::reply::<F>(false)) } else { Err(Reason::NotOurs) };
@@ -167,9 +173,17 @@ fn deliver<P: Packet, F: Family, const PLAIN: bool>(
         Ok(outcome) => outcome,
         // An address that looks like a virtual one to the filter may be that of a client.
         Err(Reason::NoService) if classify::may_be_reply(&header.source) => Outcome::reply::<F>(false),
+        // It was an exception to the filter, and for nobody.
+        Err(why) if !PLAIN && leaves_unnoticed(why) && !classify::may_be_ours(&header.destination) => Outcome::reply::<F>(false),
         Err(why) if answerable => Outcome::refused::<P, F>(why, mtu, link, header.length),
         Err(why) => Outcome::left::<P>(why),
     }
+}
+
+/// Whether nothing was found that a packet belongs to.
+#[inline(always)]
+const fn leaves_unnoticed(why: Reason) -> bool {
+    matches!(why, Reason::FragmentUnknown | Reason::NoConnection | Reason::NoService | Reason::NotTransport)
 }
 
 #[inline(always)]

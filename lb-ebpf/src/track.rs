@@ -17,13 +17,12 @@ use lb_common::{
     reason::Reason,
     sctp,
     server::{Counters, Method, Status},
-    service::ServiceKey,
     tcp::{self, Direction},
 };
 use lb_ebpf::packet::{Packet, REACH, merged};
 
 use crate::{
-    account, atomic, bell,
+    account, atomic, bell, classify,
     maps::{CONFIG, COUNTERS, Family, HZ, SERVERS},
     pick, reply,
 };
@@ -41,7 +40,12 @@ pub fn jiffies() -> u32 {
 
 /// Finds or makes the packet's connection, and moves its state on. Returns the index of its real server.
 #[inline(always)]
-pub fn connection<F: Family>(header: &IpHeader<F::Address>, protocol: u8, segment: Segment) -> Result<u32, Reason> {
+pub fn connection<P: Packet, F: Family>(
+    packet: &P,
+    header: &IpHeader<F::Address>,
+    protocol: u8,
+    segment: Segment,
+) -> Result<u32, Reason> {
     let key = ConnectionKey { client: header.source, vip: header.destination, ports: segment.ports, protocol: u32::from(protocol) };
     if let Some(known) = F::connections().get_ptr_mut(&key) {
         // SAFETY: an element of the map; it may become another connection's under our hands, but it stays memory.
@@ -57,7 +61,7 @@ pub fn connection<F: Family>(header: &IpHeader<F::Address>, protocol: u8, segmen
             masqueraded => reply::forget::<F>(&key, masqueraded),
         }
     }
-    let server = schedule::<F>(&key, segment.event).and_then(|server| begin::<F>(&key, segment.event, server))?;
+    let server = schedule::<F>(&key, segment.event, packet.mark()).and_then(|server| begin::<F>(&key, segment.event, server))?;
     if server & EXPECTS == 0 {
         return Ok(server);
     }
@@ -236,10 +240,9 @@ pub fn forget(connection: &Connection) {
 
 /// Finds the service for a packet without a connection, and picks a real server.
 #[inline(never)]
-fn schedule<F: Family>(key: &ConnectionKey<F::Address>, event: u8) -> Result<u32, Reason> {
+fn schedule<F: Family>(key: &ConnectionKey<F::Address>, event: u8, mark: u32) -> Result<u32, Reason> {
     let protocol = key.protocol as u8;
-    let service_key = ServiceKey { vip: key.vip, port: key.ports.destination(), protocol, zero: 0 };
-    let service = F::services().get_ptr(&service_key).ok_or(Reason::NoService)?;
+    let service = classify::service::<F>(key, mark).ok_or(Reason::NoService)?;
     let sloppy = CONFIG.get(0).map_or(0, |config| config.flags);
     if !may_begin(protocol, event, sloppy) || key.ports.source() == FTP_DATA.to_be() {
         return Err(Reason::NoConnection);
@@ -303,7 +306,7 @@ pub fn anything<P: Packet, F: Family>(
     } else {
         transport::parse(packet, offset, protocol, header.offset + header.length)?
     };
-    let server = connection::<F>(header, protocol, segment)?;
+    let server = connection::<P, F>(packet, header, protocol, segment)?;
     if fragment == Fragment::First {
         remember_first_fragment::<P, F>(packet.context(), header.offset as u32, segment.ports);
     }

@@ -181,6 +181,12 @@ impl Packet for TcBuffer {
         unsafe { (*self.context).ifindex }
     }
 
+    #[inline(always)]
+    fn mark(&self) -> u32 {
+        // SAFETY: the context is the kernel's.
+        unsafe { (*self.context).mark }
+    }
+
     /// Only the kernel knows whether a checksum is finished. If not, it covers the pseudo-header alone, and the addresses
     /// count the other way round.
     #[inline(always)]

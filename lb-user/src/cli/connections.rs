@@ -33,6 +33,7 @@ fn belongs(connection: &ConnectionView, service: &ServiceId) -> bool {
         ServiceId::Address { protocol, address, port } => {
             connection.protocol == protocol.to_string() && connection.vip == *address && connection.vip_port == *port
         }
+        // Connections do not remember that a mark brought them.
         ServiceId::Mark { .. } => false,
     }
 }

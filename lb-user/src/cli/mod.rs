@@ -7,8 +7,8 @@
 //! bpfvs service list
 //! ```
 //!
-//! A service is written as a URL: `tcp://10.0.0.200:80`, `udp://[2001:db8::1]:53`. A real server is an address with a port or
-//! without; without one it has the service's.
+//! A service is written as a URL: `tcp://10.0.0.200:80`, `udp://[2001:db8::1]:53`; one that a firewall mark names as `mark:10`, or
+//! `mark6:10` for IPv6. A real server is an address with a port or without; without one it has the service's.
 //!
 //! Exit codes: 0 when all went well, 1 when something was refused or failed (one sentence on standard error says why), 2
 //! when the command line cannot be understood. With `--json` the answer is JSON on standard output, of the types in
@@ -55,7 +55,7 @@ struct Arguments {
 
 /// The end of the help text.
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 refused or failed, 2 wrong usage.\n\
-    Services are written as tcp://10.0.0.200:80 or udp://[2001:db8::1]:53.";
+    Services are written as tcp://10.0.0.200:80, udp://[2001:db8::1]:53, mark:10 or mark6:10.";
 
 /// Options of every command.
 #[derive(Args, Clone, Debug)]

@@ -13,7 +13,7 @@
 //! traffic goes on. [`KernelDatapath::remove`] takes everything away.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashSet,
     future::Future,
     net::IpAddr,
     path::PathBuf,
@@ -23,12 +23,11 @@ use std::{
 };
 
 use anyhow::{Context as _, anyhow, bail};
-use aya::maps::{Array, HashMap as MapHashMap, MapData, PerCpuArray, PerCpuValues};
+use aya::maps::{Array, MapData, PerCpuArray, PerCpuValues};
 use lb_common::{
     config::{Config, LAYOUT},
-    family::{Ipv4, Ipv6},
     server::{Counters, NextHop, Server, Status},
-    service::{Mode, Service, ServiceKey},
+    service::{Mode, Service},
     statistics::Statistics,
 };
 use nix::time::{ClockId, clock_gettime};
@@ -40,7 +39,6 @@ use super::{
     bell::Bell,
     connections::{Clock, Connections},
     devices::Devices,
-    filter::Filter,
     hz, kernel_error,
     links::{self},
     locality::{Destinations, Standings},
@@ -50,13 +48,12 @@ use super::{
     resolve::{Order, Resolver, lock},
     runs::Runs,
     servers::Servers,
+    services::Services,
     shared::Words,
     sweep::{SweepOutcome, Sweeper},
-    system::for_each_entry,
-    way::{address, words},
 };
 use crate::{
-    director::model::{ConnectionView, Hook, InterfaceView, Method, Protocol, ReasonView},
+    director::model::{ConnectionView, Hook, InterfaceView, Method, ReasonView, ServiceId},
     scheduler::Run,
 };
 
@@ -80,20 +77,13 @@ pub struct Options {
     pub tcx: bool,
 }
 
-/// A service's place in the map: protocol, address, port.
-pub type ServicePlace = (Protocol, IpAddr, u16);
-
 /// The datapath in the kernel.
 pub struct KernelDatapath {
     pins: Pins,
     adopted: bool,
     config: Config,
     config_map: Array<MapData, Config>,
-    services_v4: MapHashMap<MapData, ServiceKey<Ipv4>, Service>,
-    services_v6: MapHashMap<MapData, ServiceKey<Ipv6>, Service>,
-    /// What the service maps hold.
-    services: HashMap<ServicePlace, Service>,
-    filter: Filter,
+    services: Services,
     runs: Runs,
     standings: Standings,
     destinations: Destinations,
@@ -138,9 +128,7 @@ impl KernelDatapath {
             None => make_instance(&pins, programs, options)?,
         };
         // Before anything is attached: until then a program lets every packet pass.
-        let services = read_services(&pins)?;
-        let addresses = services.keys().map(|(_, address, _)| *address);
-        let filter = Filter::new(Some(programs.take_filter()?), addresses).context("the filter cannot be written")?;
+        let services = Services::open(&pins, Some(programs.take_filter()?))?;
         let connections = Connections::open(&pins)?;
         if connections.capacity() != options.max_connections {
             tracing::info!(
@@ -149,8 +137,6 @@ impl KernelDatapath {
                 "the connection tables that were found keep their size; `bpfvs stop --detach` and a new start change it"
             );
         }
-        let services_v4 = pins.typed("SERVICES_V4")?;
-        let services_v6 = pins.typed("SERVICES_V6")?;
         let words = |name| Words::open(&pins.map(name));
         let (orders, received) = mpsc::unbounded_channel();
         let (answers, answered) = watch::channel(0);
@@ -158,7 +144,6 @@ impl KernelDatapath {
             adopted: found.is_some(),
             config,
             config_map: pins.typed("CONFIG")?,
-            filter,
             runs: Runs::new(words("SCHEDULES")?, words("CURSORS")?, words("RUNS")?),
             standings: Standings::new(words("STANDINGS")?),
             destinations: Destinations::open(&pins)?,
@@ -176,8 +161,6 @@ impl KernelDatapath {
             ))),
             sweeper: Arc::new(Mutex::new(Sweeper::open(&pins)?)),
             reasons: Reasons::open(&pins)?,
-            services_v4,
-            services_v6,
             services,
             connections,
             orders,
@@ -214,8 +197,8 @@ impl KernelDatapath {
     }
 
     /// The services as they stand in the map, whoever wrote them.
-    pub fn service_entries(&self) -> Vec<(ServicePlace, Service)> {
-        self.services.iter().map(|(place, service)| (*place, *service)).collect()
+    pub fn service_entries(&self) -> Vec<(ServiceId, Service)> {
+        self.services.iter().map(|(id, service)| (*id, *service)).collect()
     }
 
     /// The real servers as they stand in the map, whoever wrote them.
@@ -231,7 +214,7 @@ impl KernelDatapath {
 
     /// Whether packets to this address are looked at.
     pub fn filter_contains(&self, address: IpAddr) -> bool {
-        self.filter.contains(address)
+        self.services.filter_contains(address)
     }
 
     /// The settings as they stand in the map.
@@ -339,7 +322,7 @@ impl KernelDatapath {
     }
 
     fn has_service_id(&self, id: u32) -> bool {
-        self.services.values().any(|service| service.id == id)
+        self.services.iter().any(|(_, service)| service.id == id)
     }
 }
 
@@ -352,42 +335,17 @@ impl Datapath for KernelDatapath {
         lock(&self.servers).capacity()
     }
 
-    fn set_service(&mut self, protocol: Protocol, address: IpAddr, port: u16, service: Service) -> Result<(), Error> {
-        let written = match address {
-            IpAddr::V4(_) => self.services_v4.insert(service_key(protocol, words(address)[0], port), service, 0),
-            IpAddr::V6(_) => self.services_v6.insert(service_key(protocol, words(address), port), service, 0),
-        };
-        if let Err(error) = written {
-            if self.services.len() as u32 >= self.runs.capacity() {
-                return Err(Error::Full {
-                    what: "the table of services",
-                    limit: self.runs.capacity(),
-                    advice: "remove services that are not needed",
-                });
-            }
-            return Err(kernel_error(format!("the service {protocol} {address} port {port} cannot be written"), error));
-        }
-        if self.services.insert((protocol, address, port), service).is_none() {
-            self.filter
-                .add(address)
-                .map_err(|error| kernel_error(format!("the virtual address {address} cannot be made known"), error))?;
-        }
-        Ok(())
+    fn set_service(&mut self, id: &ServiceId, service: Service) -> Result<(), Error> {
+        self.services.set(id, service)
     }
 
-    fn remove_service(&mut self, protocol: Protocol, address: IpAddr, port: u16) -> Result<(), Error> {
-        let Some(service) = self.services.remove(&(protocol, address, port)) else { return Ok(()) };
-        self.filter
-            .remove(address)
-            .map_err(|error| kernel_error(format!("the virtual address {address} cannot be taken back"), error))?;
-        let removed = match address {
-            IpAddr::V4(_) => self.services_v4.remove(&service_key(protocol, words(address)[0], port)),
-            IpAddr::V6(_) => self.services_v6.remove(&service_key(protocol, words(address), port)),
-        };
-        if !self.has_service_id(service.id) {
+    fn remove_service(&mut self, id: &ServiceId) -> Result<(), Error> {
+        if let Some(service) = self.services.remove(id)?
+            && !self.has_service_id(service.id)
+        {
             self.runs.withdraw(service.id);
         }
-        removed.map_err(|error| kernel_error(format!("the service {protocol} {address} port {port} cannot be removed"), error))
+        Ok(())
     }
 
     fn publish(&mut self, service: u32, run: &Run) -> Result<(), Error> {
@@ -463,8 +421,8 @@ impl Datapath for KernelDatapath {
         }))
     }
 
-    fn services(&self) -> Result<Vec<ServicePlace>, Error> {
-        Ok(self.services.keys().copied().collect())
+    fn services(&self) -> Result<Vec<ServiceId>, Error> {
+        Ok(self.services.iter().map(|(id, _)| *id).collect())
     }
 
     fn servers(&self) -> Result<Vec<u32>, Error> {
@@ -475,8 +433,12 @@ impl Datapath for KernelDatapath {
         if self.standings.is_empty() {
             return;
         }
-        let replicas: HashSet<u32> =
-            self.services.values().filter(|service| service.mode == Mode::Replicas as u8).map(|service| service.id).collect();
+        let replicas: HashSet<u32> = self
+            .services
+            .iter()
+            .filter(|(_, service)| service.mode == Mode::Replicas as u8)
+            .map(|(_, service)| service.id)
+            .collect();
         let mode = |service| {
             let mode = if replicas.contains(&service) { Mode::Replicas } else { Mode::Locality };
             self.standings.contains(service).then_some(mode)
@@ -529,27 +491,4 @@ fn detect_hz(sweeper: &Sweeper) -> anyhow::Result<u32> {
     thread::sleep(Duration::from_millis(200));
     hz::from_two(&earlier, &sweeper.walk()?)
         .ok_or_else(|| anyhow!("the kernel's clocks stand still, so its tick rate cannot be found; start bpfvs again"))
-}
-
-fn service_key<A>(protocol: Protocol, vip: A, port: u16) -> ServiceKey<A> {
-    ServiceKey { vip, port: port.to_be(), protocol: protocol.number(), zero: 0 }
-}
-
-fn read_services(pins: &Pins) -> anyhow::Result<HashMap<ServicePlace, Service>> {
-    let mut services = HashMap::new();
-    let protocol = |number| [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].into_iter().find(|protocol| protocol.number() == number);
-    let mut add = |number, address, port, service: &Service| {
-        if let Some(protocol) = protocol(number) {
-            services.insert((protocol, address, u16::from_be(port)), *service);
-        }
-    };
-    for_each_entry(&pins.data("SERVICES_V4")?, |key: &ServiceKey<Ipv4>, service: &Service| {
-        add(key.protocol, address([key.vip, 0, 0, 0], false), key.port, service);
-    })
-    .context("the table of services cannot be read")?;
-    for_each_entry(&pins.data("SERVICES_V6")?, |key: &ServiceKey<Ipv6>, service: &Service| {
-        add(key.protocol, address(key.vip, true), key.port, service);
-    })
-    .context("the table of services cannot be read")?;
-    Ok(services)
 }

@@ -9,7 +9,7 @@
 //! | where maps are pinned, and which are taken over | [`maps`] |
 //! | shared memory, what wakes its reader, raw system calls | [`shared`], [`bell`], [`system`] |
 //! | the programs, and the interfaces that they run on | [`programs`], [`attach`], [`links`] |
-//! | schedules, filters | [`runs`], [`filter`] |
+//! | services, schedules, filters | [`services`], [`runs`], [`filter`] |
 //! | what replies leave by | [`devices`] |
 //! | destinations of lblc and lblcr | [`locality`] |
 //! | real servers and the ways to them | [`servers`], [`way`], [`resolve`] |
@@ -32,6 +32,7 @@ pub mod reasons;
 pub mod resolve;
 pub mod runs;
 pub mod servers;
+pub mod services;
 pub mod shared;
 pub mod sweep;
 pub mod system;
@@ -49,7 +50,7 @@ use lb_common::{config::Config, server::Counters, service::Service, statistics::
 pub use crate::director::model::Hook;
 
 use crate::{
-    director::model::{Method, Protocol},
+    director::model::{Method, ServiceId},
     scheduler::Run,
 };
 
@@ -63,10 +64,10 @@ pub trait Datapath {
     fn server_capacity(&self) -> u32;
 
     /// Makes a service known to the packet path, or changes it. Its schedule should have been published before.
-    fn set_service(&mut self, protocol: Protocol, address: IpAddr, port: u16, service: Service) -> Result<(), Error>;
+    fn set_service(&mut self, id: &ServiceId, service: Service) -> Result<(), Error>;
 
     /// Takes a service away from the packet path.
-    fn remove_service(&mut self, protocol: Protocol, address: IpAddr, port: u16) -> Result<(), Error>;
+    fn remove_service(&mut self, id: &ServiceId) -> Result<(), Error>;
 
     /// Publishes the schedule of the service with this index; a later one takes its place at once.
     fn publish(&mut self, service: u32, run: &Run) -> Result<(), Error>;
@@ -96,7 +97,7 @@ pub trait Datapath {
     fn statistics(&self, index: u32) -> Result<Statistics, Error>;
 
     /// Every service that the packet path knows, whoever made it known.
-    fn services(&self) -> Result<Vec<(Protocol, IpAddr, u16)>, Error>;
+    fn services(&self) -> Result<Vec<ServiceId>, Error>;
 
     /// The index of every real server that is not free, whoever made it known.
     fn servers(&self) -> Result<Vec<u32>, Error>;

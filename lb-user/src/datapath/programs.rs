@@ -8,12 +8,14 @@
 use anyhow::{Context as _, anyhow};
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, MapData, ProgramArray},
+    maps::ProgramArray,
     programs::{Program, ProgramError, RawTracePoint, SchedClassifier, Xdp},
 };
-use lb_common::filter::WORDS;
 
-use super::maps::{CONNECTION_TABLES, OBJECT, Pins, remove_pin};
+use super::{
+    filter::Kernel,
+    maps::{CONNECTION_TABLES, OBJECT, Pins, remove_pin},
+};
 
 const XDP: &str = "xdp_director";
 const TC: &str = "tc_director";
@@ -81,7 +83,7 @@ impl Programs {
     }
 
     /// The filter of the loaded programs, which is empty until it is written. It can be taken once.
-    pub fn take_filter(&mut self) -> anyhow::Result<Array<MapData, [u64; WORDS as usize]>> {
+    pub fn take_filter(&mut self) -> anyhow::Result<Kernel> {
         let map = self.ebpf.take_map(FILTER).with_context(|| missing("filter"))?;
         map.try_into().context("the programs' filter is not what it should be; build bpfvs anew")
     }

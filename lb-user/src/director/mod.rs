@@ -185,7 +185,7 @@ impl<D: Datapath> Director<D> {
     /// The datapath may be younger than the state (the machine was restarted, or everything was taken away): counters that
     /// began anew are not compared with what the state remembers of the old ones.
     fn restore(&mut self) -> Result<(), datapath::Error> {
-        let known_services = self.datapath.services()?;
+        let known_services: BTreeSet<ServiceId> = self.datapath.services()?.into_iter().collect();
         let known_servers: BTreeSet<u32> = self.datapath.servers()?.into_iter().collect();
         self.take_in_orphans()?;
         let timeouts = self.timeouts;
@@ -204,10 +204,7 @@ impl<D: Datapath> Director<D> {
                     server.zero = server.joined;
                 }
             }
-            let known = known_services
-                .iter()
-                .any(|&(protocol, address, port)| service.id == ServiceId::Address { protocol, address, port });
-            if !known {
+            if !known_services.contains(&service.id) {
                 service.base = self.datapath.cursor(service.index);
                 service.left_behind = Totals::default();
                 service.zero = Totals::default();
@@ -225,11 +222,10 @@ impl<D: Datapath> Director<D> {
     /// Takes services away from the datapath that this director knows nothing of, and puts such servers into the trash: the
     /// last daemon stopped before it could write them down, or its state file is lost.
     fn take_in_orphans(&mut self) -> Result<(), datapath::Error> {
-        for (protocol, address, port) in self.datapath.services()? {
-            let id = ServiceId::Address { protocol, address, port };
+        for id in self.datapath.services()? {
             if !self.services.contains_key(&id) {
                 warn!("removing {id} from the datapath: the state file knows nothing of it");
-                self.datapath.remove_service(protocol, address, port)?;
+                self.datapath.remove_service(&id)?;
             }
         }
         for index in self.datapath.servers()? {
@@ -434,8 +430,8 @@ impl<D: Datapath> Director<D> {
     fn remove_service(&mut self, id: &ServiceId, pending: &mut Pending) -> Result<(), Refusal> {
         let service = self.services.get(id).ok_or_else(|| no_such_service(id))?;
         let published = pending.services.get(id).is_none_or(|touched| touched.before.is_some());
-        if let (true, ServiceId::Address { protocol, address, port }) = (published, id) {
-            self.datapath.remove_service(*protocol, *address, *port)?;
+        if published {
+            self.datapath.remove_service(id)?;
         }
         let (index, incarnation) = (service.index, service.incarnation);
         pending.services.remove(id);
@@ -630,16 +626,14 @@ impl<D: Datapath> Director<D> {
         let run = service.scheduler.compile(&service.candidates(), service.arrivals(self.seed));
         self.datapath.publish(service.index, &run)?;
         service.lasts = run.truncated.then_some(run.picks.len() as u32);
-        if let ServiceId::Address { protocol, address, port } = *id {
-            let entry = ServiceEntry {
-                id: service.index,
-                mode: service.scheduler.mode() as u8,
-                flags: service.scheduler.service_flags(),
-                zero: 0,
-            };
-            self.datapath.set_service(protocol, address, port, entry)?;
-        }
-        Ok(())
+        let entry = ServiceEntry {
+            id: service.index,
+            mode: service.scheduler.mode() as u8,
+            flags: service.scheduler.service_flags(),
+            mark: id.mark(),
+            ..ServiceEntry::default()
+        };
+        self.datapath.set_service(id, entry)
     }
 
     /// Makes a service again what it was before a list of commands.

@@ -30,6 +30,14 @@ impl Protocol {
             Self::Sctp => 132,
         }
     }
+
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Tcp, Self::Udp, Self::Sctp];
+
+    /// The protocol with this number.
+    pub fn of_number(number: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|protocol| protocol.number() == number)
+    }
 }
 
 impl fmt::Display for Protocol {
@@ -98,6 +106,14 @@ impl ServiceId {
         match self {
             Self::Address { address, .. } => Family::of(*address),
             Self::Mark { family, .. } => *family,
+        }
+    }
+
+    /// Its firewall mark; 0 if it has an address.
+    pub const fn mark(&self) -> u32 {
+        match self {
+            Self::Address { .. } => 0,
+            Self::Mark { mark, .. } => *mark,
         }
     }
 
@@ -173,6 +189,102 @@ impl fmt::Display for ServerId {
             IpAddr::V6(address) => write!(formatter, "[{address}]:{}", self.port),
         }
     }
+}
+
+/// A network: an address whose bits behind the prefix are zero. With the longest prefix it is one host.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
+pub struct Network {
+    /// The address.
+    pub address: IpAddr,
+    /// The length of the prefix.
+    pub prefix: u8,
+}
+
+impl Network {
+    /// Its family.
+    pub const fn family(&self) -> Family {
+        Family::of(self.address)
+    }
+
+    /// The longest prefix of its family.
+    pub const fn longest_prefix(&self) -> u8 {
+        match self.address {
+            IpAddr::V4(_) => 32,
+            IpAddr::V6(_) => 128,
+        }
+    }
+
+    /// Its address, if that is all that there is.
+    pub const fn host(&self) -> Option<IpAddr> {
+        if self.prefix == self.longest_prefix() { Some(self.address) } else { None }
+    }
+
+    /// Whether the prefix is no longer than the address, and nothing stands behind it.
+    pub fn is_valid(&self) -> bool {
+        let behind = self.longest_prefix().checked_sub(self.prefix);
+        behind.is_some_and(|behind| match self.address {
+            IpAddr::V4(address) => u64::from(address.to_bits()) & ((1 << behind) - 1) == 0,
+            IpAddr::V6(address) => behind == 0 || address.to_bits() << (128 - u32::from(behind)) == 0,
+        })
+    }
+}
+
+impl fmt::Display for Network {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.host() {
+            Some(address) => address.fmt(formatter),
+            None => write!(formatter, "{}/{}", self.address, self.prefix),
+        }
+    }
+}
+
+/// A mark rule: bpfvs itself takes packets for marked, so that no firewall need do it.
+#[derive(Clone, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
+pub struct MarkRule {
+    /// The mark, never 0.
+    pub mark: u32,
+    /// Where the packets go.
+    pub destination: Network,
+    /// Their protocol; nothing for TCP, UDP and SCTP.
+    #[serde(default)]
+    pub protocol: Option<Protocol>,
+    /// The ports that they go to, each range with its first and its last; none for all.
+    #[serde(default)]
+    pub ports: Vec<(u16, u16)>,
+}
+
+impl MarkRule {
+    /// The protocols that it is for.
+    pub fn protocols(&self) -> impl Iterator<Item = Protocol> + use<> {
+        let only = self.protocol;
+        Protocol::ALL.into_iter().filter(move |protocol| only.is_none_or(|only| only == *protocol))
+    }
+
+    /// Its ports, one by one.
+    pub fn each_port(&self) -> impl Iterator<Item = u16> + '_ {
+        self.ports.iter().flat_map(|&(first, last)| first..=last)
+    }
+}
+
+impl fmt::Display for MarkRule {
+    /// `10.0.0.200 TCP 80,443 -> 10`
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{} ", self.destination)?;
+        match self.protocol {
+            Some(protocol) => write!(formatter, "{protocol} ")?,
+            None => formatter.write_str("any protocol ")?,
+        }
+        write!(formatter, "{} -> {}", port_list(&self.ports), self.mark)
+    }
+}
+
+/// Ports as people write them: `80,443,10000-20000`; nothing listed means all.
+pub fn port_list(ports: &[(u16, u16)]) -> String {
+    if ports.is_empty() {
+        return "all ports".to_owned();
+    }
+    let range = |&(first, last): &(u16, u16)| if first == last { first.to_string() } else { format!("{first}-{last}") };
+    ports.iter().map(range).collect::<Vec<_>>().join(",")
 }
 
 /// How packets reach a real server.
