@@ -29,7 +29,7 @@ use crate::{
     datapath::Datapath,
     director::{
         Director,
-        model::{Command, ConnectionView, Hook, InterfaceView, Outcome, ReasonView, ServiceView, Status, Timeouts},
+        model::{Command, ConnectionView, Hook, InterfaceView, MarkRule, Outcome, ReasonView, ServiceView, Status, Timeouts},
     },
 };
 
@@ -162,6 +162,11 @@ impl<I: Instance> Daemon<I> {
     /// All connections.
     pub fn connections(&self) -> anyhow::Result<Vec<ConnectionView>> {
         self.director.datapath().connections()
+    }
+
+    /// The mark rules.
+    pub fn mark_rules(&self) -> Vec<MarkRule> {
+        self.director.mark_rules().to_vec()
     }
 
     /// The timeouts.

@@ -53,7 +53,7 @@ use super::{
     sweep::{SweepOutcome, Sweeper},
 };
 use crate::{
-    director::model::{ConnectionView, Hook, InterfaceView, Method, ReasonView, ServiceId},
+    director::model::{ConnectionView, Hook, InterfaceView, MarkRule, Method, ReasonView, ServiceId},
     scheduler::Run,
 };
 
@@ -346,6 +346,10 @@ impl Datapath for KernelDatapath {
             self.runs.withdraw(service.id);
         }
         Ok(())
+    }
+
+    fn set_mark_rules(&mut self, rules: &[MarkRule]) -> Result<(), Error> {
+        self.services.set_rules(rules)
     }
 
     fn publish(&mut self, service: u32, run: &Run) -> Result<(), Error> {

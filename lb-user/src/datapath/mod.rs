@@ -50,7 +50,7 @@ use lb_common::{config::Config, server::Counters, service::Service, statistics::
 pub use crate::director::model::Hook;
 
 use crate::{
-    director::model::{Method, ServiceId},
+    director::model::{MarkRule, Method, ServiceId},
     scheduler::Run,
 };
 
@@ -68,6 +68,9 @@ pub trait Datapath {
 
     /// Takes a service away from the packet path.
     fn remove_service(&mut self, id: &ServiceId) -> Result<(), Error>;
+
+    /// Gives packets firewall marks by these rules, and by no others any more.
+    fn set_mark_rules(&mut self, rules: &[MarkRule]) -> Result<(), Error>;
 
     /// Publishes the schedule of the service with this index; a later one takes its place at once.
     fn publish(&mut self, service: u32, run: &Run) -> Result<(), Error>;

@@ -171,6 +171,9 @@ impl Services {
 
     /// The keys whose entries depend on a service.
     fn keys_of(&self, id: &ServiceId) -> Vec<ServiceId> {
+        if id.mark() == 0 {
+            return vec![*id];
+        }
         let is_claimed = |(key, mark): &(&ServiceId, &u32)| **mark == id.mark() && key.family() == id.family();
         let claimed = self.claimed.iter().filter(is_claimed).map(|(key, _)| *key);
         std::iter::once(*id).chain(claimed).collect()
@@ -183,6 +186,10 @@ impl Services {
 
     fn write_all(&mut self, keys: &[ServiceId]) -> Result<(), Error> {
         keys.iter().try_for_each(|key| self.write(key))?;
+        // Most services come and go without one.
+        if keys.iter().all(|key| key.mark() == 0) {
+            return Ok(());
+        }
         self.publish_exceptions().map_err(|error| kernel_error("the exceptions of the filter cannot be written", error))
     }
 

@@ -23,6 +23,7 @@
 
 mod indices;
 mod live;
+mod marks;
 pub mod model;
 pub mod rules;
 mod servers;
@@ -48,9 +49,10 @@ use tracing::warn;
 
 use self::{
     indices::Indices,
+    marks::MarkRules,
     model::{
-        Command, Outcome, Refusal, RefusalKind, ServerConfig, ServerId, ServerView, ServiceConfig, ServiceId, ServiceView,
-        Timeouts, Totals, Traffic,
+        Command, MarkRule, Outcome, Refusal, RefusalKind, ServerConfig, ServerId, ServerView, ServiceConfig, ServiceId,
+        ServiceView, Timeouts, Totals, Traffic,
     },
     rules::refuse,
     servers::Servers,
@@ -71,6 +73,7 @@ pub struct Director<D> {
     config: Config,
     timeouts: Timeouts,
     services: BTreeMap<ServiceId, Service>,
+    mark_rules: MarkRules,
     trash: Trash,
     service_indices: Indices,
     server_indices: Indices,
@@ -124,6 +127,7 @@ impl<D: Datapath> Director<D> {
             config,
             timeouts: Timeouts::default(),
             services: BTreeMap::new(),
+            mark_rules: MarkRules::default(),
             trash: Trash::default(),
             service_indices: Indices::new(datapath.service_capacity()),
             server_indices: Indices::new(datapath.server_capacity()),
@@ -134,6 +138,7 @@ impl<D: Datapath> Director<D> {
             datapath,
         };
         director.take_in_orphans()?;
+        director.datapath.set_mark_rules(director.mark_rules.list())?;
         director.set_timeouts(&Timeouts::default())?;
         Ok(director)
     }
@@ -168,6 +173,7 @@ impl<D: Datapath> Director<D> {
             config,
             timeouts: state.timeouts,
             services,
+            mark_rules: MarkRules::from(state.mark_rules),
             trash,
             service_indices,
             server_indices,
@@ -188,6 +194,7 @@ impl<D: Datapath> Director<D> {
         let known_services: BTreeSet<ServiceId> = self.datapath.services()?.into_iter().collect();
         let known_servers: BTreeSet<u32> = self.datapath.servers()?.into_iter().collect();
         self.take_in_orphans()?;
+        self.datapath.set_mark_rules(self.mark_rules.list())?;
         let timeouts = self.timeouts;
         self.set_timeouts(&timeouts)?;
         for index in self.trash.retain(|removed| known_servers.contains(&removed.index)) {
@@ -270,6 +277,7 @@ impl<D: Datapath> Director<D> {
             netns_cookie: self.config.netns_cookie,
             timeouts: self.timeouts,
             services: self.services.values().cloned().collect(),
+            mark_rules: self.mark_rules.list().to_vec(),
             trash: self.trash.iter().cloned().collect(),
             next_incarnation: self.next_incarnation,
         }
@@ -278,6 +286,11 @@ impl<D: Datapath> Director<D> {
     /// Every service, with its servers and their traffic.
     pub fn services(&self) -> Result<Vec<ServiceView>, datapath::Error> {
         self.services.values().map(|service| self.view(service)).collect()
+    }
+
+    /// The mark rules, in the order of their marks.
+    pub fn mark_rules(&self) -> &[MarkRule] {
+        self.mark_rules.list()
     }
 
     /// The timeouts.
@@ -352,11 +365,20 @@ impl<D: Datapath> Director<D> {
                 let ids: Vec<ServiceId> = self.services.keys().copied().collect();
                 ids.iter().try_for_each(|id| self.zero(id))
             }
+            Command::AddMarkRule(rule) => self.change_mark_rules(|rules| rules.with(rule)),
+            Command::RemoveMarkRule(rule) => self.change_mark_rules(|rules| rules.without(rule)),
             Command::SetTimeouts(timeouts) => {
                 rules::timeouts(timeouts, self.datapath.clock_rate())?;
                 Ok(self.set_timeouts(timeouts)?)
             }
         }
+    }
+
+    fn change_mark_rules(&mut self, change: impl FnOnce(&MarkRules) -> Result<MarkRules, Refusal>) -> Result<(), Refusal> {
+        let changed = change(&self.mark_rules)?;
+        self.datapath.set_mark_rules(changed.list())?;
+        self.mark_rules = changed;
+        Ok(())
     }
 
     fn add_service(

@@ -5,12 +5,13 @@
 use std::{
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    str::FromStr,
 };
 
 use serde::{Deserialize, Serialize};
 
 /// The transport protocol of a service.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
     /// Transmission control protocol.
@@ -229,6 +230,20 @@ impl Network {
     }
 }
 
+impl FromStr for Network {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("\"{text}\" is no address and no network; write 10.0.0.200 or 10.1.0.0/16");
+        let (address, prefix) = match text.split_once('/') {
+            Some((address, prefix)) => (address, Some(prefix.parse().map_err(|_| wrong())?)),
+            None => (text, None),
+        };
+        let whole = Self { address: address.parse().map_err(|_| wrong())?, prefix: 0 };
+        Ok(Self { prefix: prefix.unwrap_or_else(|| whole.longest_prefix()), ..whole })
+    }
+}
+
 impl fmt::Display for Network {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.host() {
@@ -422,6 +437,10 @@ pub enum Command {
     },
     /// Sets timeouts (`--set`).
     SetTimeouts(Timeouts),
+    /// Adds a mark rule.
+    AddMarkRule(MarkRule),
+    /// Removes a mark rule.
+    RemoveMarkRule(MarkRule),
 }
 
 /// Why a director refused a command.
@@ -434,12 +453,16 @@ pub enum RefusalKind {
     Invalid,
     /// There is no such real server. IPVS: ENOENT.
     NoSuchServer,
+    /// There is no such mark rule.
+    NoSuchRule,
     /// There is no such service. IPVS: ESRCH.
     NoSuchService,
     /// A number is out of its range. IPVS: ERANGE.
     OutOfRange,
     /// There is no room left in a table of the kernel. IPVS: ENOMEM.
     NoRoom,
+    /// The mark rule exists.
+    RuleExists,
     /// No scheduler or persistence engine of this name exists. IPVS: ENOENT.
     SchedulerNotFound,
     /// The real server exists. IPVS: EEXIST.

@@ -13,7 +13,7 @@ use lb_common::{
     statistics::Statistics,
 };
 
-use super::model::ServiceId;
+use super::model::{MarkRule, ServiceId};
 use crate::{
     datapath::{Datapath, Error, Target},
     scheduler::Run,
@@ -23,6 +23,7 @@ use crate::{
 #[derive(Debug, Default)]
 pub(crate) struct Memory {
     pub(crate) services: BTreeMap<ServiceId, Service>,
+    pub(crate) mark_rules: Vec<MarkRule>,
     pub(crate) schedules: BTreeMap<u32, Run>,
     pub(crate) cursors: BTreeMap<u32, u32>,
     pub(crate) servers: BTreeMap<u32, Target>,
@@ -69,6 +70,11 @@ impl Datapath for Memory {
     fn remove_service(&mut self, id: &ServiceId) -> Result<(), Error> {
         self.journal.push(format!("remove_service {id}"));
         assert!(self.services.remove(id).is_some(), "only what is there can be removed");
+        Ok(())
+    }
+
+    fn set_mark_rules(&mut self, rules: &[MarkRule]) -> Result<(), Error> {
+        self.mark_rules = rules.to_vec();
         Ok(())
     }
 
