@@ -67,6 +67,9 @@ pub trait Instance: Datapath + Send + Sized + 'static {
     /// The interfaces that are attached.
     fn interfaces(&self) -> Vec<InterfaceView>;
 
+    /// How the mark device is, in words.
+    fn mark_device(&self) -> String;
+
     /// All connections.
     fn connections(&self) -> anyhow::Result<Vec<ConnectionView>>;
 
@@ -189,6 +192,7 @@ impl<I: Instance> Daemon<I> {
             pins: self.identity.pins().display().to_string(),
             uptime: self.started.elapsed().as_secs(),
             interfaces: datapath.interfaces(),
+            mark_device: datapath.mark_device(),
             services: self.director.service_count(),
             servers: self.director.server_count(),
             connections: self.connections,

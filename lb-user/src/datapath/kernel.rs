@@ -43,6 +43,7 @@ use super::{
     links::{self},
     locality::{Destinations, Standings},
     maps::{Found, Pins, inspect},
+    mark_device::{self, MarkDevice, Marks},
     programs::Programs,
     reasons::Reasons,
     resolve::{Order, Resolver, lock},
@@ -94,6 +95,7 @@ pub struct KernelDatapath {
     statistics: PerCpuArray<MapData, Statistics>,
     servers: Arc<Mutex<Servers>>,
     attachments: Arc<Mutex<Attachments>>,
+    mark_device: Arc<Mutex<MarkDevice>>,
     sweeper: Arc<Mutex<Sweeper>>,
     connections: Connections,
     reasons: Reasons,
@@ -159,6 +161,7 @@ impl KernelDatapath {
                 options.tcx,
                 &options.interfaces,
             ))),
+            mark_device: Arc::default(),
             sweeper: Arc::new(Mutex::new(Sweeper::open(&pins)?)),
             reasons: Reasons::open(&pins)?,
             services,
@@ -176,8 +179,11 @@ impl KernelDatapath {
         let Some((orders, answered)) = self.task.take() else { return Ok(()) };
         self.bell = Some(Bell::open(&self.pins)?);
         let devices = Devices::open(&self.pins)?;
-        let resolver = Resolver::start(orders, answered, Arc::clone(&self.servers), Arc::clone(&self.attachments), devices).await?;
+        let (servers, attachments) = (Arc::clone(&self.servers), Arc::clone(&self.attachments));
+        let resolver = Resolver::start(orders, answered, servers, attachments, devices, Arc::clone(&self.mark_device)).await?;
         tokio::spawn(resolver.run());
+        // Even if there are none: the last daemon may not have come to take the mark device away.
+        self.order(Order::Marks(self.services.marks()));
         Ok(())
     }
 
@@ -215,6 +221,11 @@ impl KernelDatapath {
     /// Whether packets to this address are looked at.
     pub fn filter_contains(&self, address: IpAddr) -> bool {
         self.services.filter_contains(address)
+    }
+
+    /// How the mark device is.
+    pub fn mark_device(&self) -> MarkDevice {
+        lock(&self.mark_device).clone()
     }
 
     /// The settings as they stand in the map.
@@ -300,24 +311,37 @@ impl KernelDatapath {
     /// its pins.
     pub async fn remove(directory: impl Into<PathBuf>) -> anyhow::Result<()> {
         let pins = Pins::new(directory);
+        let (connection, handle, _) = rtnetlink::new_connection().context("a netlink socket cannot be opened")?;
+        let task = tokio::spawn(connection);
+        mark_device::remove(&handle).await?;
         if !Attachments::kernel_has_tcx() {
-            let (connection, handle, _) = rtnetlink::new_connection().context("a netlink socket cannot be opened")?;
-            let task = tokio::spawn(connection);
             let links = links::list(&handle).await.context("the network devices cannot be listed")?;
-            task.abort();
             for link in links.values() {
                 remove_filter(&link.name);
             }
         }
+        task.abort();
         pins.remove()
     }
 
     fn look(&mut self, addresses: impl IntoIterator<Item = IpAddr>) {
         for address in addresses {
-            // The task can only be gone if the runtime is, and then nobody waits.
-            if self.orders.send(Order::Look(address)).is_ok() {
-                self.asked += 1;
-            }
+            self.order(Order::Look(address));
+        }
+    }
+
+    fn order(&mut self, order: Order) {
+        // The task can only be gone if the runtime is, and then nobody waits.
+        if self.orders.send(order).is_ok() {
+            self.asked += 1;
+        }
+    }
+
+    /// Tells the resolver which marks name services, if that has changed.
+    fn follow_marks(&mut self, before: &Marks) {
+        let marks = self.services.marks();
+        if marks != *before {
+            self.order(Order::Marks(marks));
         }
     }
 
@@ -336,14 +360,24 @@ impl Datapath for KernelDatapath {
     }
 
     fn set_service(&mut self, id: &ServiceId, service: Service) -> Result<(), Error> {
-        self.services.set(id, service)
+        if id.mark() == 0 {
+            return self.services.set(id, service);
+        }
+        let before = self.services.marks();
+        self.services.set(id, service)?;
+        self.follow_marks(&before);
+        Ok(())
     }
 
     fn remove_service(&mut self, id: &ServiceId) -> Result<(), Error> {
+        let before = if id.mark() == 0 { None } else { Some(self.services.marks()) };
         if let Some(service) = self.services.remove(id)?
             && !self.has_service_id(service.id)
         {
             self.runs.withdraw(service.id);
+        }
+        if let Some(before) = before {
+            self.follow_marks(&before);
         }
         Ok(())
     }

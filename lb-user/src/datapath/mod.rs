@@ -10,6 +10,7 @@
 //! | shared memory, what wakes its reader, raw system calls | [`shared`], [`bell`], [`system`] |
 //! | the programs, and the interfaces that they run on | [`programs`], [`attach`], [`links`] |
 //! | services, schedules, filters | [`services`], [`runs`], [`filter`] |
+//! | how marked packets come back | [`mark_device`] |
 //! | what replies leave by | [`devices`] |
 //! | destinations of lblc and lblcr | [`locality`] |
 //! | real servers and the ways to them | [`servers`], [`way`], [`resolve`] |
@@ -26,6 +27,7 @@ pub mod kernel;
 pub mod links;
 pub mod locality;
 pub mod maps;
+pub mod mark_device;
 pub mod path_mtu;
 pub mod programs;
 pub mod reasons;

@@ -37,6 +37,7 @@ use super::{
     filter::Filter,
     kernel_error,
     maps::Pins,
+    mark_device::Marks,
     system::for_each_entry,
     way::{address, words},
 };
@@ -111,8 +112,8 @@ impl Services {
     }
 
     /// The marks that name services.
-    pub fn marks(&self) -> Vec<(u32, Family)> {
-        self.wanted.keys().filter(|id| id.mark() != 0).map(|id| (id.mark(), id.family())).collect()
+    pub fn marks(&self) -> Marks {
+        self.wanted.keys().filter(|id| id.mark() != 0).map(|id| (id.family(), id.mark())).collect()
     }
 
     /// Makes a service known, or changes it.

@@ -645,6 +645,9 @@ pub struct Status {
     pub uptime: u64,
     /// Attached interfaces.
     pub interfaces: Vec<InterfaceView>,
+    /// How packets that iptables or nft mark reach their services: `not needed`, `at work`, or what keeps them from it.
+    #[serde(default)]
+    pub mark_device: String,
     /// Number of virtual services.
     pub services: usize,
     /// Number of real servers.
