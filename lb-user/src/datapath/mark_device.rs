@@ -23,7 +23,7 @@
 //! [`obstacles`] says what is missing. All other settings are the pair's own.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs,
     net::{Ipv4Addr, Ipv6Addr},
 };
@@ -34,6 +34,7 @@ use rtnetlink::{
     Handle, IpVersion, LinkUnspec, LinkVeth, RouteMessageBuilder,
     packet_route::{
         AddressFamily,
+        address::AddressScope,
         route::{RouteMessage, RouteProtocol, RouteScope},
         rule::{RuleAction, RuleAttribute, RuleMessage},
     },
@@ -49,6 +50,8 @@ pub const EXIT: &str = "bpfvs-mark1";
 
 /// Both ends have this address, so that what goes in at one end is for the other: locally administered, "bpfvs".
 const MAC: [u8; 6] = [0x02, 0x62, 0x70, 0x66, 0x76, 0x73];
+/// The dummy address of RFC 7600.
+const DUMMY: Ipv4Addr = Ipv4Addr::new(192, 0, 0, 8);
 /// No packet is too big for it.
 const MTU: u32 = 65535;
 
@@ -84,6 +87,8 @@ pub async fn keep(handle: &Handle, links: &Links) -> anyhow::Result<[Link; 2]> {
         && entrance.up
         && exit.up
     {
+        add_address(handle, &entrance).await?;
+        add_address(handle, &exit).await?;
         return Ok([entrance, exit]);
     }
     // What was heard may be old.
@@ -97,10 +102,22 @@ pub async fn keep(handle: &Handle, links: &Links) -> anyhow::Result<[Link; 2]> {
         configure(&end.name);
         let settings = LinkUnspec::new_with_index(end.index).address(MAC.to_vec()).mtu(MTU).arp(false).up();
         handle.link().set(settings.build()).execute().await.with_context(|| format!("{} cannot be set up", end.name))?;
+        add_address(handle, &end).await?;
     }
     match found(&links::list(handle).await?) {
         [Some(entrance), Some(exit)] => Ok([entrance, exit]),
         _ => Err(anyhow!("the mark device is gone as soon as it is made; see who removes {ENTRANCE}")),
+    }
+}
+
+/// Gives one end an address that means nothing outside: a device without any takes no packets as long as `rp_filter` is on
+/// anywhere.
+async fn add_address(handle: &Handle, end: &Link) -> anyhow::Result<()> {
+    let mut request = handle.address().add(end.index, DUMMY.into(), 32);
+    request.message_mut().header.scope = AddressScope::Host;
+    match request.execute().await {
+        Err(error) if !is(&error, libc::EEXIST) => Err(error).with_context(|| format!("{} cannot get an address", end.name)),
+        _ => Ok(()),
     }
 }
 
@@ -262,7 +279,9 @@ async fn keep_rules(handle: &Handle, family: Family, marks: &[u32]) -> anyhow::R
         }
         Err(error) => return Err(error).context("the routing rules cannot be listed; the kernel needs CONFIG_IP_MULTIPLE_TABLES"),
     };
-    let present: BTreeSet<Rule> = messages.iter().filter_map(Rule::parse).collect();
+    let found: BTreeMap<Rule, &RuleMessage> =
+        messages.iter().filter_map(|message| Rule::parse(message).map(|rule| (rule, message))).collect();
+    let present: BTreeSet<Rule> = found.keys().cloned().collect();
     let wanted = wanted(&present, marks);
     let add = |rule: Rule| async move {
         let mut request = handle.rule().add();
@@ -280,8 +299,9 @@ async fn keep_rules(handle: &Handle, family: Family, marks: &[u32]) -> anyhow::R
     for rule in added {
         add(rule.clone()).await?;
     }
-    for rule in present.difference(&wanted) {
-        match handle.rule().del(rule.message(family)).execute().await {
+    // As it was found: the kernel compares even who made it.
+    for (rule, message) in found.into_iter().filter(|(rule, _)| !wanted.contains(rule)) {
+        match handle.rule().del(message.clone()).execute().await {
             Err(error) if !is(&error, libc::ENOENT) => {
                 return Err(error).with_context(|| format!("the routing rule {rule:?} cannot be removed"));
             }
