@@ -1,4 +1,4 @@
-//! Atomic additions.
+//! Atomic additions, and one or.
 //!
 //! Written in assembly: LLVM 22 turns a relaxed `atomicrmw add` whose result is used into an addition that does not
 //! fetch, and `core::sync::atomic` has no such operations on this target. Needs BPF's instruction set v3 (kernel 5.12).
@@ -29,6 +29,25 @@ pub unsafe fn add(word: *mut u64, addend: u64) {
     unsafe {
         core::arch::asm!("lock *(u64 *)({word} + 0) += {addend}", word = in(reg) word, addend = in(reg) addend);
     }
+}
+
+/// Sets bits of a word in memory that others change at the same time.
+///
+/// # Safety
+/// `word` points at memory that the program may write.
+#[cfg(target_arch = "bpf")]
+#[inline(always)]
+pub unsafe fn or(word: *mut u64, bits: u64) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        core::arch::asm!("lock *(u64 *)({word} + 0) |= {bits}", word = in(reg) word, bits = in(reg) bits);
+    }
+}
+
+/// On the host the crate is only checked.
+#[cfg(not(target_arch = "bpf"))]
+pub unsafe fn or(_: *mut u64, _: u64) {
+    unreachable!("BPF only")
 }
 
 /// On the host the crate is only checked.

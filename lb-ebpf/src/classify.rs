@@ -42,6 +42,9 @@ pub fn may_be_reply<A: Address>(source: &A) -> bool {
 #[inline(always)]
 pub fn service<F: Family>(connection: &ConnectionKey<F::Address>, mark: u32) -> Option<*const Service> {
     if let Some(service) = of_mark::<F>(mark) {
+        // So the packets that follow are found before a firewall has marked them, and ICMP errors about them, which none marks.
+        let (word, bit) = filter::position(&connection.vip);
+        FILTER.set(word, bit);
         return Some(service);
     }
     if FILTER.excepts::<F>(exceptions::NETWORKS)

@@ -28,7 +28,7 @@ use lb_common::{
 };
 use lb_ebpf::packet::Packet;
 
-use crate::locality::Case;
+use crate::{atomic, locality::Case};
 
 /// `BPF_F_MMAPABLE`: userspace reads and writes the array without system calls.
 const MMAPABLE: u32 = 1 << 10;
@@ -50,7 +50,8 @@ pub static HZ: Global<u32> = Global::new(250);
 #[map]
 pub static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
 
-/// One bit for each hashed virtual address, and a word of exceptions. Userspace writes, every packet reads.
+/// One bit for each hashed virtual address, and a word of exceptions. Userspace writes, every packet reads. New connections by a
+/// mark add their destinations, until userspace writes anew.
 ///
 /// Not a map of its own but a global variable (in the map `.bss`), because then its address stands in the program: no
 /// look-up, no call, no check for null. So each loaded program has a filter of its own, which is filled before it is
@@ -62,15 +63,22 @@ pub static FILTER: Filter = Filter(UnsafeCell::new([0; filter::LENGTH]));
 #[repr(transparent)]
 pub struct Filter(UnsafeCell<[u64; filter::LENGTH]>);
 
-// SAFETY: programs read it word by word, and only userspace writes.
+// SAFETY: programs read it word by word, and set bits atomically.
 unsafe impl Sync for Filter {}
 
 impl Filter {
     /// The word at an index, which wraps.
     #[inline(always)]
     pub fn word(&self, index: u32) -> u64 {
-        // SAFETY: within the array by the mask; volatile, because for this program's compiler nobody ever writes it.
+        // SAFETY: within the array by the mask; volatile, because others write it.
         unsafe { self.0.get().cast::<u64>().add((index & (filter::WORDS - 1)) as usize).read_volatile() }
+    }
+
+    /// Sets bits of the word at an index, which wraps.
+    #[inline(always)]
+    pub fn set(&self, index: u32, bits: u64) {
+        // SAFETY: as above, and atomic.
+        unsafe { atomic::or(self.0.get().cast::<u64>().add((index & (filter::WORDS - 1)) as usize), bits) };
     }
 
     /// Whether there is one of these [exceptions](filter::exceptions).

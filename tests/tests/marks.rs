@@ -14,7 +14,7 @@ use bpfvs_tests::{
     lab::{Family, Lab, Layout},
     needs, needs_bpfvs,
     netns::Namespace,
-    programs::{UdpServer, ask_udp, curl, host},
+    programs::{UdpServer, ask_udp, curl, host, upload},
     skip,
     test_run::{Hook, Verdict},
     wait,
@@ -114,6 +114,18 @@ fn answers_alternate(balanced: &Balanced, what: &str) -> Result<()> {
     Ok(())
 }
 
+/// Once a connection is there, its packets need no mark.
+fn only_beginnings_take_the_detour(balanced: &Balanced) -> Result<()> {
+    let packets = || Ok::<_, anyhow::Error>(balanced.lab.director.packets("bpfvs-mark1")?.received);
+    for family in Family::ALL {
+        let before = packets()?;
+        upload(&balanced.lab.client, balanced.lab.vip.of(family))?;
+        let detours = packets()? - before;
+        ensure!((1..20).contains(&detours), "{family:?}: {detours} packets of a big upload took the detour");
+    }
+    Ok(())
+}
+
 /// The host's routing rules and its devices, as people see them.
 fn traces(director: &Namespace) -> Result<String> {
     let rules = director.run("ip", ["rule"])? + &director.run("ip", ["-6", "rule"])?;
@@ -145,6 +157,7 @@ fn the_how_tos_commands_work_as_they_stand() -> Result<()> {
             }
         }
         answers_alternate(&balanced, &format!("{firewall:?}"))?;
+        only_beginnings_take_the_detour(&balanced)?;
         firewall.forget(director)?;
     }
     let listing = balanced.bpfvs.ipvsadm("-Ln")?;
