@@ -34,8 +34,7 @@ pub fn is_excepted<P: Packet, F: Family>(packet: &P) -> bool {
 #[inline(always)]
 pub fn may_be_reply<A: Address>(source: &A) -> bool {
     let (word, bit) = filter::position(source);
-    // SAFETY: an element of the map, and a word within it by the mask.
-    SOURCES.get_ptr(0).is_some_and(|bitmap| unsafe { *bitmap.cast::<u64>().add((word & (filter::WORDS - 1)) as usize) } & bit != 0)
+    SOURCES.word(word) & bit != 0
 }
 
 /// The service of a new connection, whose first packet has this firewall mark.

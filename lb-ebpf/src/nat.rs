@@ -14,7 +14,7 @@ use lb_common::{
     crc32c::{self, Correction},
     family::Address,
     packet::{
-        Fragment, IpHeader, Network, Payload, Plain, V4,
+        Fragment, IpHeader, Ipv4Header, Network, Payload, Plain, V4,
         ethernet::{self, Link},
         icmp::IcmpHeader,
         protocol,
@@ -61,7 +61,35 @@ impl End {
     }
 }
 
-/// Translates one end of a TCP, UDP or SCTP packet; a later fragment has no port.
+/// Translates one end of a plain packet, and takes one off its time to live. Everything is where it always is, and what was read of it is at hand.
+#[inline(always)]
+pub fn translate_plain<P: Packet, F: Family>(
+    packet: &mut P,
+    plain: &Plain<F::Address>,
+    end: End,
+    new: &F::Address,
+    new_port: u16,
+) -> Result<(), Reason> {
+    let Plain { header, protocol, segment } = plain;
+    let ip = ethernet::HEADER;
+    let transport = ip + F::HEADER;
+    let (addresses, old_port) = (end.of(header).difference(new), end.port(segment.ports));
+    F::age_and_gain(packet, ip, addresses)?;
+    packet.write(ip + F::ADDRESSES + end as usize * size_of::<F::Address>(), *new)?;
+    packet.write(transport + 2 * end as usize, new_port)?;
+    let ports = u64::from(!old_port) + u64::from(new_port);
+    let length = (header.length - F::HEADER) as u16;
+    let pseudo_header =
+        header.source.sum() + header.destination.sum() + u64::from(length.to_be()) + u64::from(u16::from(*protocol).to_be());
+    let pseudo_header = Some(checksum::fold(pseudo_header));
+    if *protocol == protocol::TCP {
+        packet.correct(transport + TcpHeader::CHECKSUM, addresses, ports, Checksum::Tcp, pseudo_header)
+    } else {
+        packet.correct(transport + UdpHeader::CHECKSUM, addresses, ports, Checksum::Udp, pseudo_header)
+    }
+}
+
+/// Translates one end of a TCP, UDP or SCTP packet of any shape; a later fragment has no port.
 #[inline(always)]
 pub fn translate<P: Packet, F: Family>(
     packet: &mut P,
@@ -80,10 +108,10 @@ pub fn translate<P: Packet, F: Family>(
     let old: Ports = packet.read(fixed(at)).ok_or(Reason::Malformed)?;
     let old_port = end.port(old);
     packet.write(fixed(at + 2 * end as usize), new_port)?;
-    let (addresses, ports) = (checksum::fold(addresses), checksum::fold(u64::from(!old_port) + u64::from(new_port)));
+    let ports = u64::from(!old_port) + u64::from(new_port);
     match payload.protocol {
-        protocol::TCP => packet.correct(at + TcpHeader::CHECKSUM, addresses, ports, Checksum::Tcp),
-        protocol::UDP => packet.correct(at + UdpHeader::CHECKSUM, addresses, ports, Checksum::Udp),
+        protocol::TCP => packet.correct(at + TcpHeader::CHECKSUM, addresses, ports, Checksum::Tcp, None),
+        protocol::UDP => packet.correct(at + UdpHeader::CHECKSUM, addresses, ports, Checksum::Udp, None),
         protocol::SCTP if old_port != new_port => {
             if payload.fragment != Fragment::Whole {
                 return Err(Reason::SctpFragment);
@@ -168,23 +196,22 @@ fn write_address<P: Packet, F: Family>(
 ) -> Result<(), Reason> {
     packet.write(fixed(header + F::ADDRESSES + end as usize * size_of::<F::Address>()), *new)?;
     if F::HEADER == V4::HEADER {
-        let at = fixed(header + lb_common::packet::Ipv4Header::CHECKSUM);
+        let at = fixed(header + Ipv4Header::CHECKSUM);
         let old: u16 = packet.read(at).ok_or(Reason::Malformed)?;
         packet.write(at, checksum::gain(old, gained))?;
     }
     Ok(())
 }
 
-/// Translates a plain packet from a client, and addresses the frame to the real server's next hop.
+/// Translates a plain packet from a client, and takes one off its time to live.
 #[inline(always)]
-pub fn plain_request<P: Packet, F: Family>(packet: &mut P, server: &Server) -> Result<(), Reason> {
-    let link = Link::plain(F::ETHERTYPE);
-    let Plain { header, protocol, .. } = F::plain(packet, link.payload).ok_or(Reason::Malformed)?;
-    let payload = Payload { offset: link.payload + F::HEADER, protocol, fragment_id: 0, fragment: Fragment::Whole };
-    to_server::<P, F>(packet, &link, &header, &payload, server)
+pub fn plain_request<P: Packet, F: Family>(packet: &mut P, plain: &Plain<F::Address>, server: &Server) -> Result<(), Reason> {
+    let port = reply::server_port(server, plain.segment.ports.destination());
+    translate_plain::<P, F>(packet, plain, End::Destination, &F::Address::from_words(&server.address), port)
 }
 
-/// The same for a packet of any shape. Its time to live is down by one already.
+/// Translates a packet of any shape from a client, and addresses the frame to the real server's next hop. Its time to live is
+/// down by one already.
 #[inline(always)]
 pub fn request<P: Packet, F: Family>(packet: &mut P, server: &Server) -> Result<(), Reason> {
     let link = ethernet::parse(packet)?;

@@ -63,20 +63,11 @@ pub fn forget<F: Family>(key: &ConnectionKey<F::Address>, server: u32) {
     }
 }
 
-/// The way of a plain packet that may be a reply. The outcome is the same again if it needs more attention.
-#[inline(never)]
-pub fn plain<P: Packet, F: Family>(context: *mut c_void) -> Outcome {
-    // SAFETY: the context is the kernel's own.
-    let packet = &mut unsafe { P::view(context) };
-    quiet::<P, F>(packet).unwrap_or_else(Outcome::left::<P>)
-}
-
+/// The way of a plain packet that may be a reply. If it needs more attention, the outcome says so.
 #[inline(always)]
-fn quiet<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
-    let link = Link::plain(F::ETHERTYPE);
-    let Plain { header, protocol, segment } = F::plain(packet, link.payload).ok_or(Reason::NotOurs)?;
-    let payload = Payload { offset: link.payload + F::HEADER, protocol, fragment_id: 0, fragment: Fragment::Whole };
-    let protocol = u32::from(protocol);
+pub fn plain<P: Packet, F: Family>(packet: &mut P, plain: &Plain<F::Address>) -> Result<Outcome, Reason> {
+    let Plain { header, protocol, segment } = plain;
+    let protocol = u32::from(*protocol);
     let key = ConnectionKey { client: header.source, vip: header.destination, ports: segment.ports, protocol };
     let known = F::replies().get_ptr(&key).ok_or(Reason::NotOurs)?;
     // SAFETY: an element of the map; it may become another reply's under our hands, but it stays memory.
@@ -86,12 +77,15 @@ fn quiet<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
     let mtu = known.hop.mtu;
     let fits = header.length <= mtu as usize || packet.fits_in_segments(SEGMENT_HEADERS + F::HEADER, mtu);
     let reaches = packet.reaches(&known.hop, known.flags & flags::REDIRECT != 0);
-    if !undisturbed || !fits || !reaches || F::age(packet, header.offset).is_err() {
-        return Ok(Outcome::reply::<F>(false));
+    if !undisturbed || !fits || !reaches {
+        return Ok(Outcome::reply::<F>());
+    }
+    match nat::translate_plain::<P, F>(packet, plain, End::Source, &known.vip, known.port) {
+        Err(Reason::TtlExpired) => return Ok(Outcome::reply::<F>()),
+        translated => translated?,
     }
     account::reply(known.server, header.length);
-    nat::translate::<P, F>(packet, &header, &payload, End::Source, &known.vip, known.port)?;
-    packet.address(&link, &known.hop, Room::NONE)?;
+    packet.address(&Link::plain(F::ETHERTYPE), &known.hop, Room::NONE)?;
     Ok(Outcome::verdict(packet.send(&known.hop)))
 }
 

@@ -89,6 +89,7 @@ pub struct KernelDatapath {
     standings: Standings,
     destinations: Destinations,
     counters: Words,
+    peaks: Words,
     /// Something once it is started.
     bell: Option<Bell>,
     swept: Words,
@@ -130,7 +131,7 @@ impl KernelDatapath {
             None => make_instance(&pins, programs, options)?,
         };
         // Before anything is attached: until then a program lets every packet pass.
-        let services = Services::open(&pins, Some(programs.take_filter()?))?;
+        let services = Services::open(&pins, programs.take_destinations()?)?;
         let connections = Connections::open(&pins)?;
         if connections.capacity() != options.max_connections {
             tracing::info!(
@@ -150,10 +151,11 @@ impl KernelDatapath {
             standings: Standings::new(words("STANDINGS")?),
             destinations: Destinations::open(&pins)?,
             counters: words("COUNTERS")?,
+            peaks: words("PEAKS")?,
             bell: None,
             swept: words("SWEPT")?,
             statistics: pins.typed("STATISTICS")?,
-            servers: Arc::new(Mutex::new(Servers::open(&pins)?)),
+            servers: Arc::new(Mutex::new(Servers::open(&pins, programs.take_sources()?)?)),
             attachments: Arc::new(Mutex::new(Attachments::new(
                 programs,
                 pins.clone(),
@@ -443,6 +445,10 @@ impl Datapath for KernelDatapath {
 
     fn counters(&self, index: u32) -> Counters {
         Counters::from_word(self.counters.load(index))
+    }
+
+    fn take_peak(&self, index: u32) -> u32 {
+        self.peaks.take(index) as u32
     }
 
     fn statistics(&self, index: u32) -> Result<Statistics, Error> {

@@ -80,7 +80,7 @@ struct Maps {
 
 impl Services {
     /// Takes over what stands in the tables, and fills the programs' filter.
-    pub fn open(pins: &Pins, filter: Option<super::filter::Kernel>) -> anyhow::Result<Self> {
+    pub fn open(pins: &Pins, filter: super::filter::Kernel) -> anyhow::Result<Self> {
         let written = read_services(pins)?;
         let maps = Maps {
             services_v4: pins.typed("SERVICES_V4")?,
@@ -90,7 +90,7 @@ impl Services {
         };
         let networks = maps.read_networks().context("the table of networks cannot be read")?;
         let addresses = written.keys().filter_map(host).chain(networks.keys().filter_map(|place| place.network.host()));
-        let filter = Filter::new(filter, addresses).context("the filter cannot be written")?;
+        let filter = Filter::new(Some(filter), addresses).context("the filter cannot be written")?;
         // What has a mark at an address was put there by a rule.
         let by_rule = |id: &ServiceId, service: &Service| service.mark != 0 && id.mark() == 0;
         let wanted = written.iter().filter(|(id, service)| !by_rule(id, service)).map(|(id, service)| (*id, *service)).collect();
