@@ -14,6 +14,7 @@
 //! | IPVS's hashes, and picking by them | [`hash`], [`pick`] |
 //! | protocol state machines | [`tcp`], [`sctp`] |
 //! | the "may be ours" filter | [`filter`] |
+//! | mark rules for networks | [`mark`] |
 //! | what the datapath must do with a frame (on the host only) | `model` |
 //!
 //! Byte order: a field that mirrors a header is in network order and its documentation says so; all others are in host order.
@@ -33,6 +34,7 @@ pub mod floor;
 pub mod hash;
 pub mod hop;
 pub mod locality;
+pub mod mark;
 #[cfg(any(test, feature = "user"))]
 pub mod model;
 pub mod packet;

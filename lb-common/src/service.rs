@@ -1,8 +1,8 @@
-//! A virtual service, as the datapath sees it: (protocol, address, port) to a schedule.
+//! A virtual service, as the datapath sees it: (protocol, address, port), or a firewall mark, to a schedule.
 
-use crate::wire::plain;
+use crate::{family::Address, wire::plain};
 
-/// What a packet must be addressed to. Address and port in network order.
+/// What a packet must be addressed to, or be marked with. Address and port in network order.
 #[doc(alias = "ip_vs_service")]
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 #[repr(C)]
@@ -15,6 +15,15 @@ pub struct ServiceKey<A> {
     pub protocol: u8,
     /// Always zero: map keys are compared as bytes.
     pub zero: u8,
+}
+
+impl<A: Address> ServiceKey<A> {
+    /// The key of the service that a firewall mark names: the mark in the place of an address, of a protocol that no balanced
+    /// packet has.
+    #[inline(always)]
+    pub fn of_mark(mark: u32) -> Self {
+        Self { vip: A::from_words(&[mark, 0, 0, 0]), port: 0, protocol: 0, zero: 0 }
+    }
 }
 
 /// A virtual service. Written by userspace, read by the datapath on a connection's first packet.

@@ -1,4 +1,4 @@
-//! Atomic additions, and compare and swap.
+//! Atomic additions, an or, and compare and swap.
 //!
 //! Written in assembly: LLVM 22 turns a relaxed `atomicrmw add` whose result is used into an addition that does not
 //! fetch, and `core::sync::atomic` has no such operations on this target. Needs BPF's instruction set v3 (kernel 5.12).
@@ -46,9 +46,28 @@ pub unsafe fn compare_exchange(word: *mut u64, old: u64, new: u64) -> u64 {
     found
 }
 
+/// Sets bits of a word in memory that others change at the same time.
+///
+/// # Safety
+/// `word` points at memory that the program may write.
+#[cfg(target_arch = "bpf")]
+#[inline(always)]
+pub unsafe fn or(word: *mut u64, bits: u64) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        core::arch::asm!("lock *(u64 *)({word} + 0) |= {bits}", word = in(reg) word, bits = in(reg) bits);
+    }
+}
+
 /// On the host the crate is only checked.
 #[cfg(not(target_arch = "bpf"))]
 pub unsafe fn compare_exchange(_: *mut u64, _: u64, _: u64) -> u64 {
+    unreachable!("BPF only")
+}
+
+/// On the host the crate is only checked.
+#[cfg(not(target_arch = "bpf"))]
+pub unsafe fn or(_: *mut u64, _: u64) {
     unreachable!("BPF only")
 }
 

@@ -1,15 +1,18 @@
 //! Is the packet for us, and for which service? One read of memory answers the first for almost all that are not.
 //!
 //! The second is asked for new connections only. The order is IPVS's (`ipvs-semantics.md`, 3.1): the service of the packet's
-//! protocol, address and port, else that of FTP's control connections, else that of all ports.
+//! firewall mark, else that of its protocol, address and port, else that of FTP's control connections, else that of all ports.
 
+use aya_ebpf::maps::lpm_trie::Key;
 use lb_common::{
     connection::ConnectionKey,
     family::Address,
-    filter,
+    filter::{self, exceptions},
+    mark::{BITS_BEFORE_ADDRESS, Destination},
     packet::protocol,
     service::{Service, ServiceKey},
 };
+use lb_ebpf::packet::Packet;
 
 use crate::maps::{FILTER, Family, SOURCES};
 
@@ -20,6 +23,13 @@ pub fn may_be_ours<A: Address>(destination: &A) -> bool {
     FILTER.word(word) & bit != 0
 }
 
+/// Whether a packet may be for a service although its destination is no virtual address: because of its firewall mark, or
+/// because a mark rule is for a network.
+#[inline(always)]
+pub fn is_excepted<P: Packet, F: Family>(packet: &P) -> bool {
+    FILTER.excepts::<F>(exceptions::ALL) || packet.mark() != 0 && FILTER.excepts::<F>(exceptions::MARKED)
+}
+
 /// Whether a packet may be the reply of a masqueraded real server, by its source. Asked only of packets that are addressed to
 /// no virtual address.
 #[inline(always)]
@@ -28,9 +38,20 @@ pub fn may_be_reply<A: Address>(source: &A) -> bool {
     SOURCES.word(word) & bit != 0
 }
 
-/// The service of a new connection.
+/// The service of a new connection, whose first packet has this firewall mark.
 #[inline(always)]
-pub fn service<F: Family>(connection: &ConnectionKey<F::Address>) -> Option<*const Service> {
+pub fn service<F: Family>(connection: &ConnectionKey<F::Address>, mark: u32) -> Option<*const Service> {
+    if let Some(service) = of_mark::<F>(mark) {
+        // So the packets that follow are found before a firewall has marked them, and ICMP errors about them, which none marks.
+        let (word, bit) = filter::position(&connection.vip);
+        FILTER.set(word, bit);
+        return Some(service);
+    }
+    if FILTER.excepts::<F>(exceptions::NETWORKS)
+        && let Some(service) = of_mark::<F>(mark_by_rule::<F>(connection))
+    {
+        return Some(service);
+    }
     let (port, protocol) = (connection.ports.destination(), connection.protocol as u8);
     let mut key = ServiceKey { vip: connection.vip, port, protocol, zero: 0 };
     if let Some(service) = F::services().get_ptr(&key) {
@@ -54,4 +75,22 @@ const FTP: u16 = 21;
 #[inline(always)]
 const fn is_ftp_data(port: u16) -> bool {
     port == FTP - 1 || port >= 1024
+}
+
+#[inline(always)]
+fn of_mark<F: Family>(mark: u32) -> Option<*const Service> {
+    if mark == 0 { None } else { F::services().get_ptr(&ServiceKey::of_mark(mark)) }
+}
+
+/// The mark that a rule gives to the packets of a connection; 0 for none. In a function of its own, for the sake of the stack.
+#[inline(never)]
+fn mark_by_rule<F: Family>(connection: &ConnectionKey<F::Address>) -> u32 {
+    let destination =
+        Destination { protocol: connection.protocol as u8, zero: 0, port: connection.ports.destination(), address: connection.vip };
+    let mut key = Key::new(BITS_BEFORE_ADDRESS + 8 * size_of::<F::Address>() as u32, destination);
+    if let Some(mark) = F::networks().get(&key) {
+        return *mark;
+    }
+    key.data.port = 0;
+    F::networks().get(&key).copied().unwrap_or(0)
 }

@@ -140,16 +140,20 @@ fn direct<P: Packet>(packet: &mut P) -> i32 {
 }
 
 /// The way of a plain packet: no VLAN tag, no IP options or extension headers, no fragment, TCP or UDP. Everything is
-/// where it always is, which makes this way short.
+/// where it always is, which makes this way short. One that is an exception to the filter counts as odd.
 #[inline(always)]
 fn plain<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
     let link = Link::plain(F::ETHERTYPE);
     let Some(plain) = F::plain(packet, link.payload) else { return Ok(Outcome::ODD) };
     let Plain { header, protocol, segment } = &plain;
     if !classify::may_be_ours(&header.destination) {
-        return if classify::may_be_reply(&header.source) { reply::plain::<P, F>(packet, &plain) } else { Err(Reason::NotOurs) };
+        return match () {
+            () if classify::is_excepted::<P, F>(packet) => Ok(Outcome::ODD),
+            () if classify::may_be_reply(&header.source) => reply::plain::<P, F>(packet, &plain),
+            () => Err(Reason::NotOurs),
+        };
     }
-    let server = track::connection::<F>(header, *protocol, *segment);
+    let server = track::connection::<P, F>(packet, header, *protocol, *segment);
     Ok(deliver::<P, F>(packet, &link, header, Some(&plain), true, server))
 }
 
@@ -175,7 +179,7 @@ fn odd<P: Packet, F: Family>(context: *mut c_void) -> Outcome {
 fn odd_of<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
     let link = ethernet::parse(packet)?;
     let header = F::parse(packet, link.payload)?;
-    if !classify::may_be_ours(&header.destination) {
+    if !classify::may_be_ours(&header.destination) && !classify::is_excepted::<P, F>(packet) {
         // ICMP errors come from routers, too: whether they are about a request, only the packet that they quote tells.
         let may_be_reply = F::protocol(packet, header.offset) == Some(F::ICMP) || classify::may_be_reply(&header.source);
         return if may_be_reply { Ok(Outcome::reply::<F>()) } else { Err(Reason::NotOurs) };
@@ -202,9 +206,19 @@ fn deliver<P: Packet, F: Family>(
         Ok(outcome) => outcome,
         // An address that looks like a virtual one to the filter may be that of a client.
         Err(Reason::NoService) if classify::may_be_reply(&header.source) => Outcome::reply::<F>(),
+        // It was an exception to the filter, and for nobody.
+        Err(why) if plain.is_none() && leaves_unnoticed(why) && !classify::may_be_ours(&header.destination) => {
+            Outcome::reply::<F>()
+        }
         Err(why) if answerable => Outcome::refused::<P, F>(why, mtu, link, header.length),
         Err(why) => Outcome::left::<P>(why),
     }
+}
+
+/// Whether nothing was found that a packet belongs to.
+#[inline(always)]
+const fn leaves_unnoticed(why: Reason) -> bool {
+    matches!(why, Reason::FragmentUnknown | Reason::NoConnection | Reason::NoService | Reason::NotTransport)
 }
 
 #[inline(always)]

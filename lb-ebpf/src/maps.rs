@@ -8,7 +8,7 @@ use aya_ebpf::{
     Global,
     bindings::BPF_F_NO_PREALLOC,
     macros::map,
-    maps::{Array, HashMap, LruHashMap, PerCpuArray, ProgramArray, RingBuf},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, ProgramArray, RingBuf},
 };
 use lb_common::{
     checksum,
@@ -18,7 +18,8 @@ use lb_common::{
     filter,
     hop::Device,
     locality::{Destination, DestinationKey},
-    packet::{Ipv4Header, Ipv6Header, Network, V4, V6, transport::Ports},
+    mark,
+    packet::{Ipv4Header, Ipv6Header, Network, V4, V6, ethernet, transport::Ports},
     reason::Reason,
     reply::Reply,
     schedule::Pair,
@@ -29,11 +30,14 @@ use lb_common::{
 };
 use lb_ebpf::packet::Packet;
 
-use crate::{locality::Case, template::Arrival};
+use crate::{atomic, locality::Case, template::Arrival};
 
 /// `BPF_F_MMAPABLE`: userspace reads and writes the array without system calls.
 const MMAPABLE: u32 = 1 << 10;
 const SERVICE_COUNT: u32 = 1 << 16;
+/// More than services: a mark rule takes a key for each port.
+const SERVICE_KEY_COUNT: u32 = 1 << 17;
+const NETWORK_COUNT: u32 = 1 << 16;
 const SERVER_COUNT: u32 = 1 << 17;
 const CONNECTION_COUNT: u32 = 1 << 20;
 const FRAGMENT_COUNT: u32 = 1 << 14;
@@ -48,40 +52,63 @@ pub static HZ: Global<u32> = Global::new(250);
 #[map]
 pub static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
 
-/// One bit for each hashed virtual address. Userspace writes, every packet reads.
+/// One bit for each hashed virtual address, and a word of exceptions. Userspace writes, every packet reads. New connections by a
+/// mark add their destinations, until userspace writes anew.
 ///
 /// Not a map of its own but a global variable (in the map `.bss`), because then its address stands in the program: no
 /// look-up, no call, no check for null. So each loaded program has a filter of its own, which is filled before it is
 /// attached.
 #[unsafe(no_mangle)]
-pub static FILTER: Filter = Filter(UnsafeCell::new([0; filter::WORDS as usize]));
+pub static FILTER: Filter = Filter(UnsafeCell::new([0; filter::LENGTH]));
 
 /// The same for addresses of masqueraded real servers (in the map `.bss.sources`). Packets read that are to no virtual address.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = ".bss.sources")]
-pub static SOURCES: Filter = Filter(UnsafeCell::new([0; filter::WORDS as usize]));
+pub static SOURCES: Filter = Filter(UnsafeCell::new([0; filter::LENGTH]));
 
 /// See [`FILTER`].
 #[repr(transparent)]
-pub struct Filter(UnsafeCell<[u64; filter::WORDS as usize]>);
+pub struct Filter(UnsafeCell<[u64; filter::LENGTH]>);
 
-// SAFETY: programs read it word by word, and only userspace writes.
+// SAFETY: programs read it word by word, and set bits atomically.
 unsafe impl Sync for Filter {}
 
 impl Filter {
     /// The word at an index, which wraps.
     #[inline(always)]
     pub fn word(&self, index: u32) -> u64 {
-        // SAFETY: within the array by the mask; volatile, because for this program's compiler nobody ever writes it.
+        // SAFETY: within the array by the mask; volatile, because others write it.
         unsafe { self.0.get().cast::<u64>().add((index & (filter::WORDS - 1)) as usize).read_volatile() }
+    }
+
+    /// Sets bits of the word at an index, which wraps.
+    #[inline(always)]
+    pub fn set(&self, index: u32, bits: u64) {
+        // SAFETY: as above, and atomic.
+        unsafe { atomic::or(self.0.get().cast::<u64>().add((index & (filter::WORDS - 1)) as usize), bits) };
+    }
+
+    /// Whether there is one of these [exceptions](filter::exceptions).
+    #[inline(always)]
+    pub fn excepts<F: Family>(&self, exceptions: u64) -> bool {
+        let exceptions = filter::exceptions::of(F::ETHERTYPE == ethernet::IPV6, exceptions);
+        // SAFETY: the last word; volatile as above.
+        unsafe { self.0.get().cast::<u64>().add(filter::WORDS as usize).read_volatile() & exceptions != 0 }
     }
 }
 
-/// Virtual services. Userspace writes, new connections read.
+/// Virtual services, by address and by mark. Userspace writes, new connections read.
 #[map]
-static SERVICES_V4: HashMap<ServiceKey<Ipv4>, Service> = HashMap::with_max_entries(SERVICE_COUNT, BPF_F_NO_PREALLOC);
+static SERVICES_V4: HashMap<ServiceKey<Ipv4>, Service> = HashMap::with_max_entries(SERVICE_KEY_COUNT, BPF_F_NO_PREALLOC);
 #[map]
-static SERVICES_V6: HashMap<ServiceKey<Ipv6>, Service> = HashMap::with_max_entries(SERVICE_COUNT, BPF_F_NO_PREALLOC);
+static SERVICES_V6: HashMap<ServiceKey<Ipv6>, Service> = HashMap::with_max_entries(SERVICE_KEY_COUNT, BPF_F_NO_PREALLOC);
+
+/// The marks of packets to networks, and to all ports of an address. Userspace writes, new connections read if the filter's
+/// last word says so.
+#[map]
+static NETWORKS_V4: LpmTrie<mark::Destination<Ipv4>, u32> = LpmTrie::with_max_entries(NETWORK_COUNT, BPF_F_NO_PREALLOC);
+#[map]
+static NETWORKS_V6: LpmTrie<mark::Destination<Ipv6>, u32> = LpmTrie::with_max_entries(NETWORK_COUNT, BPF_F_NO_PREALLOC);
 
 /// Where each service's run of picks stands: a [`lb_common::schedule::Pointer`] as one word. Userspace publishes, new
 /// connections read.
@@ -223,6 +250,7 @@ pub mod next {
 /// A family's own maps.
 pub trait Family: Network {
     fn services() -> &'static HashMap<ServiceKey<Self::Address>, Service>;
+    fn networks() -> &'static LpmTrie<mark::Destination<Self::Address>, u32>;
     fn connections() -> &'static HashMap<ConnectionKey<Self::Address>, Connection>;
     fn replies() -> &'static HashMap<ConnectionKey<Self::Address>, Reply<Self::Address>>;
     fn fragments() -> &'static LruHashMap<FragmentKey<Self::Address>, Ports>;
@@ -241,6 +269,11 @@ impl Family for V4 {
     #[inline(always)]
     fn services() -> &'static HashMap<ServiceKey<Ipv4>, Service> {
         &SERVICES_V4
+    }
+
+    #[inline(always)]
+    fn networks() -> &'static LpmTrie<mark::Destination<Ipv4>, u32> {
+        &NETWORKS_V4
     }
 
     #[inline(always)]
@@ -312,6 +345,11 @@ impl Family for V6 {
     #[inline(always)]
     fn services() -> &'static HashMap<ServiceKey<Ipv6>, Service> {
         &SERVICES_V6
+    }
+
+    #[inline(always)]
+    fn networks() -> &'static LpmTrie<mark::Destination<Ipv6>, u32> {
+        &NETWORKS_V6
     }
 
     #[inline(always)]

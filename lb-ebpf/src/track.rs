@@ -42,7 +42,12 @@ pub fn jiffies() -> u32 {
 
 /// Finds or makes the packet's connection, and moves its state on. Returns the index of its real server.
 #[inline(always)]
-pub fn connection<F: Family>(header: &IpHeader<F::Address>, protocol: u8, segment: Segment) -> Result<u32, Reason> {
+pub fn connection<P: Packet, F: Family>(
+    packet: &P,
+    header: &IpHeader<F::Address>,
+    protocol: u8,
+    segment: Segment,
+) -> Result<u32, Reason> {
     let key = ConnectionKey { client: header.source, vip: header.destination, ports: segment.ports, protocol: u32::from(protocol) };
     if let Some(known) = F::connections().get_ptr_mut(&key) {
         // SAFETY: an element of the map; it may become another connection's under our hands, but it stays memory.
@@ -58,7 +63,7 @@ pub fn connection<F: Family>(header: &IpHeader<F::Address>, protocol: u8, segmen
             masqueraded => reply::forget::<F>(&key, masqueraded),
         }
     }
-    let server = schedule::<F>(&key, segment.event).and_then(|server| begin::<F>(&key, segment.event, server))?;
+    let server = schedule::<F>(&key, segment.event, packet.mark()).and_then(|server| begin::<F>(&key, segment.event, server))?;
     if server & EXPECTS == 0 {
         return Ok(server);
     }
@@ -288,17 +293,17 @@ pub fn forget(connection: &Connection) {
 /// Finds a real server for a packet without a connection: its index, with bits for [`begin`], or
 /// [`NOBODY`].
 #[inline(always)]
-fn schedule<F: Family>(key: &ConnectionKey<F::Address>, event: u8) -> Result<u32, Reason> {
-    let picked = pick_for::<F>(key, event)?;
+fn schedule<F: Family>(key: &ConnectionKey<F::Address>, event: u8, mark: u32) -> Result<u32, Reason> {
+    let picked = pick_for::<F>(key, event, mark)?;
     // For the sake of the stack, not by that one.
     if picked == PERSISTENT { template::choose::<F>() } else { Ok(picked) }
 }
 
 /// Finds the service for a packet without a connection, and picks a real server, or [`NOBODY`].
 #[inline(never)]
-fn pick_for<F: Family>(key: &ConnectionKey<F::Address>, event: u8) -> Result<u32, Reason> {
+fn pick_for<F: Family>(key: &ConnectionKey<F::Address>, event: u8, mark: u32) -> Result<u32, Reason> {
     let protocol = key.protocol as u8;
-    let service = classify::service::<F>(key).ok_or(Reason::NoService)?;
+    let service = classify::service::<F>(key, mark).ok_or(Reason::NoService)?;
     let sloppy = CONFIG.get(0).map_or(0, |config| config.flags);
     if !may_begin(protocol, event, sloppy) || key.ports.source() == FTP_DATA.to_be() {
         return Err(Reason::NoConnection);
@@ -394,7 +399,7 @@ pub fn anything<P: Packet, F: Family>(
     } else {
         transport::parse(packet, offset, protocol, header.offset + header.length)?
     };
-    let server = connection::<F>(header, protocol, segment)?;
+    let server = connection::<P, F>(packet, header, protocol, segment)?;
     if fragment == Fragment::First {
         remember_first_fragment::<P, F>(packet.context(), header.offset as u32, segment.ports);
     }

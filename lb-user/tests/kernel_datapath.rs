@@ -20,7 +20,7 @@ use std::{
 
 use bpfvs::{
     datapath::{Datapath as _, Hook, KernelDatapath, Options, Target, attach::Attachments, netns_cookie},
-    director::model::{Method, Protocol, Tunnel},
+    director::model::{Method, Protocol, ServiceId, Tunnel},
     scheduler::Run,
 };
 use lb_common::{
@@ -33,6 +33,10 @@ use lb_common::{
     tcp,
 };
 use nix::sched::{CloneFlags, setns};
+
+const fn address(protocol: Protocol, address: IpAddr, port: u16) -> ServiceId {
+    ServiceId::Address { protocol, address, port }
+}
 
 /// How long the kernel and the resolver may take to agree.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -438,7 +442,7 @@ fn an_instance_is_taken_over_and_removed() {
         assert!(!first.adopted());
         first.configure(&Config { udp_timeout: 77, ..Config::DEFAULT }).expect("the settings are written");
         first.publish(3, &run).expect("the schedule is published");
-        first.set_service(Protocol::Tcp, vip, 80, service).expect("the service is written");
+        first.set_service(&address(Protocol::Tcp, vip, 80), service).expect("the service is written");
         first.set_server(1, &target("10.1.0.2")).expect("the server is taken");
         let entry = entry_becomes(&first, 1, "the neighbour answers", |server, _| is(server, Status::Ready)).await;
         let attached = [format!("tc-{}", lab.ifindex("east")), format!("tc-{}", lab.ifindex("west"))];
@@ -453,7 +457,7 @@ fn an_instance_is_taken_over_and_removed() {
         let mut second = KernelDatapath::open(&lab.options()).expect("the instance is taken over");
         assert!(second.adopted());
         assert_eq!((second.config().udp_timeout, second.config().hz, second.config().netns_cookie), (77, hz, cookie));
-        assert_eq!(second.service_entries(), [((Protocol::Tcp, vip, 80), service)]);
+        assert_eq!(second.service_entries(), [(address(Protocol::Tcp, vip, 80), service)]);
         assert!(second.filter_contains(vip));
         assert_eq!(second.server_entries().expect("the servers can be read"), [(1, entry)]);
         second.set_server(1, &target("10.1.0.2")).expect("the server is taken");
@@ -461,7 +465,7 @@ fn an_instance_is_taken_over_and_removed() {
         second.start().await.expect("it starts");
         assert_eq!(lab.links(), attached);
         assert_ne!(attached_program(&lab, "east"), program, "the new daemon's program is in the old link");
-        second.remove_service(Protocol::Tcp, vip, 80).expect("the service is removed");
+        second.remove_service(&address(Protocol::Tcp, vip, 80)).expect("the service is removed");
         assert!(!second.filter_contains(vip));
         drop(second);
 
@@ -588,13 +592,13 @@ fn services_and_schedules() {
         for vip in ["10.9.9.9", "2001:db8::9"] {
             let vip: IpAddr = vip.parse().expect("an address");
             let service = Service { id: 0, ..Service::default() };
-            datapath.set_service(Protocol::Tcp, vip, 80, service).expect("the service is written");
-            datapath.set_service(Protocol::Udp, vip, 53, service).expect("the service is written");
-            datapath.remove_service(Protocol::Tcp, vip, 80).expect("the service is removed");
+            datapath.set_service(&address(Protocol::Tcp, vip, 80), service).expect("the service is written");
+            datapath.set_service(&address(Protocol::Udp, vip, 53), service).expect("the service is written");
+            datapath.remove_service(&address(Protocol::Tcp, vip, 80)).expect("the service is removed");
             assert!(datapath.filter_contains(vip), "another service has the address");
-            datapath.remove_service(Protocol::Udp, vip, 53).expect("the service is removed");
+            datapath.remove_service(&address(Protocol::Udp, vip, 53)).expect("the service is removed");
             assert!(!datapath.filter_contains(vip));
-            datapath.remove_service(Protocol::Udp, vip, 53).expect("removing nothing is no error");
+            datapath.remove_service(&address(Protocol::Udp, vip, 53)).expect("removing nothing is no error");
         }
         // Four times what there is room for: old runs make room for new ones.
         let picks = vec![7; 1 << 20];

@@ -44,6 +44,10 @@ use lb_common::{
     template::{Template, TemplateKey},
 };
 
+/// Bytes of the kernel's `struct __sk_buff`, and where its mark stands.
+const SK_BUFF: usize = 192;
+const SK_BUFF_MARK: usize = 8;
+
 /// Where the datapath takes frames.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[expect(missing_docs, reason = "the names are the kernel's own")]
@@ -133,6 +137,15 @@ impl Pinned {
         };
         let result = result.with_context(|| format!("run the {hook:?} program on {} bytes", frame.len()))?;
         Ok((Verdict::new(hook, result.return_value), result.data_size_out as usize))
+    }
+
+    /// Runs the tc program on a frame with a firewall mark, in the namespace of the calling thread.
+    pub fn run_marked(&self, frame: &[u8], mark: u32) -> Result<Verdict> {
+        let mut context = [0; SK_BUFF];
+        context[SK_BUFF_MARK..SK_BUFF_MARK + 4].copy_from_slice(&mark.to_ne_bytes());
+        let options = TestRunOptions { data_in: Some(frame), ctx_in: Some(&context), ..TestRunOptions::new() };
+        let result = self.tc.test_run(options).with_context(|| format!("run the tc program on a frame marked {mark}"))?;
+        Ok(Verdict::new(Hook::Tc, result.return_value))
     }
 
     fn map<T: TryFrom<Map>>(&self, name: &str, kind: fn(MapData) -> Map) -> Result<T>

@@ -84,6 +84,9 @@ pub trait Packet: Bytes {
     /// The index of the device that the packet came in by.
     fn interface(&self) -> u32;
 
+    /// The packet's firewall mark; 0 for none.
+    fn mark(&self) -> u32;
+
     /// Corrects a checksum after the packet was changed: `addresses` is what the words of the addresses have gained, which
     /// a pseudo-header repeats, and `ports` what other words have, neither folded. Whether the checksum is finished, or to be
     /// finished by a device, is the hook's to know; `pseudo_header` helps it to, the folded sum of the pseudo-header before

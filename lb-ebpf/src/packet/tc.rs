@@ -181,6 +181,12 @@ impl Packet for TcBuffer {
         unsafe { (*self.context).ifindex }
     }
 
+    #[inline(always)]
+    fn mark(&self) -> u32 {
+        // SAFETY: the context is the kernel's.
+        unsafe { (*self.context).mark }
+    }
+
     /// Only the kernel knows whether a checksum is finished. If not, it is the sum of the pseudo-header alone, and the
     /// addresses count the other way round. So one that is no such sum is finished, and the kernel need not be asked. (A
     /// finished one may equal that sum by chance; therefore it is asked otherwise.)

@@ -153,6 +153,12 @@ impl Packet for XdpFrame {
         unsafe { (*self.context).ingress_ifindex }
     }
 
+    /// Marks are set later.
+    #[inline(always)]
+    fn mark(&self) -> u32 {
+        0
+    }
+
     /// A frame from the wire has finished checksums.
     #[inline(always)]
     fn correct(

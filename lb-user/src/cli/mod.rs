@@ -7,8 +7,8 @@
 //! bpfvs service list
 //! ```
 //!
-//! A service is written as a URL: `tcp://10.0.0.200:80`, `udp://[2001:db8::1]:53`. A real server is an address with a port or
-//! without; without one it has the service's.
+//! A service is written as a URL: `tcp://10.0.0.200:80`, `udp://[2001:db8::1]:53`; one that a firewall mark names as `mark:10`, or
+//! `mark6:10` for IPv6. A real server is an address with a port or without; without one it has the service's.
 //!
 //! Exit codes: 0 when all went well, 1 when something was refused or failed (one sentence on standard error says why), 2
 //! when the command line cannot be understood. With `--json` the answer is JSON on standard output, of the types in
@@ -17,6 +17,7 @@
 mod connections;
 mod daemon;
 pub mod ipvsadm;
+mod mark;
 mod names;
 mod persistence;
 mod server;
@@ -56,7 +57,7 @@ struct Arguments {
 
 /// The end of the help text.
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 refused or failed, 2 wrong usage.\n\
-    Services are written as tcp://10.0.0.200:80 or udp://[2001:db8::1]:53.";
+    Services are written as tcp://10.0.0.200:80, udp://[2001:db8::1]:53, mark:10 or mark6:10.";
 
 /// Options of every command.
 #[derive(Args, Clone, Debug)]
@@ -87,6 +88,9 @@ enum Command {
     /// Add, edit, remove and list real servers
     #[command(subcommand)]
     Server(server::Server),
+    /// Add, delete, list and import mark rules: bpfvs's own firewall marks
+    #[command(subcommand)]
+    Mark(mark::Mark),
     /// List connections
     Connections(connections::Connections),
     /// See which clients stay with which real servers, or let go of them
@@ -125,6 +129,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Status => status::run(&global),
         Command::Service(service) => service.run(&global),
         Command::Server(server) => server.run(&global),
+        Command::Mark(mark) => mark.run(&global),
         Command::Connections(connections) => connections.run(&global),
         Command::Persistence(persistence) => persistence.run(&global),
         Command::Stats(stats) => stats.run(&global),

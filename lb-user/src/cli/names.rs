@@ -10,7 +10,7 @@ use anyhow::bail;
 
 use crate::director::model::{Family, Protocol, ServerId, ServiceId};
 
-/// A service: `tcp://10.0.0.200:80`, `udp://[2001:db8::1]:53`.
+/// A service: `tcp://10.0.0.200:80`, `udp://[2001:db8::1]:53`, `mark:10`, `mark6:10`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) struct ServiceName(pub(super) ServiceId);
 
@@ -18,7 +18,13 @@ impl FromStr for ServiceName {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let (protocol, rest) = text.split_once("://").ok_or("write it as tcp://10.0.0.200:80, with udp or sctp for tcp")?;
+        for (prefix, family) in [("mark:", Family::Ipv4), ("mark6:", Family::Ipv6)] {
+            if let Some(number) = text.strip_prefix(prefix) {
+                return Ok(Self(ServiceId::Mark { mark: mark(number)?, family }));
+            }
+        }
+        let (protocol, rest) =
+            text.split_once("://").ok_or("write it as tcp://10.0.0.200:80, with udp or sctp for tcp, or as mark:10")?;
         let protocol = match protocol {
             "tcp" => Protocol::Tcp,
             "udp" => Protocol::Udp,
@@ -38,9 +44,19 @@ impl fmt::Display for ServiceName {
                 let protocol = protocol.to_string().to_lowercase();
                 write!(formatter, "{protocol}://{}", SocketAddr::new(address, port))
             }
-            ServiceId::Mark { .. } => write!(formatter, "{}", self.0),
+            ServiceId::Mark { mark, family: Family::Ipv4 } => write!(formatter, "mark:{mark}"),
+            ServiceId::Mark { mark, family: Family::Ipv6 } => write!(formatter, "mark6:{mark}"),
         }
     }
+}
+
+/// A firewall mark: a number from 1 on, as iptables and nft write it.
+pub(super) fn mark(text: &str) -> Result<u32, String> {
+    let number = match text.strip_prefix("0x") {
+        Some(digits) => u32::from_str_radix(digits, 16),
+        None => text.parse(),
+    };
+    number.ok().filter(|mark| *mark != 0).ok_or_else(|| format!("\"{text}\" is no mark; use a number from 1 to {}", u32::MAX))
 }
 
 /// A real server: an address, with a port or without.
@@ -128,7 +144,7 @@ mod tests {
 
     #[test]
     fn services_read_as_they_are_written() {
-        for text in ["tcp://10.0.0.200:80", "udp://[2001:db8::1]:53", "sctp://192.0.2.1:9"] {
+        for text in ["tcp://10.0.0.200:80", "udp://[2001:db8::1]:53", "sctp://192.0.2.1:9", "mark:10", "mark6:4294967295"] {
             assert_eq!(text.parse::<ServiceName>().expect("it is a service").to_string(), text);
         }
         for text in [
@@ -138,6 +154,9 @@ mod tests {
             "tcp://10.0.0.200",
             "tcp://host:80",
             "tcp://1.2.3.4:65536",
+            "mark:0",
+            "mark:",
+            "mark:4294967296",
         ] {
             text.parse::<ServiceName>().expect_err(text);
         }

@@ -15,7 +15,7 @@ use crate::director::model::{Command, Method, ServerConfig, ServiceView, Tunnel,
 pub(super) enum Server {
     /// Add a real server
     Add {
-        /// The service: `tcp://10.0.0.200:80`
+        /// The service: `tcp://10.0.0.200:80`, `mark:10`, `mark6:10`
         service: ServiceName,
         /// The real server: 10.0.0.205 or 10.0.0.205:80
         server: ServerName,
@@ -24,7 +24,7 @@ pub(super) enum Server {
     },
     /// Change a real server; what is not named stays as it is
     Edit {
-        /// The service: `tcp://10.0.0.200:80`
+        /// The service: `tcp://10.0.0.200:80`, `mark:10`, `mark6:10`
         service: ServiceName,
         /// The real server: 10.0.0.205 or 10.0.0.205:80
         server: ServerName,
@@ -33,7 +33,7 @@ pub(super) enum Server {
     },
     /// Remove a real server
     Remove {
-        /// The service: `tcp://10.0.0.200:80`
+        /// The service: `tcp://10.0.0.200:80`, `mark:10`, `mark6:10`
         service: ServiceName,
         /// The real server: 10.0.0.205 or 10.0.0.205:80
         server: ServerName,

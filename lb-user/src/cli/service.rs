@@ -16,21 +16,21 @@ use crate::director::model::{Command, Family, Persistence, ServiceConfig, Servic
 pub(super) enum Service {
     /// Add a virtual service
     Add {
-        /// The service: `tcp://10.0.0.200:80`
+        /// The service: `tcp://10.0.0.200:80`, `mark:10`, `mark6:10`
         service: ServiceName,
         #[command(flatten)]
         settings: Settings,
     },
     /// Change a virtual service; what is not named stays as it is
     Edit {
-        /// The service: `tcp://10.0.0.200:80`
+        /// The service: `tcp://10.0.0.200:80`, `mark:10`, `mark6:10`
         service: ServiceName,
         #[command(flatten)]
         settings: Settings,
     },
     /// Remove a virtual service and its real servers
     Remove {
-        /// The service: `tcp://10.0.0.200:80`
+        /// The service: `tcp://10.0.0.200:80`, `mark:10`, `mark6:10`
         service: ServiceName,
     },
     /// List virtual services

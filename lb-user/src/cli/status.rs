@@ -18,11 +18,12 @@ fn describe(status: &Status) -> String {
         ("instance", status.instance.clone()),
         ("pins", status.pins.clone()),
         ("running for", format!("{} s", status.uptime)),
+        ("mark device", status.mark_device.clone()),
         ("services", status.services.to_string()),
         ("servers", status.servers.to_string()),
         ("connections", format!("{} (each table has room for {})", status.connections, status.max_connections)),
     ];
-    let text: Vec<String> = lines.into_iter().map(|(name, value)| format!("{name:<12}{value}\n")).collect();
+    let text: Vec<String> = lines.into_iter().map(|(name, value)| format!("{name:<13}{value}\n")).collect();
     text.concat() + "\n" + &interfaces(&status.interfaces)
 }
 

@@ -11,7 +11,7 @@ use super::{
     serve::{Options, serve},
 };
 use crate::{
-    datapath::{self, KernelDatapath, attach::Attachments},
+    datapath::{self, KernelDatapath, attach::Attachments, mark_device::MarkDevice},
     director::model::{ConnectionView, Hook, InterfaceView, ReasonView},
 };
 
@@ -79,6 +79,14 @@ impl Instance for KernelDatapath {
 
     fn interfaces(&self) -> Vec<InterfaceView> {
         Self::interfaces(self)
+    }
+
+    fn mark_device(&self) -> String {
+        match Self::mark_device(self) {
+            MarkDevice { present: false, obstacle: None } => "not needed".to_owned(),
+            MarkDevice { present: true, obstacle: None } => "at work".to_owned(),
+            MarkDevice { obstacle: Some(obstacle), .. } => obstacle,
+        }
     }
 
     fn connections(&self) -> anyhow::Result<Vec<ConnectionView>> {

@@ -29,7 +29,7 @@ use crate::{
     datapath::Datapath,
     director::{
         Director,
-        model::{Command, ConnectionView, Hook, InterfaceView, Outcome, ReasonView, ServiceView, Status, Timeouts},
+        model::{Command, ConnectionView, Hook, InterfaceView, MarkRule, Outcome, ReasonView, ServiceView, Status, Timeouts},
     },
 };
 
@@ -66,6 +66,9 @@ pub trait Instance: Datapath + Send + Sized + 'static {
 
     /// The interfaces that are attached.
     fn interfaces(&self) -> Vec<InterfaceView>;
+
+    /// How the mark device is, in words.
+    fn mark_device(&self) -> String;
 
     /// All connections.
     fn connections(&self) -> anyhow::Result<Vec<ConnectionView>>;
@@ -164,6 +167,11 @@ impl<I: Instance> Daemon<I> {
         self.director.datapath().connections()
     }
 
+    /// The mark rules.
+    pub fn mark_rules(&self) -> Vec<MarkRule> {
+        self.director.mark_rules().to_vec()
+    }
+
     /// The timeouts.
     pub fn timeouts(&self) -> Timeouts {
         self.director.timeouts()
@@ -184,6 +192,7 @@ impl<I: Instance> Daemon<I> {
             pins: self.identity.pins().display().to_string(),
             uptime: self.started.elapsed().as_secs(),
             interfaces: datapath.interfaces(),
+            mark_device: datapath.mark_device(),
             services: self.director.service_count(),
             servers: self.director.server_count(),
             connections: self.connections,

@@ -56,6 +56,10 @@ impl Instance for Memory {
         vec![]
     }
 
+    fn mark_device(&self) -> String {
+        "not needed".to_owned()
+    }
+
     fn connections(&self) -> anyhow::Result<Vec<ConnectionView>> {
         Ok(vec![])
     }

@@ -32,6 +32,7 @@ use aya::{
 use super::{
     links::{Link, Links},
     maps::{Pins, remove_pin},
+    mark_device,
     programs::Programs,
 };
 use crate::director::model::{Hook, InterfaceView};
@@ -213,8 +214,11 @@ impl Attachments {
     }
 
     fn wanted(&self, link: &Link) -> Option<Hook> {
-        if self.unwanted.contains(&link.name) {
+        if self.unwanted.contains(&link.name) || link.name == mark_device::ENTRANCE {
             return None;
+        }
+        if link.name == mark_device::EXIT {
+            return Some(Hook::Tc);
         }
         self.named.get(&link.name).copied().or_else(|| (self.all && link.up && !link.loopback).then_some(self.hook))
     }

@@ -7,12 +7,15 @@
 use std::net::IpAddr;
 
 use aya::maps::{Array, MapData, MapError};
-use lb_common::filter::{BITS, WORDS, position};
+use lb_common::filter::{BITS, LENGTH, WORDS, position};
 
 use super::way::words;
 
-/// The bitmap, as the kernel has it.
-pub type Bitmap = [u64; WORDS as usize];
+/// The bitmap, as the kernel has it; behind it stands the word of exceptions.
+pub type Bitmap = [u64; LENGTH];
+
+/// The kernel's copy of the bitmap.
+pub type Kernel = Array<MapData, Bitmap>;
 
 /// The bitmap and its counts.
 #[expect(missing_debug_implementations, reason = "aya's maps have none")]
@@ -20,13 +23,13 @@ pub struct Filter {
     bitmap: Box<Bitmap>,
     references: Vec<u32>,
     /// The kernel's copy; none in tests.
-    kernel: Option<Array<MapData, Bitmap>>,
+    kernel: Option<Kernel>,
 }
 
 impl Filter {
     /// Counts the addresses that are in use, and writes the bitmap.
-    pub fn new(kernel: Option<Array<MapData, Bitmap>>, addresses: impl Iterator<Item = IpAddr>) -> Result<Self, MapError> {
-        let mut filter = Self { bitmap: Box::new([0; WORDS as usize]), references: vec![0; BITS as usize], kernel };
+    pub fn new(kernel: Option<Kernel>, addresses: impl Iterator<Item = IpAddr>) -> Result<Self, MapError> {
+        let mut filter = Self { bitmap: Box::new([0; LENGTH]), references: vec![0; BITS as usize], kernel };
         for address in addresses {
             filter.count(address);
         }
@@ -64,6 +67,12 @@ impl Filter {
     pub fn contains(&self, address: IpAddr) -> bool {
         let (index, mask) = place(address);
         self.bitmap[index as usize] & mask != 0
+    }
+
+    /// Which packets are looked at whatever their addresses: [`lb_common::filter::exceptions`].
+    pub fn set_exceptions(&mut self, bits: u64) -> Result<(), MapError> {
+        let word = &mut self.bitmap[WORDS as usize];
+        if std::mem::replace(word, bits) == bits { Ok(()) } else { self.publish() }
     }
 
     fn publish(&mut self) -> Result<(), MapError> {

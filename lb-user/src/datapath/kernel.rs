@@ -13,7 +13,7 @@
 //! traffic goes on. [`KernelDatapath::remove`] takes everything away.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashSet,
     future::Future,
     net::IpAddr,
     path::PathBuf,
@@ -23,12 +23,11 @@ use std::{
 };
 
 use anyhow::{Context as _, anyhow, bail};
-use aya::maps::{Array, HashMap as MapHashMap, MapData, PerCpuArray, PerCpuValues};
+use aya::maps::{Array, MapData, PerCpuArray, PerCpuValues};
 use lb_common::{
     config::{Config, LAYOUT},
-    family::{Ipv4, Ipv6},
     server::{Counters, NextHop, Server, Status},
-    service::{Mode, Service, ServiceKey},
+    service::{Mode, Service},
     statistics::Statistics,
     template::Scope,
 };
@@ -41,24 +40,23 @@ use super::{
     bell::Bell,
     connections::{Clock, Connections},
     devices::Devices,
-    filter::Filter,
     hz, kernel_error,
     links::{self},
     locality::{Destinations, Standings},
     maps::{Found, Pins, inspect},
+    mark_device::{self, MarkDevice, Marks},
     programs::Programs,
     reasons::Reasons,
     resolve::{Order, Resolver, lock},
     runs::Runs,
     servers::Servers,
+    services::Services,
     shared::Words,
     sweep::{SweepOutcome, Sweeper},
-    system::for_each_entry,
     templates::Templates,
-    way::{address, words},
 };
 use crate::{
-    director::model::{ConnectionView, Hook, InterfaceView, Method, Protocol, ReasonView, ServiceId},
+    director::model::{ConnectionView, Hook, InterfaceView, MarkRule, Method, ReasonView, ServiceId},
     scheduler::Run,
 };
 
@@ -82,20 +80,13 @@ pub struct Options {
     pub tcx: bool,
 }
 
-/// A service's place in the map: protocol, address, port.
-pub type ServicePlace = (Protocol, IpAddr, u16);
-
 /// The datapath in the kernel.
 pub struct KernelDatapath {
     pins: Pins,
     adopted: bool,
     config: Config,
     config_map: Array<MapData, Config>,
-    services_v4: MapHashMap<MapData, ServiceKey<Ipv4>, Service>,
-    services_v6: MapHashMap<MapData, ServiceKey<Ipv6>, Service>,
-    /// What the service maps hold.
-    services: HashMap<ServicePlace, Service>,
-    filter: Filter,
+    services: Services,
     runs: Runs,
     standings: Standings,
     destinations: Destinations,
@@ -108,6 +99,7 @@ pub struct KernelDatapath {
     statistics: PerCpuArray<MapData, Statistics>,
     servers: Arc<Mutex<Servers>>,
     attachments: Arc<Mutex<Attachments>>,
+    mark_device: Arc<Mutex<MarkDevice>>,
     sweeper: Arc<Mutex<Sweeper>>,
     connections: Connections,
     reasons: Reasons,
@@ -142,9 +134,7 @@ impl KernelDatapath {
             None => make_instance(&pins, programs, options)?,
         };
         // Before anything is attached: until then a program lets every packet pass.
-        let services = read_services(&pins)?;
-        let addresses = services.keys().map(|(_, address, _)| *address);
-        let filter = Filter::new(Some(programs.take_destinations()?), addresses).context("the filter cannot be written")?;
+        let services = Services::open(&pins, programs.take_destinations()?)?;
         let connections = Connections::open(&pins)?;
         if connections.capacity() != options.max_connections {
             tracing::info!(
@@ -153,8 +143,6 @@ impl KernelDatapath {
                 "the connection tables that were found keep their size; `bpfvs stop --detach` and a new start change it"
             );
         }
-        let services_v4 = pins.typed("SERVICES_V4")?;
-        let services_v6 = pins.typed("SERVICES_V6")?;
         let words = |name| Words::open(&pins.map(name));
         let (orders, received) = mpsc::unbounded_channel();
         let (answers, answered) = watch::channel(0);
@@ -162,7 +150,6 @@ impl KernelDatapath {
             adopted: found.is_some(),
             config,
             config_map: pins.typed("CONFIG")?,
-            filter,
             runs: Runs::new(words("SCHEDULES")?, words("CURSORS")?, words("RUNS")?),
             standings: Standings::new(words("STANDINGS")?),
             destinations: Destinations::open(&pins)?,
@@ -180,10 +167,9 @@ impl KernelDatapath {
                 options.tcx,
                 &options.interfaces,
             ))),
+            mark_device: Arc::default(),
             sweeper: Arc::new(Mutex::new(Sweeper::open(&pins)?)),
             reasons: Reasons::open(&pins)?,
-            services_v4,
-            services_v6,
             services,
             connections,
             orders,
@@ -199,8 +185,11 @@ impl KernelDatapath {
         let Some((orders, answered)) = self.task.take() else { return Ok(()) };
         self.bell = Some(Bell::open(&self.pins)?);
         let devices = Devices::open(&self.pins)?;
-        let resolver = Resolver::start(orders, answered, Arc::clone(&self.servers), Arc::clone(&self.attachments), devices).await?;
+        let (servers, attachments) = (Arc::clone(&self.servers), Arc::clone(&self.attachments));
+        let resolver = Resolver::start(orders, answered, servers, attachments, devices, Arc::clone(&self.mark_device)).await?;
         tokio::spawn(resolver.run());
+        // Even if there are none: the last daemon may not have come to take the mark device away.
+        self.order(Order::Marks(self.services.marks()));
         Ok(())
     }
 
@@ -220,8 +209,8 @@ impl KernelDatapath {
     }
 
     /// The services as they stand in the map, whoever wrote them.
-    pub fn service_entries(&self) -> Vec<(ServicePlace, Service)> {
-        self.services.iter().map(|(place, service)| (*place, *service)).collect()
+    pub fn service_entries(&self) -> Vec<(ServiceId, Service)> {
+        self.services.iter().map(|(id, service)| (*id, *service)).collect()
     }
 
     /// The real servers as they stand in the map, whoever wrote them.
@@ -237,7 +226,12 @@ impl KernelDatapath {
 
     /// Whether packets to this address are looked at.
     pub fn filter_contains(&self, address: IpAddr) -> bool {
-        self.filter.contains(address)
+        self.services.filter_contains(address)
+    }
+
+    /// How the mark device is.
+    pub fn mark_device(&self) -> MarkDevice {
+        lock(&self.mark_device).clone()
     }
 
     /// The settings as they stand in the map.
@@ -325,29 +319,42 @@ impl KernelDatapath {
     /// its pins.
     pub async fn remove(directory: impl Into<PathBuf>) -> anyhow::Result<()> {
         let pins = Pins::new(directory);
+        let (connection, handle, _) = rtnetlink::new_connection().context("a netlink socket cannot be opened")?;
+        let task = tokio::spawn(connection);
+        mark_device::remove(&handle).await?;
         if !Attachments::kernel_has_tcx() {
-            let (connection, handle, _) = rtnetlink::new_connection().context("a netlink socket cannot be opened")?;
-            let task = tokio::spawn(connection);
             let links = links::list(&handle).await.context("the network devices cannot be listed")?;
-            task.abort();
             for link in links.values() {
                 remove_filter(&link.name);
             }
         }
+        task.abort();
         pins.remove()
     }
 
     fn look(&mut self, addresses: impl IntoIterator<Item = IpAddr>) {
         for address in addresses {
-            // The task can only be gone if the runtime is, and then nobody waits.
-            if self.orders.send(Order::Look(address)).is_ok() {
-                self.asked += 1;
-            }
+            self.order(Order::Look(address));
+        }
+    }
+
+    fn order(&mut self, order: Order) {
+        // The task can only be gone if the runtime is, and then nobody waits.
+        if self.orders.send(order).is_ok() {
+            self.asked += 1;
+        }
+    }
+
+    /// Tells the resolver which marks name services, if that has changed.
+    fn follow_marks(&mut self, before: &Marks) {
+        let marks = self.services.marks();
+        if marks != *before {
+            self.order(Order::Marks(marks));
         }
     }
 
     fn has_service_id(&self, id: u32) -> bool {
-        self.services.values().any(|service| service.id == id)
+        self.services.iter().any(|(_, service)| service.id == id)
     }
 }
 
@@ -360,42 +367,31 @@ impl Datapath for KernelDatapath {
         lock(&self.servers).capacity()
     }
 
-    fn set_service(&mut self, protocol: Protocol, address: IpAddr, port: u16, service: Service) -> Result<(), Error> {
-        let written = match address {
-            IpAddr::V4(_) => self.services_v4.insert(service_key(protocol, words(address)[0], port), service, 0),
-            IpAddr::V6(_) => self.services_v6.insert(service_key(protocol, words(address), port), service, 0),
-        };
-        if let Err(error) = written {
-            if self.services.len() as u32 >= self.runs.capacity() {
-                return Err(Error::Full {
-                    what: "the table of services",
-                    limit: self.runs.capacity(),
-                    advice: "remove services that are not needed",
-                });
-            }
-            return Err(kernel_error(format!("the service {protocol} {address} port {port} cannot be written"), error));
+    fn set_service(&mut self, id: &ServiceId, service: Service) -> Result<(), Error> {
+        if id.mark() == 0 {
+            return self.services.set(id, service);
         }
-        if self.services.insert((protocol, address, port), service).is_none() {
-            self.filter
-                .add(address)
-                .map_err(|error| kernel_error(format!("the virtual address {address} cannot be made known"), error))?;
+        let before = self.services.marks();
+        self.services.set(id, service)?;
+        self.follow_marks(&before);
+        Ok(())
+    }
+
+    fn remove_service(&mut self, id: &ServiceId) -> Result<(), Error> {
+        let before = if id.mark() == 0 { None } else { Some(self.services.marks()) };
+        if let Some(service) = self.services.remove(id)?
+            && !self.has_service_id(service.id)
+        {
+            self.runs.withdraw(service.id);
+        }
+        if let Some(before) = before {
+            self.follow_marks(&before);
         }
         Ok(())
     }
 
-    fn remove_service(&mut self, protocol: Protocol, address: IpAddr, port: u16) -> Result<(), Error> {
-        let Some(service) = self.services.remove(&(protocol, address, port)) else { return Ok(()) };
-        self.filter
-            .remove(address)
-            .map_err(|error| kernel_error(format!("the virtual address {address} cannot be taken back"), error))?;
-        let removed = match address {
-            IpAddr::V4(_) => self.services_v4.remove(&service_key(protocol, words(address)[0], port)),
-            IpAddr::V6(_) => self.services_v6.remove(&service_key(protocol, words(address), port)),
-        };
-        if !self.has_service_id(service.id) {
-            self.runs.withdraw(service.id);
-        }
-        removed.map_err(|error| kernel_error(format!("the service {protocol} {address} port {port} cannot be removed"), error))
+    fn set_mark_rules(&mut self, rules: &[MarkRule]) -> Result<(), Error> {
+        self.services.set_rules(rules)
     }
 
     fn publish(&mut self, service: u32, run: &Run) -> Result<(), Error> {
@@ -488,8 +484,8 @@ impl Datapath for KernelDatapath {
         }))
     }
 
-    fn services(&self) -> Result<Vec<ServicePlace>, Error> {
-        Ok(self.services.keys().copied().collect())
+    fn services(&self) -> Result<Vec<ServiceId>, Error> {
+        Ok(self.services.iter().map(|(id, _)| *id).collect())
     }
 
     fn servers(&self) -> Result<Vec<u32>, Error> {
@@ -500,8 +496,12 @@ impl Datapath for KernelDatapath {
         if self.standings.is_empty() {
             return;
         }
-        let replicas: HashSet<u32> =
-            self.services.values().filter(|service| service.mode == Mode::Replicas as u8).map(|service| service.id).collect();
+        let replicas: HashSet<u32> = self
+            .services
+            .iter()
+            .filter(|(_, service)| service.mode == Mode::Replicas as u8)
+            .map(|(_, service)| service.id)
+            .collect();
         let mode = |service| {
             let mode = if replicas.contains(&service) { Mode::Replicas } else { Mode::Locality };
             self.standings.contains(service).then_some(mode)
@@ -554,27 +554,4 @@ fn detect_hz(sweeper: &Sweeper) -> anyhow::Result<u32> {
     thread::sleep(Duration::from_millis(200));
     hz::from_two(&earlier, &sweeper.walk()?)
         .ok_or_else(|| anyhow!("the kernel's clocks stand still, so its tick rate cannot be found; start bpfvs again"))
-}
-
-fn service_key<A>(protocol: Protocol, vip: A, port: u16) -> ServiceKey<A> {
-    ServiceKey { vip, port: port.to_be(), protocol: protocol.number(), zero: 0 }
-}
-
-fn read_services(pins: &Pins) -> anyhow::Result<HashMap<ServicePlace, Service>> {
-    let mut services = HashMap::new();
-    let protocol = |number| [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].into_iter().find(|protocol| protocol.number() == number);
-    let mut add = |number, address, port, service: &Service| {
-        if let Some(protocol) = protocol(number) {
-            services.insert((protocol, address, u16::from_be(port)), *service);
-        }
-    };
-    for_each_entry(&pins.data("SERVICES_V4")?, |key: &ServiceKey<Ipv4>, service: &Service| {
-        add(key.protocol, address([key.vip, 0, 0, 0], false), key.port, service);
-    })
-    .context("the table of services cannot be read")?;
-    for_each_entry(&pins.data("SERVICES_V6")?, |key: &ServiceKey<Ipv6>, service: &Service| {
-        add(key.protocol, address(key.vip, true), key.port, service);
-    })
-    .context("the table of services cannot be read")?;
-    Ok(services)
 }

@@ -9,7 +9,8 @@
 //! | where maps are pinned, and which are taken over | [`maps`] |
 //! | shared memory, what wakes its reader, raw system calls | [`shared`], [`bell`], [`system`] |
 //! | the programs, and the interfaces that they run on | [`programs`], [`attach`], [`links`] |
-//! | schedules, filters | [`runs`], [`filter`] |
+//! | services, schedules, filters | [`services`], [`runs`], [`filter`] |
+//! | how marked packets come back | [`mark_device`] |
 //! | what replies leave by | [`devices`] |
 //! | destinations of lblc and lblcr | [`locality`] |
 //! | templates of persistent services | [`templates`] |
@@ -27,12 +28,14 @@ pub mod kernel;
 pub mod links;
 pub mod locality;
 pub mod maps;
+pub mod mark_device;
 pub mod path_mtu;
 pub mod programs;
 pub mod reasons;
 pub mod resolve;
 pub mod runs;
 pub mod servers;
+pub mod services;
 pub mod shared;
 pub mod sweep;
 pub mod system;
@@ -51,7 +54,7 @@ use lb_common::{config::Config, server::Counters, service::Service, statistics::
 pub use crate::director::model::Hook;
 
 use crate::{
-    director::model::{Method, Protocol, ServiceId},
+    director::model::{MarkRule, Method, ServiceId},
     scheduler::Run,
 };
 
@@ -65,10 +68,13 @@ pub trait Datapath {
     fn server_capacity(&self) -> u32;
 
     /// Makes a service known to the packet path, or changes it. Its schedule should have been published before.
-    fn set_service(&mut self, protocol: Protocol, address: IpAddr, port: u16, service: Service) -> Result<(), Error>;
+    fn set_service(&mut self, id: &ServiceId, service: Service) -> Result<(), Error>;
 
     /// Takes a service away from the packet path.
-    fn remove_service(&mut self, protocol: Protocol, address: IpAddr, port: u16) -> Result<(), Error>;
+    fn remove_service(&mut self, id: &ServiceId) -> Result<(), Error>;
+
+    /// Gives packets firewall marks by these rules, and by no others any more.
+    fn set_mark_rules(&mut self, rules: &[MarkRule]) -> Result<(), Error>;
 
     /// Publishes the schedule of the service with this index; a later one takes its place at once.
     fn publish(&mut self, service: u32, run: &Run) -> Result<(), Error>;
@@ -111,7 +117,7 @@ pub trait Datapath {
     fn statistics(&self, index: u32) -> Result<Statistics, Error>;
 
     /// Every service that the packet path knows, whoever made it known.
-    fn services(&self) -> Result<Vec<(Protocol, IpAddr, u16)>, Error>;
+    fn services(&self) -> Result<Vec<ServiceId>, Error>;
 
     /// The index of every real server that is not free, whoever made it known.
     fn servers(&self) -> Result<Vec<u32>, Error>;

@@ -8,12 +8,12 @@
 use anyhow::{Context as _, anyhow};
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, MapData, ProgramArray},
+    maps::ProgramArray,
     programs::{Program, ProgramError, RawTracePoint, SchedClassifier, Xdp},
 };
 
 use super::{
-    filter::Bitmap,
+    filter::Kernel,
     maps::{CONNECTION_TABLES, OBJECT, Pins, remove_pin},
 };
 
@@ -90,16 +90,16 @@ impl Programs {
     }
 
     /// The loaded programs' filter of virtual addresses, which is empty until it is written. It can be taken once.
-    pub fn take_destinations(&mut self) -> anyhow::Result<Array<MapData, Bitmap>> {
+    pub fn take_destinations(&mut self) -> anyhow::Result<Kernel> {
         self.take_filter(DESTINATIONS)
     }
 
     /// The same of masqueraded real servers.
-    pub fn take_sources(&mut self) -> anyhow::Result<Array<MapData, Bitmap>> {
+    pub fn take_sources(&mut self) -> anyhow::Result<Kernel> {
         self.take_filter(SOURCES)
     }
 
-    fn take_filter(&mut self, name: &str) -> anyhow::Result<Array<MapData, Bitmap>> {
+    fn take_filter(&mut self, name: &str) -> anyhow::Result<Kernel> {
         let map = self.ebpf.take_map(name).with_context(|| missing(name))?;
         map.try_into().with_context(|| format!("the programs' filter {name} is not what it should be; build bpfvs anew"))
     }

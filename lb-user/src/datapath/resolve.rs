@@ -9,6 +9,7 @@
 //! | neighbour | the addresses behind this next hop get its MAC address, or lose it |
 //! | device | interfaces are attached or forgotten; all ways are asked for anew |
 //! | address, route, rule | all ways are asked for anew |
+//! | link, route or rule of the mark device | the mark device is made whole again ([`mark_device`]) |
 //! | lost events | everything is asked for anew |
 //! | a router's report that a tunnel is too wide | the way gets narrower for ten minutes ([`path_mtu`]) |
 //!
@@ -47,6 +48,7 @@ use super::{
     attach::Attachments,
     devices::Devices,
     links::{self, Link, Links},
+    mark_device::{self, MarkDevice, Marks},
     path_mtu::{self, Report, Reports},
     servers::Servers,
     way::{Hop, Way},
@@ -69,7 +71,9 @@ const RECEIVE_BUFFER: usize = 4 << 20;
 pub enum Order {
     /// A server has come to this address, or has left it.
     Look(IpAddr),
-    /// The datapath goes away: let go of all neighbours.
+    /// These marks name services now: the mark device is for them.
+    Marks(Marks),
+    /// The datapath goes away: let go of all neighbours, and of the mark device.
     Release(oneshot::Sender<()>),
 }
 
@@ -108,6 +112,8 @@ pub struct Resolver {
     links: Links,
     routes: HashMap<IpAddr, Route>,
     neighbours: HashMap<NeighbourKey, Neighbour>,
+    marks: Marks,
+    mark_device: Arc<Mutex<MarkDevice>>,
     reports: Reports,
     /// What routers reported: the MTU, and until when it counts.
     narrow: HashMap<IpAddr, (u32, Instant)>,
@@ -123,6 +129,7 @@ impl Resolver {
         servers: Arc<Mutex<Servers>>,
         attachments: Arc<Mutex<Attachments>>,
         mut devices: Devices,
+        mark_device: Arc<Mutex<MarkDevice>>,
     ) -> anyhow::Result<Self> {
         let (connection, handle, _) = new_connection().context("a netlink socket cannot be opened")?;
         tokio::spawn(connection);
@@ -156,6 +163,8 @@ impl Resolver {
             links,
             routes: HashMap::new(),
             neighbours: HashMap::new(),
+            marks: Marks::new(),
+            mark_device,
             reports: Reports::listen(),
             narrow: HashMap::new(),
         })
@@ -248,8 +257,15 @@ impl Resolver {
                     }
                     asked += 1;
                 }
+                Order::Marks(marks) => {
+                    self.marks = marks;
+                    understood &= self.keep_mark_device().await;
+                    asked += 1;
+                }
                 Order::Release(done) => {
                     self.release_all().await;
+                    self.marks.clear();
+                    self.keep_mark_device().await;
                     // Nobody may wait for it any more.
                     let _ = done.send(());
                     return None;
@@ -337,11 +353,39 @@ impl Resolver {
     /// Asks for every way anew. `false` if netlink failed and it should be tried again.
     async fn look_at_all(&mut self) -> bool {
         let addresses = lock(&self.servers).addresses();
-        let mut understood = true;
+        let mut understood = self.marks.is_empty() || self.keep_mark_device().await;
         for address in addresses {
             understood &= self.look(address).await;
         }
         understood
+    }
+
+    /// Sees that the mark device is there as long as there are mark services, and gone afterwards. `false` if it should be
+    /// tried again.
+    async fn keep_mark_device(&mut self) -> bool {
+        let outcome = self.try_to_keep_mark_device().await;
+        let obstacle = match &outcome {
+            Ok(()) => mark_device::obstacles(&self.marks),
+            Err(error) => Some(format!("{error:#}")),
+        };
+        let now = MarkDevice { present: !self.marks.is_empty(), obstacle };
+        let before = std::mem::replace(&mut *lock(&self.mark_device), now.clone());
+        if let Some(obstacle) = now.obstacle.filter(|obstacle| before.obstacle.as_ref() != Some(obstacle)) {
+            tracing::warn!("{obstacle}");
+        }
+        outcome.is_ok()
+    }
+
+    async fn try_to_keep_mark_device(&mut self) -> anyhow::Result<()> {
+        if self.marks.is_empty() {
+            return mark_device::remove(&self.handle).await;
+        }
+        let ends = mark_device::keep(&self.handle, &self.links).await?;
+        for end in ends.clone() {
+            // Our program must wait there before the first packet comes.
+            self.link_appeared(end);
+        }
+        mark_device::lead(&self.handle, &ends[0], &self.marks).await
     }
 
     /// Asks for the way to an address, or forgets it if no server has it any more. `false` if netlink failed.

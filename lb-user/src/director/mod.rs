@@ -23,6 +23,7 @@
 
 mod indices;
 mod live;
+mod marks;
 pub mod model;
 pub mod rules;
 mod servers;
@@ -48,9 +49,10 @@ use tracing::warn;
 
 use self::{
     indices::Indices,
+    marks::MarkRules,
     model::{
-        Command, Outcome, Refusal, RefusalKind, ServerConfig, ServerId, ServerView, ServiceConfig, ServiceId, ServiceView,
-        Timeouts, Totals, Traffic,
+        Command, MarkRule, Outcome, Refusal, RefusalKind, ServerConfig, ServerId, ServerView, ServiceConfig, ServiceId,
+        ServiceView, Timeouts, Totals, Traffic,
     },
     rules::refuse,
     servers::Servers,
@@ -71,6 +73,7 @@ pub struct Director<D> {
     config: Config,
     timeouts: Timeouts,
     services: BTreeMap<ServiceId, Service>,
+    mark_rules: MarkRules,
     trash: Trash,
     service_indices: Indices,
     server_indices: Indices,
@@ -124,6 +127,7 @@ impl<D: Datapath> Director<D> {
             config,
             timeouts: Timeouts::default(),
             services: BTreeMap::new(),
+            mark_rules: MarkRules::default(),
             trash: Trash::default(),
             service_indices: Indices::new(datapath.service_capacity()),
             server_indices: Indices::new(datapath.server_capacity()),
@@ -134,6 +138,7 @@ impl<D: Datapath> Director<D> {
             datapath,
         };
         director.take_in_orphans()?;
+        director.datapath.set_mark_rules(director.mark_rules.list())?;
         director.set_timeouts(&Timeouts::default())?;
         Ok(director)
     }
@@ -168,6 +173,7 @@ impl<D: Datapath> Director<D> {
             config,
             timeouts: state.timeouts,
             services,
+            mark_rules: MarkRules::from(state.mark_rules),
             trash,
             service_indices,
             server_indices,
@@ -185,9 +191,10 @@ impl<D: Datapath> Director<D> {
     /// The datapath may be younger than the state (the machine was restarted, or everything was taken away): counters that
     /// began anew are not compared with what the state remembers of the old ones.
     fn restore(&mut self) -> Result<(), datapath::Error> {
-        let known_services = self.datapath.services()?;
+        let known_services: BTreeSet<ServiceId> = self.datapath.services()?.into_iter().collect();
         let known_servers: BTreeSet<u32> = self.datapath.servers()?.into_iter().collect();
         self.take_in_orphans()?;
+        self.datapath.set_mark_rules(self.mark_rules.list())?;
         let timeouts = self.timeouts;
         self.set_timeouts(&timeouts)?;
         for index in self.trash.retain(|removed| known_servers.contains(&removed.index)) {
@@ -209,10 +216,7 @@ impl<D: Datapath> Director<D> {
                     server.zero = server.joined;
                 }
             }
-            let known = known_services
-                .iter()
-                .any(|&(protocol, address, port)| service.id == ServiceId::Address { protocol, address, port });
-            if !known {
+            if !known_services.contains(&service.id) {
                 service.base = self.datapath.cursor(service.index);
                 service.left_behind = Totals::default();
                 service.zero = Totals::default();
@@ -230,11 +234,10 @@ impl<D: Datapath> Director<D> {
     /// Takes services away from the datapath that this director knows nothing of, and puts such servers into the trash: the
     /// last daemon stopped before it could write them down, or its state file is lost.
     fn take_in_orphans(&mut self) -> Result<(), datapath::Error> {
-        for (protocol, address, port) in self.datapath.services()? {
-            let id = ServiceId::Address { protocol, address, port };
+        for id in self.datapath.services()? {
             if !self.services.contains_key(&id) {
                 warn!("removing {id} from the datapath: the state file knows nothing of it");
-                self.datapath.remove_service(protocol, address, port)?;
+                self.datapath.remove_service(&id)?;
             }
         }
         for index in self.datapath.servers()? {
@@ -279,6 +282,7 @@ impl<D: Datapath> Director<D> {
             netns_cookie: self.config.netns_cookie,
             timeouts: self.timeouts,
             services: self.services.values().cloned().collect(),
+            mark_rules: self.mark_rules.list().to_vec(),
             trash: self.trash.iter().cloned().collect(),
             next_incarnation: self.next_incarnation,
         }
@@ -287,6 +291,11 @@ impl<D: Datapath> Director<D> {
     /// Every service, with its servers and their traffic.
     pub fn services(&self) -> Result<Vec<ServiceView>, datapath::Error> {
         self.services.values().map(|service| self.view(service)).collect()
+    }
+
+    /// The mark rules, in the order of their marks.
+    pub fn mark_rules(&self) -> &[MarkRule] {
+        self.mark_rules.list()
     }
 
     /// The timeouts.
@@ -369,11 +378,20 @@ impl<D: Datapath> Director<D> {
                 }
                 Ok(self.datapath.flush_templates(service.as_ref())?)
             }
+            Command::AddMarkRule(rule) => self.change_mark_rules(|rules| rules.with(rule)),
+            Command::RemoveMarkRule(rule) => self.change_mark_rules(|rules| rules.without(rule)),
             Command::SetTimeouts(timeouts) => {
                 rules::timeouts(timeouts, self.datapath.clock_rate())?;
                 Ok(self.set_timeouts(timeouts)?)
             }
         }
+    }
+
+    fn change_mark_rules(&mut self, change: impl FnOnce(&MarkRules) -> Result<MarkRules, Refusal>) -> Result<(), Refusal> {
+        let changed = change(&self.mark_rules)?;
+        self.datapath.set_mark_rules(changed.list())?;
+        self.mark_rules = changed;
+        Ok(())
     }
 
     fn add_service(
@@ -455,8 +473,8 @@ impl<D: Datapath> Director<D> {
     fn remove_service(&mut self, id: &ServiceId, pending: &mut Pending) -> Result<(), Refusal> {
         let service = self.services.get(id).ok_or_else(|| no_such_service(id))?;
         let published = pending.services.get(id).is_none_or(|touched| touched.before.is_some());
-        if let (true, ServiceId::Address { protocol, address, port }) = (published, id) {
-            self.datapath.remove_service(*protocol, *address, *port)?;
+        if published {
+            self.datapath.remove_service(id)?;
         }
         let (index, incarnation) = (service.index, service.incarnation);
         pending.services.remove(id);
@@ -659,10 +677,7 @@ impl<D: Datapath> Director<D> {
         let run = service.scheduler.compile(&service.candidates(), service.arrivals(self.seed));
         self.datapath.publish(service.index, &run)?;
         service.lasts = run.truncated.then_some(run.picks.len() as u32);
-        if let ServiceId::Address { protocol, address, port } = *id {
-            self.datapath.set_service(protocol, address, port, service.entry())?;
-        }
-        Ok(())
+        self.datapath.set_service(id, service.entry())
     }
 
     /// Makes a service again what it was before a list of commands.

@@ -5,12 +5,13 @@
 use std::{
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    str::FromStr,
 };
 
 use serde::{Deserialize, Serialize};
 
 /// The transport protocol of a service.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
     /// Transmission control protocol.
@@ -29,6 +30,14 @@ impl Protocol {
             Self::Udp => 17,
             Self::Sctp => 132,
         }
+    }
+
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Tcp, Self::Udp, Self::Sctp];
+
+    /// The protocol with this number.
+    pub fn of_number(number: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|protocol| protocol.number() == number)
     }
 }
 
@@ -192,6 +201,116 @@ impl fmt::Display for ServerId {
     }
 }
 
+/// A network: an address whose bits behind the prefix are zero. With the longest prefix it is one host.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
+pub struct Network {
+    /// The address.
+    pub address: IpAddr,
+    /// The length of the prefix.
+    pub prefix: u8,
+}
+
+impl Network {
+    /// Its family.
+    pub const fn family(&self) -> Family {
+        Family::of(self.address)
+    }
+
+    /// The longest prefix of its family.
+    pub const fn longest_prefix(&self) -> u8 {
+        match self.address {
+            IpAddr::V4(_) => 32,
+            IpAddr::V6(_) => 128,
+        }
+    }
+
+    /// Its address, if that is all that there is.
+    pub const fn host(&self) -> Option<IpAddr> {
+        if self.prefix == self.longest_prefix() { Some(self.address) } else { None }
+    }
+
+    /// Whether the prefix is no longer than the address, and nothing stands behind it.
+    pub fn is_valid(&self) -> bool {
+        let behind = self.longest_prefix().checked_sub(self.prefix);
+        behind.is_some_and(|behind| match self.address {
+            IpAddr::V4(address) => u64::from(address.to_bits()) & ((1 << behind) - 1) == 0,
+            IpAddr::V6(address) => behind == 0 || address.to_bits() << (128 - u32::from(behind)) == 0,
+        })
+    }
+}
+
+impl FromStr for Network {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("\"{text}\" is no address and no network; write 10.0.0.200 or 10.1.0.0/16");
+        let (address, prefix) = match text.split_once('/') {
+            Some((address, prefix)) => (address, Some(prefix.parse().map_err(|_| wrong())?)),
+            None => (text, None),
+        };
+        let whole = Self { address: address.parse().map_err(|_| wrong())?, prefix: 0 };
+        Ok(Self { prefix: prefix.unwrap_or_else(|| whole.longest_prefix()), ..whole })
+    }
+}
+
+impl fmt::Display for Network {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.host() {
+            Some(address) => address.fmt(formatter),
+            None => write!(formatter, "{}/{}", self.address, self.prefix),
+        }
+    }
+}
+
+/// A mark rule: bpfvs itself takes packets for marked, so that no firewall need do it.
+#[derive(Clone, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
+pub struct MarkRule {
+    /// The mark, never 0.
+    pub mark: u32,
+    /// Where the packets go.
+    pub destination: Network,
+    /// Their protocol; nothing for TCP, UDP and SCTP.
+    #[serde(default)]
+    pub protocol: Option<Protocol>,
+    /// The ports that they go to, each range with its first and its last; none for all.
+    #[serde(default)]
+    pub ports: Vec<(u16, u16)>,
+}
+
+impl MarkRule {
+    /// The protocols that it is for.
+    pub fn protocols(&self) -> impl Iterator<Item = Protocol> + use<> {
+        let only = self.protocol;
+        Protocol::ALL.into_iter().filter(move |protocol| only.is_none_or(|only| only == *protocol))
+    }
+
+    /// Its ports, one by one.
+    pub fn each_port(&self) -> impl Iterator<Item = u16> + '_ {
+        self.ports.iter().flat_map(|&(first, last)| first..=last)
+    }
+}
+
+impl fmt::Display for MarkRule {
+    /// `10.0.0.200 TCP 80,443 -> 10`
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{} ", self.destination)?;
+        match self.protocol {
+            Some(protocol) => write!(formatter, "{protocol} ")?,
+            None => formatter.write_str("any protocol ")?,
+        }
+        write!(formatter, "{} -> {}", port_list(&self.ports), self.mark)
+    }
+}
+
+/// Ports as people write them: `80,443,10000-20000`; nothing listed means all.
+pub fn port_list(ports: &[(u16, u16)]) -> String {
+    if ports.is_empty() {
+        return "all ports".to_owned();
+    }
+    let range = |&(first, last): &(u16, u16)| if first == last { first.to_string() } else { format!("{first}-{last}") };
+    ports.iter().map(range).collect::<Vec<_>>().join(",")
+}
+
 /// How packets reach a real server.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -332,6 +451,10 @@ pub enum Command {
     },
     /// Sets timeouts (`--set`).
     SetTimeouts(Timeouts),
+    /// Adds a mark rule.
+    AddMarkRule(MarkRule),
+    /// Removes a mark rule.
+    RemoveMarkRule(MarkRule),
 }
 
 /// Why a director refused a command.
@@ -344,12 +467,16 @@ pub enum RefusalKind {
     Invalid,
     /// There is no such real server. IPVS: ENOENT.
     NoSuchServer,
+    /// There is no such mark rule.
+    NoSuchRule,
     /// There is no such service. IPVS: ESRCH.
     NoSuchService,
     /// A number is out of its range. IPVS: ERANGE.
     OutOfRange,
     /// There is no room left in a table of the kernel. IPVS: ENOMEM.
     NoRoom,
+    /// The mark rule exists.
+    RuleExists,
     /// No scheduler or persistence engine of this name exists. IPVS: ENOENT.
     SchedulerNotFound,
     /// The real server exists. IPVS: EEXIST.
@@ -536,6 +663,9 @@ pub struct Status {
     pub uptime: u64,
     /// Attached interfaces.
     pub interfaces: Vec<InterfaceView>,
+    /// How packets that iptables or nft mark reach their services: `not needed`, `at work`, or what keeps them from it.
+    #[serde(default)]
+    pub mark_device: String,
     /// Number of virtual services.
     pub services: usize,
     /// Number of real servers.

@@ -47,14 +47,11 @@ pub(super) fn engine(config: &ServiceConfig) -> Result<(), Refusal> {
 
 /// What this version cannot do for a service.
 pub(super) fn service_supported(service: &ServiceId, config: &ServiceConfig) -> Result<(), Refusal> {
-    let unsupported = |what: &str, instead: &str| {
-        refuse(
-            RefusalKind::Unsupported,
-            format!("the service {service} cannot be set up: this version of bpfvs has no {what} yet; {instead}"),
-        )
-    };
-    if let ServiceId::Mark { .. } = service {
-        return unsupported("firewall marks", "name the service by protocol, address and port");
+    if let ServiceId::Mark { mark: 0, .. } = service {
+        return refuse(
+            RefusalKind::Invalid,
+            format!("the service {service} cannot be set up: 0 stands for no mark; name a mark from 1 on"),
+        );
     }
     if config.engine.is_some() {
         return refuse(

@@ -13,7 +13,11 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{model::Timeouts, service::Service, trash::Removed};
+use super::{
+    model::{MarkRule, Timeouts},
+    service::Service,
+    trash::Removed,
+};
 
 /// Changes whenever an older bpfvs could not understand the file.
 const VERSION: u32 = 1;
@@ -25,6 +29,8 @@ pub struct State {
     pub netns_cookie: u64,
     pub(super) timeouts: Timeouts,
     pub(super) services: Vec<Service>,
+    #[serde(default)]
+    pub(super) mark_rules: Vec<MarkRule>,
     pub(super) trash: Vec<Removed>,
     pub(super) next_incarnation: u64,
 }

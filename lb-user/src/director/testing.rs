@@ -15,7 +15,7 @@ use lb_common::{
     template::Scope,
 };
 
-use super::model::{Protocol, ServiceId};
+use super::model::{MarkRule, ServiceId};
 use crate::{
     datapath::{Datapath, Error, Target},
     scheduler::Run,
@@ -24,7 +24,8 @@ use crate::{
 /// What it was told. Tests change counters directly.
 #[derive(Debug, Default)]
 pub(crate) struct Memory {
-    pub(crate) services: BTreeMap<(Protocol, IpAddr, u16), Service>,
+    pub(crate) services: BTreeMap<ServiceId, Service>,
+    pub(crate) mark_rules: Vec<MarkRule>,
     pub(crate) schedules: BTreeMap<u32, Run>,
     pub(crate) cursors: BTreeMap<u32, u32>,
     pub(crate) servers: BTreeMap<u32, Target>,
@@ -64,16 +65,21 @@ impl Datapath for Memory {
         64
     }
 
-    fn set_service(&mut self, protocol: Protocol, address: IpAddr, port: u16, service: Service) -> Result<(), Error> {
-        self.journal.push(format!("set_service {protocol} {address} {port}"));
+    fn set_service(&mut self, id: &ServiceId, service: Service) -> Result<(), Error> {
+        self.journal.push(format!("set_service {id}"));
         assert!(self.schedules.contains_key(&service.id), "the schedule comes first");
-        self.services.insert((protocol, address, port), service);
+        self.services.insert(*id, service);
         Ok(())
     }
 
-    fn remove_service(&mut self, protocol: Protocol, address: IpAddr, port: u16) -> Result<(), Error> {
-        self.journal.push(format!("remove_service {protocol} {address} {port}"));
-        assert!(self.services.remove(&(protocol, address, port)).is_some(), "only what is there can be removed");
+    fn remove_service(&mut self, id: &ServiceId) -> Result<(), Error> {
+        self.journal.push(format!("remove_service {id}"));
+        assert!(self.services.remove(id).is_some(), "only what is there can be removed");
+        Ok(())
+    }
+
+    fn set_mark_rules(&mut self, rules: &[MarkRule]) -> Result<(), Error> {
+        self.mark_rules = rules.to_vec();
         Ok(())
     }
 
@@ -159,7 +165,7 @@ impl Datapath for Memory {
         Ok(self.statistics.get(&index).copied().unwrap_or_default())
     }
 
-    fn services(&self) -> Result<Vec<(Protocol, IpAddr, u16)>, Error> {
+    fn services(&self) -> Result<Vec<ServiceId>, Error> {
         Ok(self.services.keys().copied().collect())
     }
 

@@ -141,7 +141,7 @@ fn ipvs_refusals_in_the_order_of_ipvs() {
         (add(service(), "nonsense"), ServiceExists),
         (add(other, "nonsense"), SchedulerNotFound),
         (add(ServiceId::Mark { mark: 1, family: model::Family::Ipv4 }, "nonsense"), SchedulerNotFound),
-        (add(ServiceId::Mark { mark: 1, family: model::Family::Ipv4 }, "rr"), Unsupported),
+        (add(ServiceId::Mark { mark: 0, family: model::Family::Ipv4 }, "rr"), Invalid),
         (
             Command::AddService {
                 service: other,

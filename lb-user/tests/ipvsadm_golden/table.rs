@@ -96,6 +96,7 @@ impl FileTable {
                     self.service(service)?;
                 }
             }
+            Command::AddMarkRule(_) | Command::RemoveMarkRule(_) => unreachable!("ipvsadm has no mark rules"),
             Command::SetTimeouts(wanted) => {
                 let timeouts = &mut self.content.timeouts;
                 let pairs =

@@ -22,7 +22,7 @@ pub(crate) enum Purpose {
 }
 
 /// A program, the Debian package that brings it, and the first purpose that needs it.
-const PROGRAMS: [(&str, &str, Purpose); 17] = [
+const PROGRAMS: [(&str, &str, Purpose); 19] = [
     ("curl", "curl", Purpose::Demo),
     ("ip", "iproute2", Purpose::Demo),
     ("nginx", "nginx-light", Purpose::Demo),
@@ -30,6 +30,8 @@ const PROGRAMS: [(&str, &str, Purpose); 17] = [
     ("sysctl", "procps", Purpose::Demo),
     ("ethtool", "ethtool", Purpose::Test),
     ("iperf3", "iperf3", Purpose::Test),
+    ("iptables-legacy", "iptables", Purpose::Test),
+    ("iptables-nft", "iptables", Purpose::Test),
     ("nft", "nftables", Purpose::Test),
     ("ping", "iputils-ping", Purpose::Test),
     ("socat", "socat", Purpose::Test),
