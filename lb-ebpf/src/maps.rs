@@ -308,7 +308,7 @@ impl Family for V4 {
                 return Err(Reason::TtlExpired);
             }
             let checksum = checksum::gain((old >> 16) as u16, gained + LOST_ONE);
-            word.write((u32::from(checksum) << 16 | (old & 0xffff) - 1).to_le());
+            word.write(((u32::from(checksum) << 16) | ((old & 0xffff) - 1)).to_le());
         }
         Ok(())
     }
