@@ -297,17 +297,26 @@ pub fn anything<P: Packet, F: Family>(
     if protocol == F::ICMP && fragment != Fragment::Later {
         return icmp_error::<P, F>(packet.context(), offset as u32);
     }
-    let segment = if fragment == Fragment::Later {
-        let ports = ports_of_first_fragment::<P, F>(packet.context(), header.offset as u32)?;
-        Segment { ports, event: transport::QUIET }
-    } else {
-        transport::parse(packet, offset, protocol, header.offset + header.length)?
-    };
+    if fragment == Fragment::Later {
+        return later::<P, F>(packet.context(), header.offset as u32);
+    }
+    let segment = transport::parse(packet, offset, protocol, header.offset + header.length)?;
     let server = connection::<F>(header, protocol, segment)?;
     if fragment == Fragment::First {
         remember_first_fragment::<P, F>(packet.context(), header.offset as u32, segment.ports);
     }
     Ok(server)
+}
+
+/// Finds the real server of a later fragment, by the ports of the first. It moves nothing on: the first has.
+#[inline(never)]
+fn later<P: Packet, F: Family>(context: *mut c_void, offset: u32) -> Result<u32, Reason> {
+    // SAFETY: the context is the kernel's own.
+    let key = fragment_key::<P, F>(&unsafe { P::view(context) }, offset)?;
+    let ports = ports_of::<F>(&key)?;
+    let key = ConnectionKey { client: key.source, vip: key.destination, ports, protocol: key.protocol };
+    // SAFETY: an element of the map.
+    F::connections().get_ptr(&key).map(|known| unsafe { (*known).server }).ok_or(Reason::NoConnection)
 }
 
 /// Remembers the ports, which the parts that follow a first fragment do not have.
@@ -325,9 +334,13 @@ pub fn remember_first_fragment<P: Packet, F: Family>(context: *mut c_void, offse
 #[inline(never)]
 pub fn ports_of_first_fragment<P: Packet, F: Family>(context: *mut c_void, offset: u32) -> Result<Ports, Reason> {
     // SAFETY: the context is the kernel's own.
-    let key = fragment_key::<P, F>(&unsafe { P::view(context) }, offset)?;
+    ports_of::<F>(&fragment_key::<P, F>(&unsafe { P::view(context) }, offset)?)
+}
+
+#[inline(always)]
+fn ports_of<F: Family>(key: &FragmentKey<F::Address>) -> Result<Ports, Reason> {
     // SAFETY: an element of the map.
-    F::fragments().get_ptr(&key).map(|ports| unsafe { *ports }).ok_or(Reason::FragmentUnknown)
+    F::fragments().get_ptr(key).map(|ports| unsafe { *ports }).ok_or(Reason::FragmentUnknown)
 }
 
 /// The key of a fragmented packet, read once more from its headers: what is rare shall not take up the stack of what is not.

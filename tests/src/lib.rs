@@ -17,7 +17,8 @@
 //! | nanoseconds per packet | [`speed`] |
 //! | a program for the far end of a veth pair | [`pass`] |
 //! | other kernels | [`vm`] |
-//! | bpfvs and the kernel's own IPVS, compared | [`differential`] |
+//! | bpfvs and the kernel's own IPVS, compared: what they choose | [`differential`] |
+//! | the same: how they translate addresses | [`translation`] |
 //! | conditions with a deadline | [`wait`] |
 //! | tests that cannot run here | [`mod@skip`] |
 //!
@@ -37,5 +38,6 @@ pub mod programs;
 pub mod skip;
 pub mod speed;
 pub mod test_run;
+pub mod translation;
 pub mod vm;
 pub mod wait;

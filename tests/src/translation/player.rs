@@ -1,0 +1,68 @@
+//! Conversations become frames, and a record of what came out.
+
+use std::collections::HashMap;
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    conversation::{Conversation, commands},
+    wires::Wires,
+};
+use crate::differential::player::{Director, stay_on_this_processor};
+
+/// So many conversations are had before connections are listed: some live only for seconds.
+const AT_ONCE: usize = 60;
+
+/// What a director did with a conversation.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+pub struct Record {
+    /// For each step what came out to the client and what to the real server, in hexadecimal digits.
+    pub steps: Vec<[Vec<String>; 2]>,
+    /// The client's connections as `ipvsadm -Lnc` lists them, without the time left.
+    pub connections: Vec<String>,
+}
+
+/// Types the services.
+pub fn set_up(director: &dyn Director) -> Result<()> {
+    director.type_lines(&commands())
+}
+
+/// Has the conversations, one after the other. Returns what became of each.
+pub fn play(conversations: &[Conversation], director: &dyn Director, wires: &Wires) -> Result<Vec<Record>> {
+    stay_on_this_processor()?;
+    let mut records = Vec::new();
+    for some in conversations.chunks(AT_ONCE) {
+        let begin = records.len();
+        for conversation in some {
+            let exchange = |(number, step): (usize, &super::conversation::Step)| {
+                let seen = wires.exchange(step.from, &step.frames).with_context(|| format!("step {number} of {conversation}"))?;
+                anyhow::Ok(seen.map(|packets| packets.iter().map(|packet| digits(packet)).collect()))
+            };
+            let steps = conversation.steps.iter().enumerate().map(exchange).collect::<Result<_>>()?;
+            records.push(Record { steps, connections: Vec::new() });
+        }
+        let listing = director.ipvsadm("-Lnc")?;
+        let mut by_client: HashMap<&str, Vec<String>> = HashMap::new();
+        for line in listing.lines() {
+            // Protocol, time left, state, client, VIP, real server.
+            if let [protocol, _, state, client, vip, server] = line.split_whitespace().collect::<Vec<_>>()[..] {
+                by_client.entry(client).or_default().push(format!("{protocol} {state} {client} {vip} {server}"));
+            }
+        }
+        for (conversation, record) in some.iter().zip(&mut records[begin..]) {
+            record.connections = by_client.remove(conversation.client.to_string().as_str()).unwrap_or_default();
+            record.connections.sort();
+        }
+    }
+    Ok(records)
+}
+
+/// What has been counted for services and real servers, as `ipvsadm` lists it, in an order of its own.
+pub fn statistics(director: &dyn Director) -> Result<String> {
+    director.ipvsadm("-Ln --stats --exact --sort")
+}
+
+fn digits(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
