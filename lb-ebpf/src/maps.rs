@@ -180,11 +180,19 @@ pub static ANSWERS: PerCpuArray<[u32; 2]> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 pub static DEFERRED: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 
-/// The programs for translation, one for each hook. Userspace writes.
+/// The programs that others call last, for each hook. Userspace writes.
 #[map]
-pub static XDP_TRANSLATION: ProgramArray = ProgramArray::with_max_entries(1, 0);
+pub static XDP_NEXT: ProgramArray = ProgramArray::with_max_entries(2, 0);
 #[map]
-pub static TC_TRANSLATION: ProgramArray = ProgramArray::with_max_entries(1, 0);
+pub static TC_NEXT: ProgramArray = ProgramArray::with_max_entries(2, 0);
+
+/// Their places.
+pub mod next {
+    /// What looks at odd packets.
+    pub const ODD: u32 = 0;
+    /// What translates. Loaded for the first real server that needs it.
+    pub const TRANSLATE: u32 = 1;
+}
 
 /// A family's own maps.
 pub trait Family: Network {

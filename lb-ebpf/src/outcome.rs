@@ -6,12 +6,11 @@
 //!
 //! ```text
 //! verdict   0..31 the verdict
-//! odd       nothing
 //! reply     nothing, or, with bit 57, 0..31 the verdict
 //! wrap      0..31 the real server's index, 32..36 length of the Ethernet header, 37..48 outer VLAN
 //! translate 0..31 the real server's index
 //! answer    0..15 MTU, 16..31 length of the IP packet, 32..36 length of the Ethernet header, 40..47 the reason
-//! bit 60: IPv6    bits 57..59, 61..63: which of them
+//! bit 60: IPv6    bits 57..59, 61..63: which of them (61: the packet is odd, which is all)
 //! ```
 
 use lb_common::{
@@ -23,7 +22,7 @@ use lb_ebpf::packet::Packet;
 use crate::{
     account, answer, forward,
     maps::{DEFERRED, Family},
-    odd, reply,
+    reply,
 };
 
 /// What is left to do with a packet.
@@ -34,7 +33,8 @@ impl Outcome {
     const ATTENDED: u64 = 1 << 57;
     const REPLY: u64 = 1 << 58;
     const TRANSLATE: u64 = 1 << 59;
-    const ODD: u64 = 1 << 61;
+    /// Nothing is decided: the packet needs a closer look.
+    pub const ODD: Self = Self(1 << 61);
     const WRAP: u64 = 1 << 62;
     const ANSWER: u64 = 1 << 63;
     const IS_V6: u64 = 1 << 60;
@@ -49,12 +49,6 @@ impl Outcome {
     #[inline(always)]
     pub fn left<P: Packet>(why: Reason) -> Self {
         Self::verdict(account::leave::<P>(why))
-    }
-
-    /// Nothing is decided: the packet needs a closer look.
-    #[inline(always)]
-    pub const fn odd<F: Family>() -> Self {
-        Self(Self::ODD | Self::family::<F>())
     }
 
     /// The packet is for no virtual address, but may be a reply.
@@ -99,9 +93,9 @@ impl Outcome {
 
     /// Does what is left. The result is a verdict of the hook.
     #[inline(always)]
-    pub fn settle<P: Packet>(mut self, packet: &P) -> i32 {
-        if self.0 & Self::ODD != 0 {
-            self = if self.0 & Self::IS_V6 != 0 { odd::<P, V6>(packet.context()) } else { odd::<P, V4>(packet.context()) };
+    pub fn settle<P: Packet>(self, packet: &P) -> i32 {
+        if self.0 & Self::ODD.0 != 0 {
+            return Self::NEXT_ODD;
         }
         if self.0 & (Self::REPLY | Self::TRANSLATE) != 0 {
             return self.defer();
@@ -112,8 +106,10 @@ impl Outcome {
         if self.0 & Self::IS_V6 != 0 { self.finish::<P, V6>(packet) } else { self.finish::<P, V4>(packet) }
     }
 
-    /// In the place of a verdict: another program goes on.
-    pub const DEFERRED: i32 = i32::MIN;
+    /// In the place of a verdict: the program for odd packets goes on.
+    pub const NEXT_ODD: i32 = i32::MIN;
+    /// In the place of a verdict: the program for translation goes on.
+    pub const NEXT_TRANSLATE: i32 = i32::MIN + 1;
 
     /// Leaves what is left to the program for translation.
     #[inline(always)]
@@ -122,7 +118,7 @@ impl Outcome {
             // SAFETY: this CPU's own element.
             unsafe { *word = self.0 };
         }
-        Self::DEFERRED
+        Self::NEXT_TRANSLATE
     }
 
     /// Does what was left to the program for translation.
