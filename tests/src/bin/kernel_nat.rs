@@ -1,5 +1,4 @@
-//! Has conversations with the kernel's own IPVS between, and prints what came out as a line of JSON for each, and at last what
-//! it has counted. It runs in the guest of a virtual machine: see [`bpfvs_tests::translation`].
+//! Has conversations with the kernel's own IPVS between, and prints what came out and what was counted, as a line of JSON. It runs in the guest of a virtual machine: see [`bpfvs_tests::translation`].
 //!
 //! ```text
 //! kernel_nat FIRST_SEED COUNT
@@ -23,9 +22,7 @@ fn main() -> Result<()> {
     let conversations: Vec<_> = (first..first + count).map(Conversation::new).collect();
     let wires = Wires::new()?;
     player::set_up(&wires.director)?;
-    for record in player::play(&conversations, &wires.director, &wires)? {
-        println!("{}", serde_json::to_string(&record)?);
-    }
-    println!("{}", serde_json::to_string(&player::statistics(&wires.director)?)?);
+    let account = player::play(&conversations, &wires.director, &wires)?;
+    println!("{}", serde_json::to_string(&account)?);
     Ok(())
 }

@@ -50,7 +50,7 @@ pub fn commands() -> String {
             for (first, port) in [(1, port), (NARROW_SERVERS, port + NARROW_PORTS)] {
                 let vip = SocketAddr::new(wires::vip(family), port);
                 let server = SocketAddr::new(wires::server(family, first + number as u8), server_port);
-                lines += &format!("-A {option} {vip} -s rr\n-a {option} {vip} -r {server} -m\n");
+                lines.extend([format!("-A {option} {vip} -s rr\n"), format!("-a {option} {vip} -r {server} -m\n")]);
             }
         }
     }
@@ -70,6 +70,7 @@ pub struct Conversation {
     pub vip: SocketAddr,
     /// Who answers.
     pub server: SocketAddr,
+    protocol: Protocol,
     /// What is said.
     pub steps: Vec<Step>,
 }
@@ -110,13 +111,22 @@ impl Conversation {
             let step = talk.step();
             steps.push(step);
         }
-        Self { seed, client, vip, server, steps }
+        Self { seed, client, vip, server, protocol, steps }
+    }
+
+    /// The protocol, as `ipvsadm` names it.
+    pub const fn protocol(&self) -> &'static str {
+        match self.protocol {
+            Protocol::Tcp => "TCP",
+            Protocol::Udp => "UDP",
+            Protocol::Sctp => "SCTP",
+        }
     }
 }
 
 impl fmt::Display for Conversation {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { seed, client, vip, server, steps } = self;
+        let Self { seed, client, vip, server, steps, .. } = self;
         writeln!(formatter, "conversation {seed}: {client} -> {vip} -> {server}")?;
         steps.iter().enumerate().try_for_each(|(number, step)| writeln!(formatter, "{number:>4} {:?}: {}", step.from, step.what))
     }
@@ -196,7 +206,7 @@ impl Talk {
         let ttl = if random.u8(..12) == 0 { random.choice([1, 2, 255]).unwrap_or(1) } else { 64 };
         let payload = (0..random.usize(..60)).map(|_| random.u8(..)).collect();
         let (traffic_class, id, dont_fragment) = (random.u8(..), random.u16(..), random.bool());
-        Frame { options, extensions, ttl, payload, traffic_class, id, dont_fragment, ..self.packet(from, kind) }
+        Frame { ttl, traffic_class, dont_fragment, id, options, extensions, payload, ..self.packet(from, kind) }
     }
 
     /// A packet in fragments, in their order. IPVS puts them together and cuts them again as they were; what that makes of

@@ -23,24 +23,28 @@ pub struct Record {
     pub connections: Vec<String>,
 }
 
+/// What a director did with all of them.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+pub struct Account {
+    /// One for each.
+    pub records: Vec<Record>,
+    /// What has been counted, as `ipvsadm -Ln --stats --exact` lists it.
+    pub statistics: String,
+}
+
 /// Types the services.
 pub fn set_up(director: &dyn Director) -> Result<()> {
     director.type_lines(&commands())
 }
 
-/// Has the conversations, one after the other. Returns what became of each.
-pub fn play(conversations: &[Conversation], director: &dyn Director, wires: &Wires) -> Result<Vec<Record>> {
+/// Has the conversations, one after the other.
+pub fn play(conversations: &[Conversation], director: &dyn Director, wires: &Wires) -> Result<Account> {
     stay_on_this_processor()?;
     let mut records = Vec::new();
     for some in conversations.chunks(AT_ONCE) {
         let begin = records.len();
         for conversation in some {
-            let exchange = |(number, step): (usize, &super::conversation::Step)| {
-                let seen = wires.exchange(step.from, &step.frames).with_context(|| format!("step {number} of {conversation}"))?;
-                anyhow::Ok(seen.map(|packets| packets.iter().map(|packet| digits(packet)).collect()))
-            };
-            let steps = conversation.steps.iter().enumerate().map(exchange).collect::<Result<_>>()?;
-            records.push(Record { steps, connections: Vec::new() });
+            records.push(Record { steps: hold(conversation, wires)?, connections: Vec::new() });
         }
         let listing = director.ipvsadm("-Lnc")?;
         let mut by_client: HashMap<&str, Vec<String>> = HashMap::new();
@@ -55,14 +59,19 @@ pub fn play(conversations: &[Conversation], director: &dyn Director, wires: &Wir
             record.connections.sort();
         }
     }
-    Ok(records)
+    Ok(Account { records, statistics: director.ipvsadm("-Ln --stats --exact")? })
 }
 
-/// What has been counted for services and real servers, as `ipvsadm` lists it, in an order of its own.
-pub fn statistics(director: &dyn Director) -> Result<String> {
-    director.ipvsadm("-Ln --stats --exact --sort")
+fn hold(conversation: &Conversation, wires: &Wires) -> Result<Vec<[Vec<String>; 2]>> {
+    let mut seen = Vec::new();
+    for (number, step) in conversation.steps.iter().enumerate() {
+        let packets = wires.exchange(step.from, &step.frames).with_context(|| format!("step {number} of {conversation}"))?;
+        seen.push(packets.map(|packets| packets.iter().map(|packet| digits(packet)).collect()));
+    }
+    Ok(seen)
 }
 
-fn digits(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+/// Bytes as hexadecimal digits.
+pub(super) fn digits(bytes: &[u8]) -> String {
+    bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]).filter_map(|digit| char::from_digit(digit.into(), 16)).collect()
 }

@@ -7,14 +7,17 @@
 //! | a connection, after a reply that was answered by an error | has not noticed | has |
 //! | fragments of IPv6 | put together and cut again, with a new identification | each by itself |
 //! | a UDP datagram without a checksum | gets one | has none |
+//! | statistics | count what fragments were put together to | count fragments |
 //!
 //! Whatever these are, checksums have to be right.
 
-use std::ops::Range;
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result};
 
 use super::{
     conversation::{Conversation, Step},
-    player::Record,
+    player::{Account, Record, digits},
     wires::Side,
 };
 use crate::frame::check;
@@ -23,8 +26,7 @@ use crate::frame::check;
 pub fn difference(conversation: &Conversation, kernel: &Record, bpfvs: &Record) -> Option<String> {
     for (number, ((step, kernel), bpfvs)) in conversation.steps.iter().zip(&kernel.steps).zip(&bpfvs.steps).enumerate() {
         if comparable(step, kernel) != comparable(step, bpfvs) {
-            let sent: Vec<_> =
-                step.frames.iter().map(|frame| frame[14..].iter().map(|byte| format!("{byte:02x}")).collect::<String>()).collect();
+            let sent: Vec<_> = step.frames.iter().map(|frame| digits(&frame[14..])).collect();
             return Some(format!(
                 "{conversation}in step {number}, which is\n  {sent:?}\nIPVS sends\n  {kernel:?}\nand bpfvs\n  {bpfvs:?}\n"
             ));
@@ -37,6 +39,43 @@ pub fn difference(conversation: &Conversation, kernel: &Record, bpfvs: &Record) 
         .any(|(step, seen)| step.from == Side::Server && !seen[Side::Server as usize].is_empty());
     (!answered && kernel.connections != bpfvs.connections)
         .then(|| format!("{conversation}IPVS has the connections {:#?}, and bpfvs {:#?}\n", kernel.connections, bpfvs.connections))
+}
+
+/// How bpfvs's statistics differ from IPVS's, if they do.
+pub fn difference_of_statistics(conversations: &[Conversation], kernel: &Account, bpfvs: &Account) -> Result<Option<String>> {
+    let (mut wanted, mut counted) = (by_service(&kernel.statistics)?, by_service(&bpfvs.statistics)?);
+    for (conversation, record) in conversations.iter().zip(&kernel.records) {
+        for (step, seen) in conversation.steps.iter().zip(&record.steps) {
+            let (vip, headers) = (conversation.vip, if conversation.vip.is_ipv4() { 20 } else { 40 + 8 + 8 });
+            if seen[step.from.other() as usize].len() > 1 {
+                let service = wanted.get_mut(&format!("{} {vip}", conversation.protocol()));
+                let service = service.with_context(|| format!("IPVS has no statistics of {vip}"))?;
+                let [_, packets_in, packets_out, bytes_in, bytes_out] = service;
+                let (packets, bytes) = if step.from == Side::Client { (packets_in, bytes_in) } else { (packets_out, bytes_out) };
+                *packets += 1;
+                *bytes += headers;
+            }
+        }
+    }
+    for (service, numbers) in wanted.iter_mut().chain(&mut counted) {
+        if !service.starts_with("UDP") {
+            // Which connections give way to new ones depends on their states, in which the two may differ.
+            numbers[0] = 0;
+        }
+    }
+    Ok((wanted != counted).then(|| format!("for IPVS's counters {wanted:?}\nbpfvs has {counted:?}")))
+}
+
+/// Connections, packets in and out, bytes in and out, of each service.
+fn by_service(listing: &str) -> Result<BTreeMap<String, [u64; 5]>> {
+    let services = listing.lines().filter(|line| ["TCP ", "UDP ", "SCTP"].iter().any(|protocol| line.starts_with(protocol)));
+    let entry = |line: &str| {
+        let words: Vec<_> = line.split_whitespace().collect();
+        let numbers: Vec<u64> = words.iter().skip(2).map(|word| word.parse()).collect::<Result<_, _>>()?;
+        let numbers = <[u64; 5]>::try_from(numbers).ok().with_context(|| format!("five numbers are expected in {line}"))?;
+        Ok((words[..2].join(" "), numbers))
+    };
+    services.map(entry).collect()
 }
 
 /// What came out, without that in which directors may differ.
@@ -57,17 +96,17 @@ fn comparable_answer(to: Side, mut packet: Vec<u8>) -> Vec<u8> {
     let is_v4 = packet[0] >> 4 == 4;
     let headers = if is_v4 { 20 } else { 40 };
     let is_error = packet[if is_v4 { 9 } else { 6 }] == if is_v4 { 1 } else { 58 };
-    let forget = |packet: &mut [u8], what: &[Range<usize>]| what.iter().for_each(|range| packet[range.clone()].fill(0));
+    let forget = |packet: &mut [u8], what: &[(usize, usize)]| what.iter().for_each(|(from, to)| packet[*from..*to].fill(0));
     // Identification and checksum, or the flow label.
-    forget(&mut packet, if is_v4 { &[4..6, 10..12] } else { &[1..4] });
+    forget(&mut packet, if is_v4 { &[(4, 6), (10, 12)] } else { &[(1, 4)] });
     if is_error {
-        forget(&mut packet, if is_v4 { &[1..2] } else { &[] });
+        forget(&mut packet, if is_v4 { &[(1, 2)] } else { &[] });
     }
     if is_error && to == Side::Server {
         // Source; checksum of ICMP; time to live and checksum in the quote.
         let quote = headers + 8;
-        forget(&mut packet, if is_v4 { &[12..16, 22..24] } else { &[8..24, 42..44] });
-        forget(&mut packet[quote..], if is_v4 { &[8..9, 10..12] } else { &[7..8] });
+        forget(&mut packet, if is_v4 { &[(12, 16), (22, 24)] } else { &[(8, 24), (42, 44)] });
+        forget(&mut packet[quote..], if is_v4 { &[(8, 9), (10, 12)] } else { &[(7, 8)] });
     }
     packet
 }

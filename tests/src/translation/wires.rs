@@ -12,6 +12,7 @@
 //! routes has come out, everything has that ever will.
 
 use std::{
+    fmt::Write as _,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::{AsRawFd as _, OwnedFd},
     time::Instant,
@@ -38,6 +39,7 @@ impl Side {
     const ALL: [Self; 2] = [Self::Client, Self::Server];
 
     /// The other one.
+    #[must_use]
     pub const fn other(self) -> Self {
         match self {
             Self::Client => Self::Server,
@@ -109,7 +111,8 @@ impl Wires {
         outside.sysctl(&[("net.ipv6.conf.default.disable_ipv6", "1")])?;
         director.connect("eth0", &outside, "eth0")?;
         director.connect("eth1", &outside, "eth1")?;
-        let mut commands = "link set eth0 address 02:00:00:00:00:01
+        let mut commands = format!(
+            "link set eth0 address 02:00:00:00:00:01
             link set eth1 address 02:00:00:00:00:02
             addr add 10.1.255.1/16 dev eth0
             addr add fd01::1:1/64 dev eth0 nodad
@@ -119,10 +122,7 @@ impl Wires {
             neigh add fd01::fe lladdr 02:00:00:00:01:01 dev eth0 nud permanent
             addr add 10.99.0.1/32 dev lo
             addr add fd99::1/128 dev lo nodad
-            "
-        .to_owned();
-        commands += &format!(
-            "route add 10.9.0.0/17 via 10.1.0.254
+            route add 10.9.0.0/17 via 10.1.0.254
             route add 10.9.128.0/17 via 10.1.0.254 mtu lock {NARROW}
             route add fd09::/64 via fd01::fe
             route add fd09:0:0:1::/64 via fd01::fe mtu lock {NARROW}
@@ -131,10 +131,10 @@ impl Wires {
         for number in (1..=SERVERS).chain([LAST]) {
             for family in Family::ALL {
                 let address = server(family, number);
-                commands += &format!("neigh add {address} lladdr 02:00:00:00:01:02 dev eth1 nud permanent\n");
+                writeln!(commands, "neigh add {address} lladdr 02:00:00:00:01:02 dev eth1 nud permanent")?;
                 if number >= NARROW_SERVERS && number != LAST {
                     let prefix = if family == Family::Ipv4 { 32 } else { 128 };
-                    commands += &format!("route add {address}/{prefix} dev eth1 mtu lock {NARROW}\n");
+                    writeln!(commands, "route add {address}/{prefix} dev eth1 mtu lock {NARROW}")?;
                 }
             }
         }
