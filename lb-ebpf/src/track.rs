@@ -295,7 +295,7 @@ pub fn anything<P: Packet, F: Family>(
     fragment: Fragment,
 ) -> Result<u32, Reason> {
     if protocol == F::ICMP && fragment != Fragment::Later {
-        return icmp_error::<P, F>(packet.context(), offset as u32);
+        return icmp_error::<P, F>(packet.context(), offset as u32, (header.offset + header.length) as u32);
     }
     if fragment == Fragment::Later {
         return later::<P, F>(packet.context(), header.offset as u32);
@@ -355,16 +355,17 @@ fn fragment_key<P: Packet, F: Family>(packet: &P, offset: u32) -> Result<Fragmen
 
 /// Finds the real server that an ICMP error is about: the packet that it quotes went from there to the client.
 #[inline(never)]
-fn icmp_error<P: Packet, F: Family>(context: *mut c_void, offset: u32) -> Result<u32, Reason> {
+fn icmp_error<P: Packet, F: Family>(context: *mut c_void, offset: u32, end: u32) -> Result<u32, Reason> {
     // SAFETY: the context is the kernel's own.
-    let key = quoted::<P, F>(&unsafe { P::view(context) }, offset)?;
+    let key = quoted::<P, F>(&unsafe { P::view(context) }, offset, end)?;
     // SAFETY: an element of the map.
     F::connections().get_ptr(&key).map(|known| unsafe { (*known).server }).ok_or(Reason::NoConnection)
 }
 
-/// The key of the packets that go against those that an ICMP error quotes: the error is to go with them.
+/// The key of the packets that go against those that an ICMP error quotes: the error is to go with them. It begins at `offset` and
+/// ends at `end`; behind that, a frame may hold anything.
 #[inline(always)]
-pub fn quoted<P: Packet, F: Family>(packet: &P, offset: u32) -> Result<ConnectionKey<F::Address>, Reason> {
+pub fn quoted<P: Packet, F: Family>(packet: &P, offset: u32, end: u32) -> Result<ConnectionKey<F::Address>, Reason> {
     let offset = offset as usize;
     if offset > REACH {
         return Err(Reason::Malformed);
@@ -379,5 +380,9 @@ pub fn quoted<P: Packet, F: Family>(packet: &P, offset: u32) -> Result<Connectio
         return Err(Reason::NoConnection);
     }
     let ports: Ports = packet.read(payload.offset).ok_or(Reason::Malformed)?;
+    // Hidden, or LLVM takes this for the check of the read.
+    if packet.opaque(payload.offset) + size_of::<Ports>() > end as usize {
+        return Err(Reason::Malformed);
+    }
     Ok(ConnectionKey { client: destination, vip: source, ports: ports.reversed(), protocol: u32::from(payload.protocol) })
 }

@@ -46,7 +46,8 @@ pub fn play(conversations: &[Conversation], director: &dyn Director, wires: &Wir
         for conversation in some {
             records.push(Record { steps: hold(conversation, wires)?, connections: Vec::new() });
         }
-        let listing = director.ipvsadm("-Lnc")?;
+        // Twice: when connections come to their end meanwhile, the kernel leaves others out of its list.
+        let listing = director.ipvsadm("-Lnc")? + &director.ipvsadm("-Lnc")?;
         let mut by_client: HashMap<&str, Vec<String>> = HashMap::new();
         for line in listing.lines() {
             // Protocol, time left, state, client, VIP, real server.
@@ -57,6 +58,7 @@ pub fn play(conversations: &[Conversation], director: &dyn Director, wires: &Wir
         for (conversation, record) in some.iter().zip(&mut records[begin..]) {
             record.connections = by_client.remove(conversation.client.to_string().as_str()).unwrap_or_default();
             record.connections.sort();
+            record.connections.dedup();
         }
     }
     Ok(Account { records, statistics: director.ipvsadm("-Ln --stats --exact")? })
