@@ -9,7 +9,7 @@
 //! | namespaces, and commands in them | [`netns`] |
 //! | the layouts of the LVS how-to's | [`lab`] |
 //! | a layout with everything on: bpfvs, nginx | [`balanced`] |
-//! | nginx, curl, socat, iperf3, tcpdump | [`programs`] |
+//! | nginx, curl, socat, dnsmasq, iperf3, tcpdump | [`programs`] |
 //! | bpfvs itself | [`bpfvs`] |
 //! | frames, byte by byte | [`frame`] |
 //! | pinned programs, run on one frame | [`test_run`], with a director to do it on: [`mod@bench`] |

@@ -1,4 +1,4 @@
-//! Programs that people use, run inside namespaces: nginx, curl, socat, iperf3, tcpdump.
+//! Programs that people use, run inside namespaces: nginx, curl, socat, dnsmasq, iperf3, tcpdump.
 //!
 //! Servers answer with their name, so that a test can tell who answered. Each program has its own configuration, in a
 //! directory of its own, and ends with its owner, by its process number.
@@ -206,15 +206,45 @@ impl UdpServer {
         let answer = format!("SYSTEM:read question; echo {name}");
         command.arg(format!("{kind}:{port},bind={},fork,reuseaddr", host(address))).arg(answer);
         let process = Process::spawn(command.stderr(Stdio::null()))?;
-        let file = if address.is_ipv4() { "/proc/net/udp" } else { "/proc/net/udp6" };
-        let port = format!(":{port:04X} ");
-        wait::until("socat to listen", wait::SOON, || {
-            // The file shows the sockets of the reader's namespace, through its own thread's entry.
-            let file = file.replace("/proc/net", "/proc/thread-self/net");
-            namespace.enter(|| fs::read_to_string(file)).is_ok_and(|sockets| sockets.contains(&port))
-        })?;
+        wait_for_udp_port(namespace, address, port)?;
         Ok(Self { _process: process })
     }
+}
+
+fn wait_for_udp_port(namespace: &Namespace, address: IpAddr, port: u16) -> Result<()> {
+    // The file shows the sockets of the reader's namespace, through its own thread's entry.
+    let file = if address.is_ipv4() { "/proc/thread-self/net/udp" } else { "/proc/thread-self/net/udp6" };
+    let port = format!(":{port:04X} ");
+    wait::until("a UDP server to listen", wait::SOON, || {
+        namespace.enter(|| fs::read_to_string(file)).is_ok_and(|sockets| sockets.contains(&port))
+    })
+}
+
+/// A name server, dnsmasq: it knows the address of `who.test`, which is `192.0.2.` and the server's number.
+#[derive(Debug)]
+pub struct NameServer {
+    _process: Process,
+}
+
+impl NameServer {
+    /// Starts it on all addresses, and waits until it listens.
+    pub fn start(namespace: &Namespace, number: u8) -> Result<Self> {
+        let mut command = namespace.command("dnsmasq");
+        command.args(["--keep-in-foreground", "--conf-file=/dev/null", "--pid-file=", "--user=root", "--no-resolv", "--no-hosts"]);
+        let mut process = Process::spawn(command.arg(format!("--host-record=who.test,192.0.2.{number}")).stderr(Stdio::null()))?;
+        wait_for_port(namespace, 53, &mut process)?;
+        for address in [IpAddr::from([0; 4]), IpAddr::from([0; 16])] {
+            wait_for_udp_port(namespace, address, 53)?;
+        }
+        Ok(Self { _process: process })
+    }
+}
+
+/// Asks a name server who `who.test` is, and returns the [`NameServer`]'s number.
+pub fn resolve(client: &Namespace, server: IpAddr) -> Result<u8> {
+    let text = client.run("busybox", ["nslookup", "-type=a", "who.test", &server.to_string()])?;
+    let number = text.lines().find_map(|line| line.split_once("192.0.2.")?.1.trim().parse().ok());
+    number.with_context(|| format!("no address of who.test in the answer: {text}"))
 }
 
 /// Sends one datagram from a new port with socat and returns the answer without its line end.

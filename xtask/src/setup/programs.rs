@@ -22,19 +22,21 @@ pub(crate) enum Purpose {
 }
 
 /// A program, the Debian package that brings it, and the first purpose that needs it.
-const PROGRAMS: [(&str, &str, Purpose); 17] = [
+const PROGRAMS: [(&str, &str, Purpose); 19] = [
     ("curl", "curl", Purpose::Demo),
     ("ip", "iproute2", Purpose::Demo),
     ("nginx", "nginx-light", Purpose::Demo),
     ("nsenter", "util-linux", Purpose::Demo),
     ("sysctl", "procps", Purpose::Demo),
+    ("busybox", "busybox-static", Purpose::Test),
+    ("dnsmasq", "dnsmasq-base", Purpose::Test),
     ("ethtool", "ethtool", Purpose::Test),
     ("iperf3", "iperf3", Purpose::Test),
     ("nft", "nftables", Purpose::Test),
     ("ping", "iputils-ping", Purpose::Test),
     ("socat", "socat", Purpose::Test),
     ("tcpdump", "tcpdump", Purpose::Test),
-    ("busybox", "busybox-static", Purpose::Machine),
+    ("traceroute", "traceroute", Purpose::Test),
     ("cpio", "cpio", Purpose::Machine),
     ("ipvsadm", "ipvsadm", Purpose::Machine),
     ("modprobe", "kmod", Purpose::Machine),
