@@ -181,11 +181,11 @@ fn bulk_tcp_both_ways_by_xdp() -> Result<()> {
 fn narrow_links_are_reported_to_either_side() -> Result<()> {
     needs!(root, "nginx", "curl", "ethtool");
     needs_bpfvs!();
-    for narrow in ["eth0", "eth1"] {
-        let (balanced, _pass) = balanced("auto")?;
-        balanced.service("rr", &["-m", "-m"])?;
-        balanced.lab.set_offloads(Offloads::Off)?;
-        balanced.lab.director.ip(&format!("link set {narrow} mtu 1300"))?;
+    let (balanced, _pass) = balanced("auto")?;
+    balanced.service("rr", &["-m", "-m"])?;
+    balanced.lab.set_offloads(Offloads::Off)?;
+    for (narrow, wide) in [("eth0", "eth1"), ("eth1", "eth0")] {
+        balanced.lab.director.ip(&format!("link set {narrow} mtu 1300\nlink set {wide} mtu 1500"))?;
         for family in Family::ALL {
             let vip = balanced.lab.vip.of(family);
             // What comes in by a narrow veth device must be narrow already.
