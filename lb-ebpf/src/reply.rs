@@ -18,7 +18,7 @@ use lb_common::{
     family::Address,
     hop::link_addresses,
     packet::{
-        Fragment, Payload, Plain,
+        Fragment, Plain,
         ethernet::{self, Link},
         transport,
     },

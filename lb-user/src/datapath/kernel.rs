@@ -98,6 +98,7 @@ pub struct KernelDatapath {
     standings: Standings,
     destinations: Destinations,
     counters: Words,
+    peaks: Words,
     /// Something once it is started.
     bell: Option<Bell>,
     swept: Words,
@@ -163,6 +164,7 @@ impl KernelDatapath {
             standings: Standings::new(words("STANDINGS")?),
             destinations: Destinations::open(&pins)?,
             counters: words("COUNTERS")?,
+            peaks: words("PEAKS")?,
             bell: None,
             swept: words("SWEPT")?,
             statistics: pins.typed("STATISTICS")?,
@@ -447,6 +449,10 @@ impl Datapath for KernelDatapath {
 
     fn counters(&self, index: u32) -> Counters {
         Counters::from_word(self.counters.load(index))
+    }
+
+    fn take_peak(&self, index: u32) -> u32 {
+        self.peaks.take(index) as u32
     }
 
     fn statistics(&self, index: u32) -> Result<Statistics, Error> {
