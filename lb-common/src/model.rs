@@ -90,7 +90,7 @@ impl Model {
             return Err(Reason::FragmentUnknown);
         }
         if payload.protocol == N::ICMP {
-            return Err(icmp::<N>(frame, &payload));
+            return Err(icmp::<N>(frame, &payload, header.offset + header.length));
         }
         let segment = transport::parse(frame, payload.offset, payload.protocol, header.offset + header.length)?;
         let port = u16::from_be(segment.ports.destination());
@@ -144,7 +144,7 @@ const FTP_DATA: u16 = 20;
 const ICMP_REACH: usize = 0x7ff;
 
 /// An ICMP packet to a virtual address: without a connection there is nothing that it could be about.
-fn icmp<N: Network>(frame: &[u8], payload: &Payload) -> Reason {
+fn icmp<N: Network>(frame: &[u8], payload: &Payload, end: usize) -> Reason {
     if payload.offset > ICMP_REACH {
         return Reason::Malformed;
     }
@@ -154,7 +154,7 @@ fn icmp<N: Network>(frame: &[u8], payload: &Payload) -> Reason {
     }
     match N::quoted(frame, payload.offset + size_of::<IcmpHeader>()) {
         Some((.., quoted)) if quoted.fragment == Fragment::Later => Reason::NoConnection,
-        Some((.., quoted)) if frame.read::<transport::Ports>(quoted.offset).is_some() => Reason::NoConnection,
+        Some((.., quoted)) if frame[..end].read::<transport::Ports>(quoted.offset).is_some() => Reason::NoConnection,
         _ => Reason::Malformed,
     }
 }

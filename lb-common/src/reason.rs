@@ -46,8 +46,8 @@ reasons! {
     AnswerLimit = "answer-limit", Dropped, "an ICMP error was due, but too many were sent this second";
     /// The packet could not be changed as needed: a helper of the kernel refused.
     Failed = "failed", Dropped, "the kernel could not make room for headers, or did not let them be changed";
-    /// A later fragment whose first fragment was not seen.
-    FragmentUnknown = "fragment-unknown", Dropped, "a later fragment of a packet whose first fragment was not seen";
+    /// A later fragment whose first fragment was not ours, or not seen: the kernel may have the first.
+    FragmentUnknown = "fragment-unknown", Passed, "a later fragment of a packet whose first fragment was not ours, or not seen";
     /// The chosen real server is the director itself.
     LocalServer = "local-server", Passed, "the real server is the director itself";
     /// A header is cut off or contradicts itself.

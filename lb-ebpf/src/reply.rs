@@ -146,6 +146,9 @@ fn translate<P: Packet, F: Family>(packet: &mut P, verdict: i32) -> Result<Outco
     }
     let mtu = known.hop.mtu;
     let too_big = header.length > mtu as usize && !packet.fits_in_segments(SEGMENT_HEADERS + F::HEADER, mtu);
+    if too_big && !packet.takes_headers(&link) {
+        return Err(Reason::Vlan);
+    }
     let aged = F::age(packet, header.offset);
     if let Err(why) = aged.and(if too_big { Err(Reason::TooBig) } else { Ok(()) }) {
         let answerable = payload.protocol != F::ICMP && payload.fragment != Fragment::Later;
@@ -191,7 +194,8 @@ fn identity<P: Packet, F: Family>(packet: &P) -> Option<(ConnectionKey<F::Addres
     let payload = merged(packet, &F::transport(packet, &header).ok()?);
     if payload.protocol == F::ICMP && payload.fragment == Fragment::Whole {
         // Routers on the way to the real server report, too: only the quote tells.
-        return track::quoted::<P, F>(packet, payload.offset as u32).ok().map(|key| (key, NO_EVENT));
+        let end = (header.offset + header.length) as u32;
+        return track::quoted::<P, F>(packet, payload.offset as u32, end).ok().map(|key| (key, NO_EVENT));
     }
     let (ports, event) = if payload.fragment == Fragment::Later {
         (track::ports_of_first_fragment::<P, F>(packet.context(), header.offset as u32).ok()?, NO_EVENT)

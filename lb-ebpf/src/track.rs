@@ -391,19 +391,28 @@ pub fn anything<P: Packet, F: Family>(
     fragment: Fragment,
 ) -> Result<u32, Reason> {
     if protocol == F::ICMP && fragment != Fragment::Later {
-        return icmp_error::<P, F>(packet.context(), offset as u32);
+        return icmp_error::<P, F>(packet.context(), offset as u32, (header.offset + header.length) as u32);
     }
-    let segment = if fragment == Fragment::Later {
-        let ports = ports_of_first_fragment::<P, F>(packet.context(), header.offset as u32)?;
-        Segment { ports, event: transport::QUIET }
-    } else {
-        transport::parse(packet, offset, protocol, header.offset + header.length)?
-    };
+    if fragment == Fragment::Later {
+        return later::<P, F>(packet.context(), header.offset as u32);
+    }
+    let segment = transport::parse(packet, offset, protocol, header.offset + header.length)?;
     let server = connection::<P, F>(packet, header, protocol, segment)?;
     if fragment == Fragment::First {
         remember_first_fragment::<P, F>(packet.context(), header.offset as u32, segment.ports);
     }
     Ok(server)
+}
+
+/// Finds the real server of a later fragment, by the ports of the first. It moves nothing on: the first has.
+#[inline(never)]
+fn later<P: Packet, F: Family>(context: *mut c_void, offset: u32) -> Result<u32, Reason> {
+    // SAFETY: the context is the kernel's own.
+    let key = fragment_key::<P, F>(&unsafe { P::view(context) }, offset)?;
+    let ports = ports_of::<F>(&key)?;
+    let key = ConnectionKey { client: key.source, vip: key.destination, ports, protocol: key.protocol };
+    // SAFETY: an element of the map.
+    F::connections().get_ptr(&key).map(|known| unsafe { (*known).server }).ok_or(Reason::NoConnection)
 }
 
 /// Remembers the ports, which the parts that follow a first fragment do not have.
@@ -421,9 +430,13 @@ pub fn remember_first_fragment<P: Packet, F: Family>(context: *mut c_void, offse
 #[inline(never)]
 pub fn ports_of_first_fragment<P: Packet, F: Family>(context: *mut c_void, offset: u32) -> Result<Ports, Reason> {
     // SAFETY: the context is the kernel's own.
-    let key = fragment_key::<P, F>(&unsafe { P::view(context) }, offset)?;
+    ports_of::<F>(&fragment_key::<P, F>(&unsafe { P::view(context) }, offset)?)
+}
+
+#[inline(always)]
+fn ports_of<F: Family>(key: &FragmentKey<F::Address>) -> Result<Ports, Reason> {
     // SAFETY: an element of the map.
-    F::fragments().get_ptr(&key).map(|ports| unsafe { *ports }).ok_or(Reason::FragmentUnknown)
+    F::fragments().get_ptr(key).map(|ports| unsafe { *ports }).ok_or(Reason::FragmentUnknown)
 }
 
 /// The key of a fragmented packet, read once more from its headers: what is rare shall not take up the stack of what is not.
@@ -438,16 +451,17 @@ fn fragment_key<P: Packet, F: Family>(packet: &P, offset: u32) -> Result<Fragmen
 
 /// Finds the real server that an ICMP error is about: the packet that it quotes went from there to the client.
 #[inline(never)]
-fn icmp_error<P: Packet, F: Family>(context: *mut c_void, offset: u32) -> Result<u32, Reason> {
+fn icmp_error<P: Packet, F: Family>(context: *mut c_void, offset: u32, end: u32) -> Result<u32, Reason> {
     // SAFETY: the context is the kernel's own.
-    let key = quoted::<P, F>(&unsafe { P::view(context) }, offset)?;
+    let key = quoted::<P, F>(&unsafe { P::view(context) }, offset, end)?;
     // SAFETY: an element of the map.
     F::connections().get_ptr(&key).map(|known| unsafe { (*known).server }).ok_or(Reason::NoConnection)
 }
 
-/// The key of the packets that go against those that an ICMP error quotes: the error is to go with them.
+/// The key of the packets that go against those that an ICMP error quotes: the error is to go with them. It begins at `offset` and
+/// ends at `end`; behind that, a frame may hold anything.
 #[inline(always)]
-pub fn quoted<P: Packet, F: Family>(packet: &P, offset: u32) -> Result<ConnectionKey<F::Address>, Reason> {
+pub fn quoted<P: Packet, F: Family>(packet: &P, offset: u32, end: u32) -> Result<ConnectionKey<F::Address>, Reason> {
     let offset = offset as usize;
     if offset > REACH {
         return Err(Reason::Malformed);
@@ -462,5 +476,9 @@ pub fn quoted<P: Packet, F: Family>(packet: &P, offset: u32) -> Result<Connectio
         return Err(Reason::NoConnection);
     }
     let ports: Ports = packet.read(payload.offset).ok_or(Reason::Malformed)?;
+    // Hidden, or LLVM takes this for the check of the read.
+    if packet.opaque(payload.offset) + size_of::<Ports>() > end as usize {
+        return Err(Reason::Malformed);
+    }
     Ok(ConnectionKey { client: destination, vip: source, ports: ports.reversed(), protocol: u32::from(payload.protocol) })
 }

@@ -320,7 +320,7 @@ fn pseudo_sum(source: &[u8], destination: &[u8], protocol: u8, length: usize) ->
 }
 
 /// The checksum of SCTP (RFC 9260, appendix A), bit by bit.
-fn crc32c(bytes: &[u8]) -> u32 {
+pub fn crc32c(bytes: &[u8]) -> u32 {
     let mut crc = u32::MAX;
     for byte in bytes {
         crc ^= u32::from(*byte);

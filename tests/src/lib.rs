@@ -9,7 +9,7 @@
 //! | namespaces, and commands in them | [`netns`] |
 //! | the layouts of the LVS how-to's | [`lab`] |
 //! | a layout with everything on: bpfvs, nginx | [`balanced`] |
-//! | nginx, curl, socat, iperf3, tcpdump | [`programs`] |
+//! | nginx, curl, socat, dnsmasq, iperf3, tcpdump | [`programs`] |
 //! | bpfvs itself | [`bpfvs`] |
 //! | frames, byte by byte | [`frame`] |
 //! | pinned programs, run on one frame | [`test_run`], with a director to do it on: [`mod@bench`] |
@@ -17,7 +17,8 @@
 //! | nanoseconds per packet | [`speed`] |
 //! | a program for the far end of a veth pair | [`pass`] |
 //! | other kernels | [`vm`] |
-//! | bpfvs and the kernel's own IPVS, compared | [`differential`] |
+//! | bpfvs and the kernel's own IPVS, compared: what they choose | [`differential`] |
+//! | the same: how they translate addresses | [`translation`] |
 //! | conditions with a deadline | [`wait`] |
 //! | tests that cannot run here | [`mod@skip`] |
 //!
@@ -38,5 +39,6 @@ pub mod programs;
 pub mod skip;
 pub mod speed;
 pub mod test_run;
+pub mod translation;
 pub mod vm;
 pub mod wait;

@@ -1,4 +1,4 @@
-//! Programs that people use, run inside namespaces: nginx, curl, socat, iperf3, tcpdump.
+//! Programs that people use, run inside namespaces: nginx, curl, socat, dnsmasq, iperf3, tcpdump.
 //!
 //! Servers answer with their name, so that a test can tell who answered. Each program has its own configuration, in a
 //! directory of its own, and ends with its owner, by its process number.
@@ -9,6 +9,7 @@ use std::{
     net::{IpAddr, SocketAddr, TcpStream},
     path::{Path, PathBuf},
     process::Stdio,
+    sync::LazyLock,
     time::Duration,
 };
 
@@ -83,17 +84,20 @@ http {{
 /// Bytes of [`Nginx`]'s big file.
 pub const BIG_FILE: usize = 24 << 20;
 
+/// Its content: each four bytes hold their own number.
+static BIG: LazyLock<Vec<u8>> = LazyLock::new(|| (0..BIG_FILE / 4).flat_map(|number| (number as u32).to_be_bytes()).collect());
+
 fn write_big_file(path: &Path) -> Result<()> {
-    let bytes: Vec<u8> = (0..BIG_FILE / 4).flat_map(|number| (number as u32).to_be_bytes()).collect();
-    fs::write(path, bytes).with_context(|| format!("write {}", path.display()))
+    fs::write(path, &*BIG).with_context(|| format!("write {}", path.display()))
 }
 
-/// Whether a file is a whole copy of the big one: each four bytes hold their own number.
+/// Whether a file is a whole copy of the big one.
 pub fn is_big_file(path: &Path) -> Result<()> {
     let bytes = fs::read(path).with_context(|| format!("read {}", path.display()))?;
     ensure!(bytes.len() == BIG_FILE, "{} has {} of {BIG_FILE} bytes", path.display(), bytes.len());
-    for (number, word) in bytes.chunks_exact(4).enumerate() {
-        ensure!(word == (number as u32).to_be_bytes(), "{} is damaged at byte {}", path.display(), number * 4);
+    if bytes != *BIG {
+        let damaged = bytes.iter().zip(&*BIG).position(|(is, was)| is != was);
+        bail!("{} is damaged at byte {damaged:?}", path.display());
     }
     Ok(())
 }
@@ -213,15 +217,45 @@ impl UdpServer {
         let answer = format!("SYSTEM:read question; echo {name}");
         command.arg(format!("{kind}:{port},bind={},fork,reuseaddr", host(address))).arg(answer);
         let process = Process::spawn(command.stderr(Stdio::null()))?;
-        let file = if address.is_ipv4() { "/proc/net/udp" } else { "/proc/net/udp6" };
-        let port = format!(":{port:04X} ");
-        wait::until("socat to listen", wait::SOON, || {
-            // The file shows the sockets of the reader's namespace, through its own thread's entry.
-            let file = file.replace("/proc/net", "/proc/thread-self/net");
-            namespace.enter(|| fs::read_to_string(file)).is_ok_and(|sockets| sockets.contains(&port))
-        })?;
+        wait_for_udp_port(namespace, address, port)?;
         Ok(Self { _process: process })
     }
+}
+
+fn wait_for_udp_port(namespace: &Namespace, address: IpAddr, port: u16) -> Result<()> {
+    // The file shows the sockets of the reader's namespace, through its own thread's entry.
+    let file = if address.is_ipv4() { "/proc/thread-self/net/udp" } else { "/proc/thread-self/net/udp6" };
+    let port = format!(":{port:04X} ");
+    wait::until("a UDP server to listen", wait::SOON, || {
+        namespace.enter(|| fs::read_to_string(file)).is_ok_and(|sockets| sockets.contains(&port))
+    })
+}
+
+/// A name server, dnsmasq: it knows the address of `who.test`, which is `192.0.2.` and the server's number.
+#[derive(Debug)]
+pub struct NameServer {
+    _process: Process,
+}
+
+impl NameServer {
+    /// Starts it on all addresses, and waits until it listens.
+    pub fn start(namespace: &Namespace, number: u8) -> Result<Self> {
+        let mut command = namespace.command("dnsmasq");
+        command.args(["--keep-in-foreground", "--conf-file=/dev/null", "--pid-file=", "--user=root", "--no-resolv", "--no-hosts"]);
+        let mut process = Process::spawn(command.arg(format!("--host-record=who.test,192.0.2.{number}")).stderr(Stdio::null()))?;
+        wait_for_port(namespace, 53, &mut process)?;
+        for address in [IpAddr::from([0; 4]), IpAddr::from([0; 16])] {
+            wait_for_udp_port(namespace, address, 53)?;
+        }
+        Ok(Self { _process: process })
+    }
+}
+
+/// Asks a name server who `who.test` is, and returns the [`NameServer`]'s number.
+pub fn resolve(client: &Namespace, server: IpAddr) -> Result<u8> {
+    let text = client.run("busybox", ["nslookup", "-type=a", "who.test", &server.to_string()])?;
+    let number = text.lines().find_map(|line| line.split_once("192.0.2.")?.1.trim().parse().ok());
+    number.with_context(|| format!("no address of who.test in the answer: {text}"))
 }
 
 /// Sends one datagram from a new port with socat and returns the answer without its line end.

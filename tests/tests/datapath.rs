@@ -368,7 +368,7 @@ const CASES: &[Case] = &[
                 Frame { payload: vec![1; 100], dont_fragment: false, id: world.port, ..Frame::udp(world.client(), world.vip()) };
             let [first, later] = whole.fragments(64);
             Ok(vec![
-                Step::Frame { frame: later.clone(), outcome: Outcome::Dropped(Reason::FragmentUnknown) },
+                Step::Frame { frame: later.clone(), outcome: Outcome::Passed(Reason::FragmentUnknown) },
                 Step::Frame { frame: first, outcome: Outcome::Routed { server: 0, new: true } },
                 Step::Frame { frame: later, outcome: Outcome::Routed { server: 0, new: false } },
             ])
@@ -555,6 +555,54 @@ const CASES: &[Case] = &[
                 Step::Command(format!("-d -t {vip}:80 -r {server}:8080")),
                 step(&Frame::tcp(world.client(), world.vip(), ACK), Outcome::Dropped(Reason::ServerRemoved)),
                 world.reply(&Frame::tcp(world.client(), world.vip(), SYN | ACK)),
+            ])
+        },
+    },
+    Case {
+        name: "a real server's method may change while a connection lives: its packets go by the new one, its replies are translated",
+        commands: |world| vec![world.service("tcp"), world.server("tcp", world.addresses.servers[0], "-m")],
+        steps: |world| {
+            let server = socket(world.addresses.servers[0], 80);
+            let method =
+                |option: &str| Step::Command(world.server("tcp", world.addresses.servers[0], option).replacen("-a", "-e", 1));
+            let packet = |flags| Frame::tcp(world.client(), world.vip(), flags);
+            let request = |flags, new| {
+                let inside = Frame { destination: server, ttl: 63, ..packet(flags) };
+                step(&packet(flags), Outcome::Translated { packet: inside.packet(), new })
+            };
+            let reply = |flags| {
+                let inside = Frame::tcp(server, world.client(), flags);
+                let outside = Frame { source: world.vip(), ttl: 63, ..inside.clone() };
+                step(&inside, Outcome::Replied { packet: outside.packet() })
+            };
+            Ok(vec![
+                request(SYN, true),
+                reply(SYN | ACK),
+                method("-g"),
+                step(&packet(ACK), Outcome::Routed { server: 0, new: false }),
+                reply(ACK),
+                method("-m"),
+                request(ACK, false),
+                reply(ACK),
+            ])
+        },
+    },
+    Case {
+        name: "a connection that began by direct routing is never half translated: replies to what is translated later are not known",
+        commands: |world| {
+            let (vip, server) = (bracketed(world.addresses.vip), bracketed(world.addresses.servers[0]));
+            vec![world.service("tcp"), format!("-a -t {vip}:80 -r {server}:80 -g")]
+        },
+        steps: |world| {
+            let (vip, server) = (bracketed(world.addresses.vip), bracketed(world.addresses.servers[0]));
+            let old = Frame::tcp(world.client(), world.vip(), ACK);
+            let masked = socket(world.addresses.servers[0], 80);
+            let translated = Frame { destination: masked, ttl: 63, ..old.clone() };
+            Ok(vec![
+                step(&Frame::tcp(world.client(), world.vip(), SYN), Outcome::Routed { server: 0, new: true }),
+                Step::Command(format!("-e -t {vip}:80 -r {server}:80 -m")),
+                step(&old, Outcome::Translated { packet: translated.packet(), new: false }),
+                step(&Frame::tcp(masked, world.client(), RST), Outcome::Passed(Reason::NotOurs)),
             ])
         },
     },

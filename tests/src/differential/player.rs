@@ -210,7 +210,7 @@ fn listed(listing: &str, script: &Script) -> Result<Vec<String>> {
 }
 
 /// What a CPU sends by a wire arrives on that CPU, in order; from two CPUs it would not.
-pub fn stay_on_this_processor() -> Result<()> {
+pub(crate) fn stay_on_this_processor() -> Result<()> {
     let mut this = CpuSet::new();
     this.set(sched_getcpu()?)?;
     sched_setaffinity(Pid::from_raw(0), &this).context("stay on one CPU")
