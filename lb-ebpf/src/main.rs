@@ -27,6 +27,7 @@ mod atomic;
 mod bell;
 mod classify;
 mod forward;
+mod local;
 mod locality;
 mod maps;
 mod nat;
@@ -43,6 +44,7 @@ use aya_ebpf::{
     programs::{TcContext, XdpContext},
 };
 use lb_common::{
+    connection::Leg,
     packet::{
         Fragment, IpHeader, Payload, Plain, V4, V6,
         ethernet::{self, Link},
@@ -115,8 +117,8 @@ fn plain<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
     if !classify::may_be_ours(&header.destination) {
         return if classify::may_be_reply(&header.source) { Ok(Outcome::reply::<F>(true)) } else { Err(Reason::NotOurs) };
     }
-    let server = track::connection::<F>(&header, protocol, segment);
-    Ok(deliver::<P, F, true>(packet, &link, &header, true, server))
+    let leg = track::connection::<F>(&header, protocol, segment);
+    Ok(deliver::<P, F, true>(packet, &link, &header, true, leg))
 }
 
 /// A frame with VLAN tags is odd, if there is an IP packet behind them.
@@ -149,8 +151,8 @@ fn any<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
     let Payload { offset, protocol, fragment, .. } = F::transport(packet, &header)?;
     // Never an error about an error, nor about a later fragment (RFC 1122, 3.2.2).
     let answerable = protocol != F::ICMP && fragment != Fragment::Later;
-    let server = track::anything::<P, F>(packet, &header, offset, protocol, fragment);
-    Ok(deliver::<P, F, false>(packet, &link, &header, answerable, server))
+    let leg = track::anything::<P, F>(packet, &header, offset, protocol, fragment);
+    Ok(deliver::<P, F, false>(packet, &link, &header, answerable, leg))
 }
 
 /// The second half of either way: the packet's real server is known, or why there is none.
@@ -160,10 +162,10 @@ fn deliver<P: Packet, F: Family, const PLAIN: bool>(
     link: &Link,
     header: &IpHeader<F::Address>,
     answerable: bool,
-    server: Result<u32, Reason>,
+    leg: Result<Leg, Reason>,
 ) -> Outcome {
     let mut mtu = 0;
-    match to_server::<P, F, PLAIN>(packet, link, header, server, &mut mtu) {
+    match to_server::<P, F, PLAIN>(packet, link, header, leg, &mut mtu) {
         Ok(outcome) => outcome,
         // An address that looks like a virtual one to the filter may be that of a client.
         Err(Reason::NoService) if classify::may_be_reply(&header.source) => Outcome::reply::<F>(false),
@@ -177,19 +179,19 @@ fn to_server<P: Packet, F: Family, const PLAIN: bool>(
     packet: &mut P,
     link: &Link,
     header: &IpHeader<F::Address>,
-    server: Result<u32, Reason>,
+    leg: Result<Leg, Reason>,
     mtu: &mut u16,
 ) -> Result<Outcome, Reason> {
-    let index = server?;
-    let server = match forward::reachable(packet, index) {
+    let leg = leg?;
+    let server = match forward::reachable(packet, leg) {
         // IPVS counts a packet that it only cannot send.
         Err(why @ (Reason::LocalServer | Reason::NoRoute)) => {
-            account::packet(index, header.length);
+            account::packet(leg.server(), header.length);
             return Err(why);
         }
         server => server?,
     };
-    account::packet(index, header.length);
+    account::packet(leg.server(), header.length);
     forward::forward::<P, F, PLAIN>(packet, link, header, &server, mtu)
 }
 

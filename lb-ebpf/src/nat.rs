@@ -1,8 +1,9 @@
 //! Address translation: an address and a port in a packet give way to others, and the checksums with them.
 //!
 //! ```text
-//! request   client:40000 -> VIP:80         End::Destination, to RIP:8080
-//! reply     RIP:8080 -> client:40000       End::Source, to VIP:80
+//! request   client:40000 -> VIP:80         NAT: End::Destination, to RIP:8080
+//! reply     RIP:8080 -> client:40000       NAT: End::Source, to VIP:80
+//! request   client:40000 -> VIP:80         FULLNAT: both Ends, to local:7311 -> RIP:8080
 //! ```
 //!
 //! Checksums change by what the words have gained (RFC 1624), so that one that was wrong stays wrong. SCTP's is corrected
@@ -20,13 +21,14 @@ use lb_common::{
         protocol,
         transport::{Ports, SctpHeader, TcpHeader, UdpHeader},
     },
+    local::Local,
     reason::Reason,
     reply,
     server::Server,
 };
 use lb_ebpf::packet::{Checksum, Packet, REACH, Room, fixed, merged};
 
-use crate::maps::Family;
+use crate::{local, maps::Family};
 
 /// Which end of a packet is translated.
 #[derive(Clone, Copy, Eq, PartialEq)]
@@ -37,13 +39,6 @@ pub enum End {
 }
 
 impl End {
-    const fn other(self) -> Self {
-        match self {
-            Self::Source => Self::Destination,
-            Self::Destination => Self::Source,
-        }
-    }
-
     #[inline(always)]
     const fn of<A: Copy>(self, header: &IpHeader<A>) -> A {
         match self {
@@ -61,7 +56,48 @@ impl End {
     }
 }
 
-/// Translates one end of a TCP, UDP or SCTP packet; a later fragment has no port.
+/// What a packet gets for its addresses and ports.
+pub struct Ends<A> {
+    pub source: A,
+    pub destination: A,
+    pub ports: Ports,
+}
+
+/// Translates both ends of a TCP, UDP or SCTP packet; a later fragment has no ports.
+#[inline(always)]
+pub fn translate_both<P: Packet, F: Family>(
+    packet: &mut P,
+    header: &IpHeader<F::Address>,
+    payload: &Payload,
+    new: &Ends<F::Address>,
+) -> Result<(), Reason> {
+    let addresses = header.source.difference(&new.source) + header.destination.difference(&new.destination);
+    packet.write(fixed(header.offset + F::ADDRESSES), new.source)?;
+    write_address::<P, F>(packet, header.offset, End::Destination, &new.destination, addresses)?;
+    if payload.fragment == Fragment::Later {
+        return Ok(());
+    }
+    let at = payload.offset;
+    let old: Ports = packet.read(fixed(at)).ok_or(Reason::Malformed)?;
+    packet.write(fixed(at), new.ports)?;
+    let (addresses, ports) = (checksum::fold(addresses), checksum::fold(old.difference(new.ports)));
+    match payload.protocol {
+        protocol::TCP => packet.correct(at + TcpHeader::CHECKSUM, addresses, ports, Checksum::Tcp),
+        protocol::UDP => packet.correct(at + UdpHeader::CHECKSUM, addresses, ports, Checksum::Udp),
+        protocol::SCTP if old != new.ports => {
+            if payload.fragment != Fragment::Whole {
+                return Err(Reason::SctpFragment);
+            }
+            let length = (header.offset + header.length).wrapping_sub(at);
+            let checksum = fixed(at + SctpHeader::CHECKSUM);
+            let value: u32 = packet.read(checksum).ok_or(Reason::Malformed)?;
+            packet.write(checksum, corrected(value, old.changed(new.ports), (length as u32).wrapping_sub(4)))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Translates one end of a TCP or UDP packet that is whole.
 #[inline(always)]
 pub fn translate<P: Packet, F: Family>(
     packet: &mut P,
@@ -73,9 +109,6 @@ pub fn translate<P: Packet, F: Family>(
 ) -> Result<(), Reason> {
     let addresses = end.of(header).difference(new);
     write_address::<P, F>(packet, header.offset, end, new, addresses)?;
-    if payload.fragment == Fragment::Later {
-        return Ok(());
-    }
     let at = payload.offset;
     let old: Ports = packet.read(fixed(at)).ok_or(Reason::Malformed)?;
     let old_port = end.port(old);
@@ -84,16 +117,6 @@ pub fn translate<P: Packet, F: Family>(
     match payload.protocol {
         protocol::TCP => packet.correct(at + TcpHeader::CHECKSUM, addresses, ports, Checksum::Tcp),
         protocol::UDP => packet.correct(at + UdpHeader::CHECKSUM, addresses, ports, Checksum::Udp),
-        protocol::SCTP if old_port != new_port => {
-            if payload.fragment != Fragment::Whole {
-                return Err(Reason::SctpFragment);
-            }
-            let length = (header.offset + header.length).wrapping_sub(at);
-            let difference = u32::from(old_port ^ new_port) << (16 * end as u32);
-            let checksum = fixed(at + SctpHeader::CHECKSUM);
-            let old: u32 = packet.read(checksum).ok_or(Reason::Malformed)?;
-            packet.write(checksum, corrected(old, difference, (length as u32).wrapping_sub(4)))
-        }
         _ => Ok(()),
     }
 }
@@ -113,40 +136,40 @@ unsafe extern "C" fn step(number: u32, correction: *mut Correction) -> i64 {
     0
 }
 
-/// Translates one end of an ICMP error, whose headers begin at `header` and `icmp`, and the other end of the packet that it
-/// quotes. Which end follows from the port: bit 16 stands for an error to a real server, and then a port of 0 for the quoted one.
+/// Translates an ICMP error, whose headers begin at `header` and `icmp`, and the packet that it quotes, which went the other
+/// way. If `keeps_sender`, who reports stays as it is, and so does whom the quoted packet went to. A port of 0 stands for the
+/// quoted one.
 #[inline(never)]
 pub fn translate_error<P: Packet, F: Family>(
     context: *mut c_void,
     header: u32,
     icmp: u32,
-    new: &F::Address,
-    new_port: u32,
+    new: &Ends<F::Address>,
+    keeps_sender: bool,
 ) -> Result<(), Reason> {
     // SAFETY: the context is the kernel's own.
     let packet = &mut unsafe { P::view(context) };
     // The parsers' offsets, in a form that the verifier can bound.
     let (header, icmp) = (header as usize & 0x1f, icmp as usize & REACH);
-    let end = if new_port & TO_SERVER != 0 { End::Destination } else { End::Source };
     let at = icmp + size_of::<IcmpHeader>();
     let (.., payload) = F::quoted(packet, at).ok_or(Reason::Malformed)?;
     let ports = fixed(merged(packet, &payload).offset);
     let old: Ports = packet.read(ports).ok_or(Reason::Malformed)?;
-    let old = end.other().port(old);
-    let new_port = if new_port as u16 == 0 { old } else { new_port as u16 };
-    packet.write(fixed(ports + 2 * end.other() as usize), new_port)?;
-    let outer = replace_address::<P, F>(packet, header, end, new)?;
-    let inner = replace_address::<P, F>(packet, at, end.other(), new)?;
-    let ports = u64::from(!old) + u64::from(new_port);
+    let or_old = |new: u16, old: u16| if new == 0 { old } else { new };
+    let new_ports = Ports::new(or_old(new.ports.destination(), old.source()), or_old(new.ports.source(), old.destination()));
+    packet.write(ports, new_ports)?;
+    let mut addresses = replace_address::<P, F>(packet, header, End::Destination, &new.destination)?;
+    addresses += replace_address::<P, F>(packet, at, End::Source, &new.destination)?;
+    if !keeps_sender {
+        addresses += replace_address::<P, F>(packet, header, End::Source, &new.source)?;
+        addresses += replace_address::<P, F>(packet, at, End::Destination, &new.source)?;
+    }
     // Over the quoted IPv4 header it changes nothing: that one's own checksum makes up for the address.
-    let gained = if F::HEADER == V4::HEADER { ports } else { ports + outer + inner };
+    let gained = old.difference(new_ports) + if F::HEADER == V4::HEADER { 0 } else { addresses };
     let at = fixed(icmp + IcmpHeader::CHECKSUM);
     let old: u16 = packet.read(at).ok_or(Reason::Malformed)?;
     packet.write(at, checksum::gain(old, gained))
 }
-
-/// Bit of a port: the packet goes to a real server.
-const TO_SERVER: u32 = 1 << 16;
 
 /// Replaces an address in an IP header, and says what the words have gained.
 #[inline(always)]
@@ -177,42 +200,43 @@ fn write_address<P: Packet, F: Family>(
 
 /// Translates a plain packet from a client, and addresses the frame to the real server's next hop.
 #[inline(always)]
-pub fn plain_request<P: Packet, F: Family>(packet: &mut P, server: &Server) -> Result<(), Reason> {
+pub fn plain_request<P: Packet, F: Family>(packet: &mut P, server: &Server, local: Local) -> Result<(), Reason> {
     let link = Link::plain(F::ETHERTYPE);
-    let Plain { header, protocol, .. } = F::plain(packet, link.payload).ok_or(Reason::Malformed)?;
+    let Plain { header, protocol, segment } = F::plain(packet, link.payload).ok_or(Reason::Malformed)?;
     let payload = Payload { offset: link.payload + F::HEADER, protocol, fragment_id: 0, fragment: Fragment::Whole };
-    to_server::<P, F>(packet, &link, &header, &payload, server)
+    let port = reply::server_port(server, segment.ports.destination());
+    let address = F::Address::from_words(&server.address);
+    if local.is_some() {
+        let source = local::address::<F>(local).ok_or(Reason::Failed)?;
+        let ends = Ends { source, destination: address, ports: Ports::new(local.port(), port) };
+        translate_both::<P, F>(packet, &header, &payload, &ends)?;
+    } else {
+        translate::<P, F>(packet, &header, &payload, End::Destination, &address, port)?;
+    }
+    packet.address(&link, &server.hop, Room::NONE).map(drop)
 }
 
 /// The same for a packet of any shape. Its time to live is down by one already.
 #[inline(always)]
-pub fn request<P: Packet, F: Family>(packet: &mut P, server: &Server) -> Result<(), Reason> {
+pub fn request<P: Packet, F: Family>(packet: &mut P, server: &Server, local: Local) -> Result<(), Reason> {
     let link = ethernet::parse(packet)?;
     let header = F::parse(packet, link.payload)?;
     let payload = merged(packet, &F::transport(packet, &header)?);
-    if payload.protocol != F::ICMP {
-        return to_server::<P, F>(packet, &link, &header, &payload, server);
+    let destination = F::Address::from_words(&server.address);
+    let source = if local.is_some() { local::address::<F>(local).ok_or(Reason::Failed)? } else { header.source };
+    if payload.protocol == F::ICMP {
+        let ends = Ends { source, destination, ports: Ports::new(local.port(), server.port) };
+        let keeps_sender = !local.is_some();
+        translate_error::<P, F>(packet.context(), header.offset as u32, payload.offset as u32, &ends, keeps_sender)?;
+    } else {
+        let old = match payload.fragment {
+            // It has none.
+            Fragment::Later => Ports::new(0, 0),
+            Fragment::Whole | Fragment::First => packet.read(fixed(payload.offset)).ok_or(Reason::Malformed)?,
+        };
+        let client_port = if local.is_some() { local.port() } else { old.source() };
+        let ports = Ports::new(client_port, reply::server_port(server, old.destination()));
+        translate_both::<P, F>(packet, &header, &payload, &Ends { source, destination, ports })?;
     }
-    let address = F::Address::from_words(&server.address);
-    let port = TO_SERVER | u32::from(server.port);
-    translate_error::<P, F>(packet.context(), header.offset as u32, payload.offset as u32, &address, port)?;
     packet.address(&link, &server.hop, Room::NONE).map(drop)
-}
-
-#[inline(always)]
-fn to_server<P: Packet, F: Family>(
-    packet: &mut P,
-    link: &Link,
-    header: &IpHeader<F::Address>,
-    payload: &Payload,
-    server: &Server,
-) -> Result<(), Reason> {
-    let virtual_port = match payload.fragment {
-        // It has none.
-        Fragment::Later => 0,
-        Fragment::Whole | Fragment::First => packet.read::<Ports>(payload.offset).ok_or(Reason::Malformed)?.destination(),
-    };
-    let address = F::Address::from_words(&server.address);
-    translate::<P, F>(packet, header, payload, End::Destination, &address, reply::server_port(server, virtual_port))?;
-    packet.address(link, &server.hop, Room::NONE).map(drop)
 }
