@@ -56,11 +56,32 @@ impl End {
     }
 }
 
-/// What a packet gets for its addresses and ports.
-pub struct Ends<A> {
-    pub source: A,
-    pub destination: A,
+/// What a packet gets for its addresses and ports; a port of 0 stands for the one that it has. Addresses by reference: copies
+/// would not fit on the stack.
+pub struct Ends<'a, A> {
+    pub source: &'a A,
+    pub destination: &'a A,
     pub ports: Ports,
+}
+
+/// Translates both ends of a packet of any shape, or its destination alone if it `keeps_sender`. In a function of its own, for
+/// the sake of the stack: the packet is parsed again.
+#[inline(never)]
+pub fn translate_any<P: Packet, F: Family>(
+    context: *mut c_void,
+    new: &Ends<'_, F::Address>,
+    keeps_sender: bool,
+) -> Result<(), Reason> {
+    // SAFETY: the context is the kernel's own.
+    let packet = &mut unsafe { P::view(context) };
+    let link = ethernet::parse(packet)?;
+    let header = F::parse(packet, link.payload)?;
+    let payload = merged(packet, &F::transport(packet, &header)?);
+    if payload.protocol == F::ICMP {
+        return translate_error::<P, F>(context, header.offset as u32, payload.offset as u32, new, keeps_sender);
+    }
+    let source = if keeps_sender { header.source } else { *new.source };
+    translate_both::<P, F>(packet, &header, &payload, &source, new.destination, new.ports)
 }
 
 /// Translates both ends of a TCP, UDP or SCTP packet; a later fragment has no ports.
@@ -69,29 +90,32 @@ pub fn translate_both<P: Packet, F: Family>(
     packet: &mut P,
     header: &IpHeader<F::Address>,
     payload: &Payload,
-    new: &Ends<F::Address>,
+    source: &F::Address,
+    destination: &F::Address,
+    ports: Ports,
 ) -> Result<(), Reason> {
-    let addresses = header.source.difference(&new.source) + header.destination.difference(&new.destination);
-    packet.write(fixed(header.offset + F::ADDRESSES), new.source)?;
-    write_address::<P, F>(packet, header.offset, End::Destination, &new.destination, addresses)?;
+    let addresses = header.source.difference(source) + header.destination.difference(destination);
+    packet.write(fixed(header.offset + F::ADDRESSES), *source)?;
+    write_address::<P, F>(packet, header.offset, End::Destination, destination, addresses)?;
     if payload.fragment == Fragment::Later {
         return Ok(());
     }
     let at = payload.offset;
     let old: Ports = packet.read(fixed(at)).ok_or(Reason::Malformed)?;
-    packet.write(fixed(at), new.ports)?;
-    let (addresses, ports) = (checksum::fold(addresses), checksum::fold(old.difference(new.ports)));
+    let new = ports.or(old);
+    packet.write(fixed(at), new)?;
+    let (addresses, ports) = (checksum::fold(addresses), checksum::fold(old.difference(new)));
     match payload.protocol {
         protocol::TCP => packet.correct(at + TcpHeader::CHECKSUM, addresses, ports, Checksum::Tcp),
         protocol::UDP => packet.correct(at + UdpHeader::CHECKSUM, addresses, ports, Checksum::Udp),
-        protocol::SCTP if old != new.ports => {
+        protocol::SCTP if old != new => {
             if payload.fragment != Fragment::Whole {
                 return Err(Reason::SctpFragment);
             }
             let length = (header.offset + header.length).wrapping_sub(at);
             let checksum = fixed(at + SctpHeader::CHECKSUM);
             let value: u32 = packet.read(checksum).ok_or(Reason::Malformed)?;
-            packet.write(checksum, corrected(value, old.changed(new.ports), (length as u32).wrapping_sub(4)))
+            packet.write(checksum, corrected(value, old.changed(new), (length as u32).wrapping_sub(4)))
         }
         _ => Ok(()),
     }
@@ -137,14 +161,13 @@ unsafe extern "C" fn step(number: u32, correction: *mut Correction) -> i64 {
 }
 
 /// Translates an ICMP error, whose headers begin at `header` and `icmp`, and the packet that it quotes, which went the other
-/// way. If `keeps_sender`, who reports stays as it is, and so does whom the quoted packet went to. A port of 0 stands for the
-/// quoted one.
+/// way. If it `keeps_sender`, who reports stays as it is, and so does whom the quoted packet went to.
 #[inline(never)]
-pub fn translate_error<P: Packet, F: Family>(
+fn translate_error<P: Packet, F: Family>(
     context: *mut c_void,
     header: u32,
     icmp: u32,
-    new: &Ends<F::Address>,
+    new: &Ends<'_, F::Address>,
     keeps_sender: bool,
 ) -> Result<(), Reason> {
     // SAFETY: the context is the kernel's own.
@@ -155,14 +178,13 @@ pub fn translate_error<P: Packet, F: Family>(
     let (.., payload) = F::quoted(packet, at).ok_or(Reason::Malformed)?;
     let ports = fixed(merged(packet, &payload).offset);
     let old: Ports = packet.read(ports).ok_or(Reason::Malformed)?;
-    let or_old = |new: u16, old: u16| if new == 0 { old } else { new };
-    let new_ports = Ports::new(or_old(new.ports.destination(), old.source()), or_old(new.ports.source(), old.destination()));
+    let new_ports = new.ports.reversed().or(old);
     packet.write(ports, new_ports)?;
-    let mut addresses = replace_address::<P, F>(packet, header, End::Destination, &new.destination)?;
-    addresses += replace_address::<P, F>(packet, at, End::Source, &new.destination)?;
+    let mut addresses = replace_address::<P, F>(packet, header, End::Destination, new.destination)?;
+    addresses += replace_address::<P, F>(packet, at, End::Source, new.destination)?;
     if !keeps_sender {
-        addresses += replace_address::<P, F>(packet, header, End::Source, &new.source)?;
-        addresses += replace_address::<P, F>(packet, at, End::Destination, &new.source)?;
+        addresses += replace_address::<P, F>(packet, header, End::Source, new.source)?;
+        addresses += replace_address::<P, F>(packet, at, End::Destination, new.source)?;
     }
     // Over the quoted IPv4 header it changes nothing: that one's own checksum makes up for the address.
     let gained = old.difference(new_ports) + if F::HEADER == V4::HEADER { 0 } else { addresses };
@@ -208,8 +230,7 @@ pub fn plain_request<P: Packet, F: Family>(packet: &mut P, server: &Server, loca
     let address = F::Address::from_words(&server.address);
     if local.is_some() {
         let source = local::address::<F>(local).ok_or(Reason::Failed)?;
-        let ends = Ends { source, destination: address, ports: Ports::new(local.port(), port) };
-        translate_both::<P, F>(packet, &header, &payload, &ends)?;
+        translate_both::<P, F>(packet, &header, &payload, &source, &address, Ports::new(local.port(), port))?;
     } else {
         translate::<P, F>(packet, &header, &payload, End::Destination, &address, port)?;
     }
@@ -219,24 +240,13 @@ pub fn plain_request<P: Packet, F: Family>(packet: &mut P, server: &Server, loca
 /// The same for a packet of any shape. Its time to live is down by one already.
 #[inline(always)]
 pub fn request<P: Packet, F: Family>(packet: &mut P, server: &Server, local: Local) -> Result<(), Reason> {
-    let link = ethernet::parse(packet)?;
-    let header = F::parse(packet, link.payload)?;
-    let payload = merged(packet, &F::transport(packet, &header)?);
     let destination = F::Address::from_words(&server.address);
-    let source = if local.is_some() { local::address::<F>(local).ok_or(Reason::Failed)? } else { header.source };
-    if payload.protocol == F::ICMP {
-        let ends = Ends { source, destination, ports: Ports::new(local.port(), server.port) };
-        let keeps_sender = !local.is_some();
-        translate_error::<P, F>(packet.context(), header.offset as u32, payload.offset as u32, &ends, keeps_sender)?;
-    } else {
-        let old = match payload.fragment {
-            // It has none.
-            Fragment::Later => Ports::new(0, 0),
-            Fragment::Whole | Fragment::First => packet.read(fixed(payload.offset)).ok_or(Reason::Malformed)?,
-        };
-        let client_port = if local.is_some() { local.port() } else { old.source() };
-        let ports = Ports::new(client_port, reply::server_port(server, old.destination()));
-        translate_both::<P, F>(packet, &header, &payload, &Ends { source, destination, ports })?;
-    }
+    let source = if local.is_some() { local::address::<F>(local).ok_or(Reason::Failed)? } else { destination };
+    let ends = Ends { source: &source, destination: &destination, ports: Ports::new(local.port(), server.port) };
+    translate_any::<P, F>(packet.context(), &ends, !local.is_some())?;
+    // The kernel may have moved the packet.
+    // SAFETY: the context is the kernel's own.
+    *packet = unsafe { P::view(packet.context()) };
+    let link = ethernet::parse(packet)?;
     packet.address(&link, &server.hop, Room::NONE).map(drop)
 }

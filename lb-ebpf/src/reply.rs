@@ -102,16 +102,10 @@ fn quiet<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
     if known.flags & flags::LOCAL == 0 {
         nat::translate::<P, F>(packet, &header, &payload, End::Source, &known.vip, known.ports.destination())?;
     } else {
-        nat::translate_both::<P, F>(packet, &header, &payload, &ends::<F>(known))?;
+        nat::translate_both::<P, F>(packet, &header, &payload, &known.vip, &known.client, known.reply_ports())?;
     }
     packet.address(&link, &known.hop, Room::NONE)?;
     Ok(Outcome::verdict(packet.send(&known.hop)))
-}
-
-/// What a reply for the client has for addresses and ports.
-#[inline(always)]
-fn ends<F: Family>(known: &Reply<F::Address>) -> Ends<F::Address> {
-    Ends { source: known.vip, destination: known.client, ports: known.reply_ports() }
 }
 
 /// Flags of an entry whose reply needs no attention.
@@ -181,12 +175,11 @@ fn translate<P: Packet, F: Family>(packet: &mut P, verdict: i32) -> Result<Outco
         track::remember_first_fragment::<P, F>(packet.context(), header.offset as u32, key.ports);
     }
     // Without a local address, a reply's destination is the client already, and becomes what it is.
-    let ends = ends::<F>(known);
-    if payload.protocol == F::ICMP {
-        nat::translate_error::<P, F>(packet.context(), header.offset as u32, payload.offset as u32, &ends, false)?;
-    } else {
-        nat::translate_both::<P, F>(packet, &header, &payload, &ends)?;
-    }
+    let ends = Ends { source: &known.vip, destination: &known.client, ports: known.reply_ports() };
+    nat::translate_any::<P, F>(packet.context(), &ends, false)?;
+    // The kernel may have moved the packet.
+    // SAFETY: the context is the kernel's own.
+    *packet = unsafe { P::view(packet.context()) };
     packet.address(&link, &known.hop, Room::NONE)?;
     Ok(Outcome::verdict(if verdict == NO_VERDICT { packet.send(&known.hop) } else { verdict }))
 }

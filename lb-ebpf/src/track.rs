@@ -60,11 +60,12 @@ pub fn connection<F: Family>(header: &IpHeader<F::Address>, protocol: u8, segmen
     }
     let server = schedule::<F>(&key, segment.event)?;
     let local = local::of_new::<F>(&key, server)?;
-    let leg = begin::<F>(&key, segment.event, Leg::new(server, local))?;
-    if leg.0 & EXPECTS == 0 {
-        return Ok(leg);
+    let leg = begin::<F>(&key, segment.event, Leg::new(server, local));
+    if leg & (EXPECTS | FULL) == 0 {
+        return Ok(Leg(leg));
     }
-    if reply::expect::<F>(&key, leg.server() & !(EXPECTS as u32)) { Ok(Leg(leg.0 & !EXPECTS)) } else { Err(Reason::TableFull) }
+    let leg = Leg(leg & !EXPECTS);
+    if leg.0 & FULL == 0 && reply::expect::<F>(&key, leg.server()) { Ok(leg) } else { Err(Reason::TableFull) }
 }
 
 /// Where the packets of a connection go: one read of eight bytes.
@@ -77,6 +78,8 @@ fn leg(connection: *const Connection) -> Leg {
 /// Bit of a real server's index that [`begin`] returns: the new connection's replies are to be expected. Not its own business,
 /// for the sake of the stack.
 const EXPECTS: u64 = 1 << 31;
+/// Bit of the same: there is no connection, because the table is full.
+const FULL: u64 = 1 << 30;
 
 /// State and flags of a connection.
 #[derive(Clone, Copy)]
@@ -261,9 +264,9 @@ fn schedule<F: Family>(key: &ConnectionKey<F::Address>, event: u8) -> Result<u32
     })
 }
 
-/// Begins a connection to a real server: makes the entry. Returns where its packets go.
+/// Begins a connection to a real server: makes the entry. Returns where its packets go, as a [`Leg`], or [`FULL`].
 #[inline(never)]
-fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8, to: Leg) -> Result<Leg, Reason> {
+fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8, to: Leg) -> u64 {
     let protocol = key.protocol as u8;
     let (server, local) = (to.server(), to.local());
     let masqueraded = SERVERS.get(server).is_some_and(|server| Method::translates(server.method));
@@ -277,8 +280,8 @@ fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8, to: Leg) -> Resu
     match inserted {
         Ok(()) => {}
         // Another CPU was faster: one connection, one server.
-        Err(EEXIST) => return F::connections().get_ptr(key).map(|known| leg(known)).ok_or(Reason::TableFull),
-        Err(_) => return Err(Reason::TableFull),
+        Err(EEXIST) => return F::connections().get_ptr(key).map_or(FULL, |known| leg(known).0),
+        Err(_) => return FULL,
     }
     if let Some(counter) = COUNTERS.get_ptr_mut(server) {
         // SAFETY: an element of the counter array.
@@ -287,7 +290,7 @@ fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8, to: Leg) -> Resu
     }
     account::connection(server);
     // With a local port, the entry for the replies is there already.
-    Ok(if masqueraded && !local.is_some() { Leg(to.0 | EXPECTS) } else { to })
+    if masqueraded && !local.is_some() { to.0 | EXPECTS } else { to.0 }
 }
 
 /// Whether a packet without a connection may begin one.
@@ -310,7 +313,12 @@ pub fn anything<P: Packet, F: Family>(
     fragment: Fragment,
 ) -> Result<Leg, Reason> {
     if protocol == F::ICMP && fragment != Fragment::Later {
-        return icmp_error::<P, F>(packet.context(), offset as u32);
+        return match icmp_error::<P, F>(packet.context(), offset as u32) {
+            NO_CONNECTION => Err(Reason::NoConnection),
+            NOT_TRANSPORT => Err(Reason::NotTransport),
+            MALFORMED => Err(Reason::Malformed),
+            leg => Ok(Leg(leg)),
+        };
     }
     let segment = if fragment == Fragment::Later {
         let ports = ports_of_first_fragment::<P, F>(packet.context(), header.offset as u32)?;
@@ -355,12 +363,21 @@ fn fragment_key<P: Packet, F: Family>(packet: &P, offset: u32) -> Result<Fragmen
     Ok(FragmentKey { source: header.source, destination: header.destination, id: payload.fragment_id, protocol })
 }
 
+/// Answers of [`icmp_error`] in the place of a [`Leg`]: a result of both would need memory on the stack.
+const NO_CONNECTION: u64 = u64::MAX;
+const NOT_TRANSPORT: u64 = u64::MAX - 1;
+const MALFORMED: u64 = u64::MAX - 2;
+
 /// Finds out where an ICMP error goes: the packet that it quotes went from there to the client.
 #[inline(never)]
-fn icmp_error<P: Packet, F: Family>(context: *mut c_void, offset: u32) -> Result<Leg, Reason> {
+fn icmp_error<P: Packet, F: Family>(context: *mut c_void, offset: u32) -> u64 {
     // SAFETY: the context is the kernel's own.
-    let key = quoted::<P, F>(&unsafe { P::view(context) }, offset)?;
-    F::connections().get_ptr(&key).map(|known| leg(known)).ok_or(Reason::NoConnection)
+    match quoted::<P, F>(&unsafe { P::view(context) }, offset) {
+        Ok(key) => F::connections().get_ptr(&key).map_or(NO_CONNECTION, |known| leg(known).0),
+        Err(Reason::NotTransport) => NOT_TRANSPORT,
+        Err(Reason::NoConnection) => NO_CONNECTION,
+        Err(_) => MALFORMED,
+    }
 }
 
 /// The key of the packets that go against those that an ICMP error quotes: the error is to go with them.

@@ -45,6 +45,15 @@ impl Ports {
     }
 
     #[must_use]
+    /// These ports, with `other` in the place of each that is 0.
+    #[inline(always)]
+    pub const fn or(self, other: Self) -> Self {
+        let source = if self.source() == 0 { other.source() } else { self.source() };
+        let destination = if self.destination() == 0 { other.destination() } else { self.destination() };
+        Self::new(source, destination)
+    }
+
+    #[must_use]
     /// The same ports, seen from the other side.
     #[inline(always)]
     pub const fn reversed(self) -> Self {
