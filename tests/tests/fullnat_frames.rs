@@ -233,6 +233,7 @@ const TALKS: &[(&str, &str, Talk)] = &[
     ("a connection that is begun anew gets a port of its own, and the old one is free", "tcp", |talk| {
         talk.request(&Frame::tcp(talk.client, talk.vip, SYN))?;
         talk.reply(&Frame::tcp(talk.client, talk.vip, SYN | ACK))?;
+        talk.request(&Frame::tcp(talk.client, talk.vip, ACK))?;
         let first = talk.local.get();
         talk.request(&Frame::tcp(talk.client, talk.vip, RST))?;
         let entries = talk.bench.pinned.replies()?;

@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use aya::maps::{Array, HashMap as MapHashMap, MapData, MapError};
+use aya::maps::{Array, HashMap as MapHashMap, MapData};
 use lb_common::{
     family::{AF_INET, AF_INET6},
     local::{LocalAddress, POOL_SIZE, Pool, PoolKey},
@@ -62,10 +62,11 @@ impl Locals {
             let key = PoolKey { service, family: family.into() };
             let count = indices.len().min(POOL_SIZE);
             if count == 0 {
-                match self.pools.remove(&key) {
-                    Ok(()) | Err(MapError::KeyNotFound) => continue,
-                    Err(error) => return Err(kernel_error("a pool of local addresses cannot be emptied", error)),
+                if self.pools.get(&key, 0).is_ok() {
+                    let removed = self.pools.remove(&key);
+                    removed.map_err(|error| kernel_error("a pool of local addresses cannot be emptied", error))?;
                 }
+                continue;
             }
             let mut pool = Pool { count: count as u32, addresses: [0; POOL_SIZE] };
             pool.addresses[..count].copy_from_slice(&indices[..count]);
