@@ -76,7 +76,9 @@ impl Leg {
 }
 
 const _: () = assert!(
-    core::mem::offset_of!(Connection, server) == 0 && core::mem::offset_of!(Connection, local) == 4 && cfg!(target_endian = "little"),
+    core::mem::offset_of!(Connection, server) == 0
+        && core::mem::offset_of!(Connection, local) == 4
+        && cfg!(target_endian = "little"),
     "a leg is read from there"
 );
 

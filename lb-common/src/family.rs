@@ -19,6 +19,9 @@ pub trait Address: Eq + Plain {
 
     /// What a checksum over the words of this address has to gain when another takes its place (RFC 1624): not folded.
     fn difference(&self, new: &Self) -> u64;
+
+    /// What a checksum over the words of this address adds up: not folded.
+    fn sum(&self) -> u64;
 }
 
 /// An IPv4 address: the four bytes of the header, in memory order.
@@ -58,6 +61,11 @@ impl Address for Ipv4 {
     fn difference(&self, new: &Self) -> u64 {
         u64::from(!*self) + u64::from(*new)
     }
+
+    #[inline(always)]
+    fn sum(&self) -> u64 {
+        u64::from(*self)
+    }
 }
 
 impl Address for Ipv6 {
@@ -79,6 +87,11 @@ impl Address for Ipv6 {
     #[inline(always)]
     fn difference(&self, new: &Self) -> u64 {
         self[0].difference(&new[0]) + self[1].difference(&new[1]) + self[2].difference(&new[2]) + self[3].difference(&new[3])
+    }
+
+    #[inline(always)]
+    fn sum(&self) -> u64 {
+        self[0].sum() + self[1].sum() + self[2].sum() + self[3].sum()
     }
 }
 

@@ -9,15 +9,17 @@ pub struct Round {
     /// Length of the frame, in bytes.
     pub length: u32,
     /// Not 0: the frame is IPv6.
-    pub is_v6: u32,
+    pub is_v6: u16,
+    /// Not 0: the frame is a reply, on its way to the client.
+    pub is_reply: u16,
     /// The next flow's number.
     pub flow: u64,
     /// How many flows there are: a power of two.
     pub flows: u64,
     /// The (last word of the) first client's address, in host order.
     pub first_client: u32,
-    /// The virtual port, in network order.
-    pub vip_port: u16,
+    /// The port that is not the client's, in network order.
+    pub port: u16,
     /// The first two bytes of the frame.
     pub start: u16,
     /// The next 52 bytes, to the end of a TCP header behind IPv4: in words that lie as those of IP headers do.
@@ -35,7 +37,7 @@ impl Round {
     pub const fn client(&self, flow: u64) -> (u32, Ports) {
         let client = (flow.wrapping_mul(0x9e37_79b1) & self.flows.wrapping_sub(1)) as u32;
         let address = self.first_client.wrapping_add(client >> 14);
-        (address.to_be(), Ports::new((10_000 + (client & 0x3fff) as u16).to_be(), self.vip_port))
+        (address.to_be(), Ports::new((10_000 + (client & 0x3fff) as u16).to_be(), self.port))
     }
 }
 

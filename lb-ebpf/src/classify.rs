@@ -16,6 +16,5 @@ pub fn may_be_ours<A: Address>(destination: &A) -> bool {
 #[inline(always)]
 pub fn may_be_reply<A: Address>(source: &A) -> bool {
     let (word, bit) = filter::position(source);
-    // SAFETY: an element of the map, and a word within it by the mask.
-    SOURCES.get_ptr(0).is_some_and(|bitmap| unsafe { *bitmap.cast::<u64>().add((word & (filter::WORDS - 1)) as usize) } & bit != 0)
+    SOURCES.word(word) & bit != 0
 }

@@ -11,6 +11,7 @@ use aya_ebpf::{
     maps::{Array, HashMap, LruHashMap, PerCpuArray, ProgramArray, RingBuf},
 };
 use lb_common::{
+    checksum,
     config::{Config, SweepReport},
     connection::{Connection, ConnectionKey, FragmentKey},
     family::{Ipv4, Ipv6},
@@ -56,6 +57,11 @@ pub static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
 #[unsafe(no_mangle)]
 pub static FILTER: Filter = Filter(UnsafeCell::new([0; filter::WORDS as usize]));
 
+/// The same for addresses of masqueraded real servers (in the map `.bss.sources`). Packets read that are to no virtual address.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = ".bss.sources")]
+pub static SOURCES: Filter = Filter(UnsafeCell::new([0; filter::WORDS as usize]));
+
 /// See [`FILTER`].
 #[repr(transparent)]
 pub struct Filter(UnsafeCell<[u64; filter::WORDS as usize]>);
@@ -71,10 +77,6 @@ impl Filter {
         unsafe { self.0.get().cast::<u64>().add((index & (filter::WORDS - 1)) as usize).read_volatile() }
     }
 }
-
-/// One bit for each hashed address of a masqueraded real server. Userspace writes, packets read that are to no virtual address.
-#[map]
-pub static SOURCES: Array<[u64; filter::WORDS as usize]> = Array::with_max_entries(1, 0);
 
 /// Virtual services. Userspace writes, new connections read.
 #[map]
@@ -198,11 +200,19 @@ pub static ANSWERS: PerCpuArray<[u32; 2]> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 pub static DEFERRED: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 
-/// The programs for translation, one for each hook. Userspace writes.
+/// The programs that others call last, for each hook. Userspace writes.
 #[map]
-pub static XDP_TRANSLATION: ProgramArray = ProgramArray::with_max_entries(1, 0);
+pub static XDP_NEXT: ProgramArray = ProgramArray::with_max_entries(2, 0);
 #[map]
-pub static TC_TRANSLATION: ProgramArray = ProgramArray::with_max_entries(1, 0);
+pub static TC_NEXT: ProgramArray = ProgramArray::with_max_entries(2, 0);
+
+/// Their places.
+pub mod next {
+    /// What looks at odd packets.
+    pub const ODD: u32 = 0;
+    /// What translates. Loaded for the first real server that needs it.
+    pub const TRANSLATE: u32 = 1;
+}
 
 /// A family's own maps.
 pub trait Family: Network {
@@ -216,6 +226,9 @@ pub trait Family: Network {
     fn destinations() -> &'static LruHashMap<DestinationKey<Self::Address>, Destination>;
     /// Takes one off the time to live of the packet whose header begins at `offset`, if there is more than one left.
     fn age<P: Packet>(packet: &mut P, offset: usize) -> Result<(), Reason>;
+    /// The same for a packet whose addresses are about to change, and with them the header's checksum, if it has one: by what their
+    /// words gain, not folded.
+    fn age_and_gain<P: Packet>(packet: &mut P, offset: usize, gained: u64) -> Result<(), Reason>;
 }
 
 impl Family for V4 {
@@ -270,6 +283,23 @@ impl Family for V4 {
         }
         Ok(())
     }
+
+    #[inline(always)]
+    fn age_and_gain<P: Packet>(packet: &mut P, offset: usize, gained: u64) -> Result<(), Reason> {
+        /// What a word gains that loses one.
+        const LOST_ONE: u64 = 0xfffe;
+        let word = packet.pointer::<u32>(offset + Ipv4Header::TTL).ok_or(Reason::Malformed)?;
+        // SAFETY: `pointer` checked the bounds.
+        unsafe {
+            let old = u32::from_le(word.read());
+            if old & 0xff <= 1 {
+                return Err(Reason::TtlExpired);
+            }
+            let checksum = checksum::gain((old >> 16) as u16, gained + LOST_ONE);
+            word.write((u32::from(checksum) << 16 | (old & 0xffff) - 1).to_le());
+        }
+        Ok(())
+    }
 }
 
 impl Family for V6 {
@@ -320,5 +350,10 @@ impl Family for V6 {
             (*header).hop_limit = hop_limit - 1;
         }
         Ok(())
+    }
+
+    #[inline(always)]
+    fn age_and_gain<P: Packet>(packet: &mut P, offset: usize, _gained: u64) -> Result<(), Reason> {
+        Self::age(packet, offset)
     }
 }

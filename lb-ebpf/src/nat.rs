@@ -3,7 +3,7 @@
 //! ```text
 //! request   client:40000 -> VIP:80         NAT: End::Destination, to RIP:8080
 //! reply     RIP:8080 -> client:40000       NAT: End::Source, to VIP:80
-//! request   client:40000 -> VIP:80         FULLNAT: both Ends, to local:7311 -> RIP:8080
+//! request   client:40000 -> VIP:80         FULLNAT: both ends, to local:7311 -> RIP:8080
 //! ```
 //!
 //! Checksums change by what the words have gained (RFC 1624), so that one that was wrong stays wrong. SCTP's is corrected
@@ -14,14 +14,13 @@ use lb_common::{
     checksum,
     crc32c::{self, Correction},
     family::Address,
+    local::Local,
     packet::{
-        Fragment, IpHeader, Network, Payload, Plain, V4,
-        ethernet::{self, Link},
+        Fragment, IpHeader, Ipv4Header, Network, Payload, Plain, V4, ethernet,
         icmp::IcmpHeader,
         protocol,
         transport::{Ports, SctpHeader, TcpHeader, UdpHeader},
     },
-    local::Local,
     reason::Reason,
     reply,
     server::Server,
@@ -56,6 +55,65 @@ impl End {
     }
 }
 
+/// Translates one end of a plain packet, and takes one off its time to live. Everything is where it always is, and what was read
+/// of it is at hand.
+#[inline(always)]
+pub fn translate_plain<P: Packet, F: Family>(
+    packet: &mut P,
+    plain: &Plain<F::Address>,
+    end: End,
+    new: &F::Address,
+    new_port: u16,
+) -> Result<(), Reason> {
+    let Plain { header, segment, .. } = plain;
+    let ip = ethernet::HEADER;
+    let (addresses, old_port) = (end.of(header).difference(new), end.port(segment.ports));
+    F::age_and_gain(packet, ip, addresses)?;
+    packet.write(ip + F::ADDRESSES + end as usize * size_of::<F::Address>(), *new)?;
+    packet.write(ip + F::HEADER + 2 * end as usize, new_port)?;
+    correct_plain::<P, F>(packet, plain, addresses, u64::from(!old_port) + u64::from(new_port))
+}
+
+/// Translates both ends of a plain packet, and takes one off its time to live.
+#[inline(always)]
+pub fn translate_plain_both<P: Packet, F: Family>(
+    packet: &mut P,
+    plain: &Plain<F::Address>,
+    source: &F::Address,
+    destination: &F::Address,
+    ports: Ports,
+) -> Result<(), Reason> {
+    let Plain { header, segment, .. } = plain;
+    let ip = ethernet::HEADER;
+    let addresses = header.source.difference(source) + header.destination.difference(destination);
+    F::age_and_gain(packet, ip, addresses)?;
+    packet.write(ip + F::ADDRESSES, *source)?;
+    packet.write(ip + F::ADDRESSES + size_of::<F::Address>(), *destination)?;
+    packet.write(ip + F::HEADER, ports)?;
+    correct_plain::<P, F>(packet, plain, addresses, segment.ports.difference(ports))
+}
+
+/// Corrects the checksum of a plain packet, which was as `plain` says.
+#[inline(always)]
+fn correct_plain<P: Packet, F: Family>(
+    packet: &mut P,
+    plain: &Plain<F::Address>,
+    addresses: u64,
+    ports: u64,
+) -> Result<(), Reason> {
+    let Plain { header, protocol, .. } = plain;
+    let transport = ethernet::HEADER + F::HEADER;
+    let length = (header.length - F::HEADER) as u16;
+    let pseudo_header =
+        header.source.sum() + header.destination.sum() + u64::from(length.to_be()) + u64::from(u16::from(*protocol).to_be());
+    let pseudo_header = Some(checksum::fold(pseudo_header));
+    if *protocol == protocol::TCP {
+        packet.correct(transport + TcpHeader::CHECKSUM, addresses, ports, Checksum::Tcp, pseudo_header)
+    } else {
+        packet.correct(transport + UdpHeader::CHECKSUM, addresses, ports, Checksum::Udp, pseudo_header)
+    }
+}
+
 /// What a packet gets for its addresses and ports; a port of 0 stands for the one that it has. Addresses by reference: copies
 /// would not fit on the stack.
 pub struct Ends<'a, A> {
@@ -67,11 +125,7 @@ pub struct Ends<'a, A> {
 /// Translates both ends of a packet of any shape, or its destination alone if it `keeps_sender`. In a function of its own, for
 /// the sake of the stack: the packet is parsed again.
 #[inline(never)]
-pub fn translate_any<P: Packet, F: Family>(
-    context: *mut c_void,
-    new: &Ends<'_, F::Address>,
-    keeps_sender: bool,
-) -> Result<(), Reason> {
+pub fn translate<P: Packet, F: Family>(context: *mut c_void, new: &Ends<'_, F::Address>, keeps_sender: bool) -> Result<(), Reason> {
     // SAFETY: the context is the kernel's own.
     let packet = &mut unsafe { P::view(context) };
     let link = ethernet::parse(packet)?;
@@ -104,10 +158,10 @@ pub fn translate_both<P: Packet, F: Family>(
     let old: Ports = packet.read(fixed(at)).ok_or(Reason::Malformed)?;
     let new = ports.or(old);
     packet.write(fixed(at), new)?;
-    let (addresses, ports) = (checksum::fold(addresses), checksum::fold(old.difference(new)));
+    let ports = old.difference(new);
     match payload.protocol {
-        protocol::TCP => packet.correct(at + TcpHeader::CHECKSUM, addresses, ports, Checksum::Tcp),
-        protocol::UDP => packet.correct(at + UdpHeader::CHECKSUM, addresses, ports, Checksum::Udp),
+        protocol::TCP => packet.correct(at + TcpHeader::CHECKSUM, addresses, ports, Checksum::Tcp, None),
+        protocol::UDP => packet.correct(at + UdpHeader::CHECKSUM, addresses, ports, Checksum::Udp, None),
         protocol::SCTP if old != new => {
             if payload.fragment != Fragment::Whole {
                 return Err(Reason::SctpFragment);
@@ -117,30 +171,6 @@ pub fn translate_both<P: Packet, F: Family>(
             let value: u32 = packet.read(checksum).ok_or(Reason::Malformed)?;
             packet.write(checksum, corrected(value, old.changed(new), (length as u32).wrapping_sub(4)))
         }
-        _ => Ok(()),
-    }
-}
-
-/// Translates one end of a TCP or UDP packet that is whole.
-#[inline(always)]
-pub fn translate<P: Packet, F: Family>(
-    packet: &mut P,
-    header: &IpHeader<F::Address>,
-    payload: &Payload,
-    end: End,
-    new: &F::Address,
-    new_port: u16,
-) -> Result<(), Reason> {
-    let addresses = end.of(header).difference(new);
-    write_address::<P, F>(packet, header.offset, end, new, addresses)?;
-    let at = payload.offset;
-    let old: Ports = packet.read(fixed(at)).ok_or(Reason::Malformed)?;
-    let old_port = end.port(old);
-    packet.write(fixed(at + 2 * end as usize), new_port)?;
-    let (addresses, ports) = (checksum::fold(addresses), checksum::fold(u64::from(!old_port) + u64::from(new_port)));
-    match payload.protocol {
-        protocol::TCP => packet.correct(at + TcpHeader::CHECKSUM, addresses, ports, Checksum::Tcp),
-        protocol::UDP => packet.correct(at + UdpHeader::CHECKSUM, addresses, ports, Checksum::Udp),
         _ => Ok(()),
     }
 }
@@ -213,37 +243,38 @@ fn write_address<P: Packet, F: Family>(
 ) -> Result<(), Reason> {
     packet.write(fixed(header + F::ADDRESSES + end as usize * size_of::<F::Address>()), *new)?;
     if F::HEADER == V4::HEADER {
-        let at = fixed(header + lb_common::packet::Ipv4Header::CHECKSUM);
+        let at = fixed(header + Ipv4Header::CHECKSUM);
         let old: u16 = packet.read(at).ok_or(Reason::Malformed)?;
         packet.write(at, checksum::gain(old, gained))?;
     }
     Ok(())
 }
 
-/// Translates a plain packet from a client, and addresses the frame to the real server's next hop.
+/// Translates a plain packet from a client, and takes one off its time to live.
 #[inline(always)]
-pub fn plain_request<P: Packet, F: Family>(packet: &mut P, server: &Server, local: Local) -> Result<(), Reason> {
-    let link = Link::plain(F::ETHERTYPE);
-    let Plain { header, protocol, segment } = F::plain(packet, link.payload).ok_or(Reason::Malformed)?;
-    let payload = Payload { offset: link.payload + F::HEADER, protocol, fragment_id: 0, fragment: Fragment::Whole };
-    let port = reply::server_port(server, segment.ports.destination());
+pub fn plain_request<P: Packet, F: Family>(
+    packet: &mut P,
+    plain: &Plain<F::Address>,
+    server: &Server,
+    local: Local,
+) -> Result<(), Reason> {
+    let port = reply::server_port(server, plain.segment.ports.destination());
     let address = F::Address::from_words(&server.address);
     if local.is_some() {
         let source = local::address::<F>(local).ok_or(Reason::Failed)?;
-        translate_both::<P, F>(packet, &header, &payload, &source, &address, Ports::new(local.port(), port))?;
-    } else {
-        translate::<P, F>(packet, &header, &payload, End::Destination, &address, port)?;
+        return translate_plain_both::<P, F>(packet, plain, &source, &address, Ports::new(local.port(), port));
     }
-    packet.address(&link, &server.hop, Room::NONE).map(drop)
+    translate_plain::<P, F>(packet, plain, End::Destination, &address, port)
 }
 
-/// The same for a packet of any shape. Its time to live is down by one already.
+/// Translates a packet of any shape from a client, and addresses the frame to the real server's next hop. Its time to live is
+/// down by one already.
 #[inline(always)]
 pub fn request<P: Packet, F: Family>(packet: &mut P, server: &Server, local: Local) -> Result<(), Reason> {
     let destination = F::Address::from_words(&server.address);
     let source = if local.is_some() { local::address::<F>(local).ok_or(Reason::Failed)? } else { destination };
     let ends = Ends { source: &source, destination: &destination, ports: Ports::new(local.port(), server.port) };
-    translate_any::<P, F>(packet.context(), &ends, !local.is_some())?;
+    translate::<P, F>(packet.context(), &ends, !local.is_some())?;
     // The kernel may have moved the packet.
     // SAFETY: the context is the kernel's own.
     *packet = unsafe { P::view(packet.context()) };

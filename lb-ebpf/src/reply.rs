@@ -18,7 +18,7 @@ use lb_common::{
     family::Address,
     hop::link_addresses,
     packet::{
-        Fragment, Payload, Plain,
+        Fragment, Plain,
         ethernet::{self, Link},
         transport::{self, Ports},
     },
@@ -72,20 +72,11 @@ pub fn forget<F: Family>(key: &ConnectionKey<F::Address>, leg: Leg) {
     }
 }
 
-/// The way of a plain packet that may be a reply. The outcome is the same again if it needs more attention.
-#[inline(never)]
-pub fn plain<P: Packet, F: Family>(context: *mut c_void) -> Outcome {
-    // SAFETY: the context is the kernel's own.
-    let packet = &mut unsafe { P::view(context) };
-    quiet::<P, F>(packet).unwrap_or_else(Outcome::left::<P>)
-}
-
+/// The way of a plain packet that may be a reply. If it needs more attention, the outcome says so.
 #[inline(always)]
-fn quiet<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
-    let link = Link::plain(F::ETHERTYPE);
-    let Plain { header, protocol, segment } = F::plain(packet, link.payload).ok_or(Reason::NotOurs)?;
-    let payload = Payload { offset: link.payload + F::HEADER, protocol, fragment_id: 0, fragment: Fragment::Whole };
-    let protocol = u32::from(protocol);
+pub fn plain<P: Packet, F: Family>(packet: &mut P, plain: &Plain<F::Address>) -> Result<Outcome, Reason> {
+    let Plain { header, protocol, segment } = plain;
+    let protocol = u32::from(*protocol);
     let key = ConnectionKey { client: header.source, vip: header.destination, ports: segment.ports, protocol };
     let known = F::replies().get_ptr(&key).ok_or(Reason::NotOurs)?;
     // SAFETY: an element of the map; it may become another reply's under our hands, but it stays memory.
@@ -95,16 +86,20 @@ fn quiet<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
     let mtu = known.hop.mtu;
     let fits = header.length <= mtu as usize || packet.fits_in_segments(SEGMENT_HEADERS + F::HEADER, mtu);
     let reaches = packet.reaches(&known.hop, known.flags & flags::REDIRECT != 0);
-    if !undisturbed || !fits || !reaches || F::age(packet, header.offset).is_err() {
-        return Ok(Outcome::reply::<F>(false));
+    if !undisturbed || !fits || !reaches {
+        return Ok(Outcome::reply::<F>());
+    }
+    let translated = if known.flags & flags::LOCAL == 0 {
+        nat::translate_plain::<P, F>(packet, plain, End::Source, &known.vip, known.ports.destination())
+    } else {
+        nat::translate_plain_both::<P, F>(packet, plain, &known.vip, &known.client, known.reply_ports())
+    };
+    match translated {
+        Err(Reason::TtlExpired) => return Ok(Outcome::reply::<F>()),
+        translated => translated?,
     }
     account::reply(known.server, header.length);
-    if known.flags & flags::LOCAL == 0 {
-        nat::translate::<P, F>(packet, &header, &payload, End::Source, &known.vip, known.ports.destination())?;
-    } else {
-        nat::translate_both::<P, F>(packet, &header, &payload, &known.vip, &known.client, known.reply_ports())?;
-    }
-    packet.address(&link, &known.hop, Room::NONE)?;
+    packet.address(&Link::plain(F::ETHERTYPE), &known.hop, Room::NONE)?;
     Ok(Outcome::verdict(packet.send(&known.hop)))
 }
 
@@ -176,7 +171,7 @@ fn translate<P: Packet, F: Family>(packet: &mut P, verdict: i32) -> Result<Outco
     }
     // Without a local address, a reply's destination is the client already, and becomes what it is.
     let ends = Ends { source: &known.vip, destination: &known.client, ports: known.reply_ports() };
-    nat::translate_any::<P, F>(packet.context(), &ends, false)?;
+    nat::translate::<P, F>(packet.context(), &ends, false)?;
     // The kernel may have moved the packet.
     // SAFETY: the context is the kernel's own.
     *packet = unsafe { P::view(packet.context()) };

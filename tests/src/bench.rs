@@ -15,6 +15,7 @@
 use std::net::IpAddr;
 
 use anyhow::{Context, Result};
+use serde_json::Value;
 
 use crate::{bpfvs::Bpfvs, lab::Family, netns::Namespace, test_run::Pinned};
 
@@ -117,10 +118,20 @@ impl Bench {
 
     /// The index of the real server with this address, in whatever service has it first.
     pub fn server_index(&self, address: &str) -> Result<u32> {
+        self.find_server(address, |_| true)
+    }
+
+    /// The same for one with a port, too.
+    pub fn server_index_at(&self, address: &str, port: u16) -> Result<u32> {
+        self.find_server(address, |server| server["port"] == port)
+    }
+
+    fn find_server(&self, address: &str, fits: impl Fn(&Value) -> bool) -> Result<u32> {
         let wanted: IpAddr = address.parse()?;
         let services = self.bpfvs.get("/v1/services")?;
         let mut servers = services.as_array().into_iter().flatten().filter_map(|service| service["servers"].as_array()).flatten();
-        let found = servers.find(|server| server["address"].as_str().is_some_and(|text| text.parse() == Ok(wanted)));
+        let is_wanted = |server: &Value| server["address"].as_str().is_some_and(|text| text.parse() == Ok(wanted));
+        let found = servers.find(|server| is_wanted(server) && fits(server));
         let index =
             found.and_then(|server| server["index"].as_u64()).with_context(|| format!("no server {address} in {services:#}"))?;
         Ok(u32::try_from(index)?)

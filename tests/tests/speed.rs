@@ -1,4 +1,4 @@
-//! The price of the common packet: of an established IPv4 connection, by direct routing, in XDP.
+//! The price of the common packet: of an established IPv4 connection.
 //!
 //! Its limit is a ratio to a floor that is measured in turns with it (parse, one hash hit, new hardware addresses, out), so that
 //! it holds on any machine. It is an upper bound that bears noise: other programs can only make a sample longer, so of
@@ -17,26 +17,39 @@ use bpfvs_tests::{
 };
 
 /// What the director may cost, in floors.
-const LIMIT: f64 = 1.3;
+const LIMITS: [(Hook, Path, f64); 5] = [
+    (Hook::Xdp, Path::Routed, 1.3),
+    (Hook::Xdp, Path::Masqueraded, 1.4),
+    (Hook::Xdp, Path::Replied, 1.4),
+    (Hook::Tc, Path::Masqueraded, 1.4),
+    (Hook::Tc, Path::Replied, 1.4),
+];
 /// How often to try.
-const ATTEMPTS: usize = 8;
+const ATTEMPTS: usize = 10;
 
 #[test]
 fn an_established_connection_costs_little_more_than_the_floor() -> Result<()> {
     needs!(root);
     needs_bpfvs!();
-    let case = Case { hook: Hook::Xdp, family: Family::Ipv4, path: Path::Routed, flows: 1 };
-    let mut best = f64::INFINITY;
+    let mut best = LIMITS.map(|_| f64::INFINITY);
     for attempt in 1..=ATTEMPTS {
-        // Loaded anew each time: where the programs and their maps come to lie makes a difference of some per cent.
-        let figures = Stage::new(10_000)?.enter(last_cpu()?, |act| measure(act, case, Effort { rounds: 15 }))?;
-        let ratio = figures.ratio.map_or(f64::INFINITY, |ratio| ratio.minimum);
-        println!("attempt {attempt}: {ratio:.2} floors; {figures:?}");
-        best = best.min(ratio);
-        if best <= LIMIT {
+        let mut slow = best.iter_mut().zip(LIMITS).filter(|(best, (.., limit))| **best > *limit).peekable();
+        if slow.peek().is_none() {
             break;
         }
+        // Loaded anew each time: where the programs and their maps come to lie makes a difference of some per cent.
+        Stage::new(10_000)?.enter(last_cpu()?, |act| {
+            for (best, (hook, path, _)) in slow {
+                let case = Case { hook, family: Family::Ipv4, path, flows: 1 };
+                let figures = measure(act, case, Effort { rounds: 15 })?;
+                let ratio = figures.ratio.map_or(f64::INFINITY, |ratio| ratio.minimum);
+                println!("attempt {attempt}: {case}: {ratio:.2} floors; {figures:?}");
+                *best = best.min(ratio);
+            }
+            Ok(())
+        })?;
     }
-    ensure!(best <= LIMIT, "the packet of an established connection costs {best:.2} floors, more than {LIMIT}");
+    let slow: Vec<_> = best.iter().zip(LIMITS).filter(|(best, (.., limit))| **best > *limit).collect();
+    ensure!(slow.is_empty(), "packets of established connections cost more floors than they may: {slow:?}");
     Ok(())
 }

@@ -180,9 +180,16 @@ unsafe fn restore<P: Packet>(packet: &mut P, round: *mut Round) -> Option<()> {
         let flow = (*round).flow;
         (*round).flow = flow + 1;
         let (client, ports) = (*round).client(flow);
-        let (address, transport) = if (*round).is_v6 != 0 { (34, 54) } else { (26, 34) };
-        packet.write(address, client).ok()?;
-        packet.write(transport, ports).ok()?;
+        let (is_v6, is_reply) = ((*round).is_v6 != 0, (*round).is_reply != 0);
+        let ports = if is_reply { ports.reversed() } else { ports };
+        match (is_v6, is_reply) {
+            (false, false) => packet.write(26, client),
+            (false, true) => packet.write(30, client),
+            (true, false) => packet.write(34, client),
+            (true, true) => packet.write(50, client),
+        }
+        .ok()?;
+        packet.write(if is_v6 { 54 } else { 34 }, ports).ok()?;
         Some(())
     }
 }

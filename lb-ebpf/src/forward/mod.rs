@@ -6,7 +6,7 @@ use aya_ebpf::cty::c_void;
 use lb_common::{
     connection::Leg,
     local::Local,
-    packet::{IpHeader, ethernet::Link},
+    packet::{IpHeader, Plain, ethernet::Link},
     reason::Reason,
     server::{Method, Server, Status, Tunnel, flags},
 };
@@ -69,10 +69,11 @@ fn may_resolve<P: Packet>(status: u8) -> Result<(), Reason> {
 
 /// Takes the packet to its real server. If it is too big, `mtu` says for what.
 #[inline(always)]
-pub fn forward<P: Packet, F: Family, const PLAIN: bool>(
+pub fn forward<P: Packet, F: Family>(
     packet: &mut P,
     link: &Link,
     header: &IpHeader<F::Address>,
+    plain: Option<&Plain<F::Address>>,
     server: &Reachable,
     mtu: &mut u16,
 ) -> Result<Outcome, Reason> {
@@ -81,6 +82,14 @@ pub fn forward<P: Packet, F: Family, const PLAIN: bool>(
         && !packet.fits_in_segments(SEGMENT_HEADERS + F::HEADER, server.entry.hop.mtu);
     if !packet.takes_headers(link) && (too_big || method == Method::Tunnel as u8) {
         return Err(Reason::Vlan);
+    }
+    if let Some(plain) = plain
+        && Method::translates(method)
+        && !too_big
+    {
+        nat::plain_request::<P, F>(packet, plain, server.entry, server.leg.local())?;
+        packet.address(link, &server.entry.hop, Room::NONE)?;
+        return server.send(packet).map(Outcome::verdict);
     }
     // Like IPVS: an error about a packet that is too big quotes its lowered time to live.
     F::age(packet, header.offset)?;
@@ -91,7 +100,7 @@ pub fn forward<P: Packet, F: Family, const PLAIN: bool>(
     if method == Method::Route as u8 {
         packet.address(link, &server.entry.hop, Room::NONE)?;
     } else if Method::translates(method) {
-        return Ok(Outcome::translate::<F>(server.leg, PLAIN));
+        return Ok(Outcome::translate::<F>(server.leg));
     } else if server.entry.tunnel == Tunnel::Ipip as u8 {
         tunnel::ipip::<P, F>(packet, link, header, server.entry)?;
     } else {
@@ -109,18 +118,6 @@ pub fn wrap<P: Packet, F: Family>(context: *mut c_void, link: u32, vlan: u32, in
     let link = Link { ethertype: F::ETHERTYPE, payload: link as usize & 0x1f, vlan: vlan as u16 };
     let sent = reachable(&packet, Leg::new(index, Local::NONE)).and_then(|server| {
         tunnel::with_header::<P, F>(&mut packet, &link, server.entry)?;
-        server.send(&packet)
-    });
-    sent.unwrap_or_else(account::leave::<P>)
-}
-
-/// Translates a plain packet, and sends it.
-#[inline(never)]
-pub fn translate_plain<P: Packet, F: Family>(context: *mut c_void, leg: Leg) -> i32 {
-    // SAFETY: the context is the kernel's own.
-    let mut packet = unsafe { P::view(context) };
-    let sent = reachable(&packet, leg).and_then(|server| {
-        nat::plain_request::<P, F>(&mut packet, server.entry, leg.local())?;
         server.send(&packet)
     });
     sent.unwrap_or_else(account::leave::<P>)

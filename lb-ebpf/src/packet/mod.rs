@@ -8,7 +8,7 @@ mod xdp;
 
 use aya_ebpf::cty::c_void;
 use lb_common::{
-    Plain,
+    Plain, checksum,
     hop::Hop,
     packet::{Bytes, Fragment, Payload, ethernet::Link},
     reason::Reason,
@@ -85,9 +85,33 @@ pub trait Packet: Bytes {
     fn interface(&self) -> u32;
 
     /// Corrects a checksum after the packet was changed: `addresses` is what the words of the addresses have gained, which
-    /// a pseudo-header repeats, and `ports` what other words have, both folded. Whether the checksum is finished, or to be
-    /// finished by a device, is the hook's to know.
-    fn correct(&mut self, checksum: usize, addresses: u16, ports: u16, kind: Checksum) -> Result<(), Reason>;
+    /// a pseudo-header repeats, and `ports` what other words have, neither folded. Whether the checksum is finished, or to be
+    /// finished by a device, is the hook's to know; `pseudo_header` helps it to, the folded sum of the pseudo-header before
+    /// the change.
+    fn correct(
+        &mut self,
+        checksum: usize,
+        addresses: u64,
+        ports: u64,
+        kind: Checksum,
+        pseudo_header: Option<u16>,
+    ) -> Result<(), Reason>;
+
+    /// Corrects a finished checksum.
+    #[inline(always)]
+    fn correct_finished(&mut self, checksum: usize, gained: u64, kind: Checksum) -> Result<(), Reason> {
+        let pointer = self.pointer::<u16>(checksum).ok_or(Reason::Malformed)?;
+        // SAFETY: `pointer` checked the bounds.
+        unsafe {
+            let old = pointer.read();
+            if kind == Checksum::Udp && old == 0 {
+                return Ok(());
+            }
+            let new = checksum::gain(old, gained);
+            pointer.write(if kind == Checksum::Udp && new == 0 { 0xffff } else { new });
+        }
+        Ok(())
+    }
 
     /// Cuts the packet to `keep` bytes behind its Ethernet header of `link` bytes, and makes `grow` bytes of room in
     /// between; the Ethernet header has to be written again.

@@ -16,7 +16,7 @@ use aya_ebpf::{
     },
 };
 use lb_common::{
-    Plain,
+    Plain, checksum as sum,
     hop::{Hop, KEEP_VLAN},
     packet::{
         Bytes,
@@ -181,10 +181,24 @@ impl Packet for TcBuffer {
         unsafe { (*self.context).ifindex }
     }
 
-    /// Only the kernel knows whether a checksum is finished. If not, it covers the pseudo-header alone, and the addresses
-    /// count the other way round.
+    /// Only the kernel knows whether a checksum is finished. If not, it is the sum of the pseudo-header alone, and the
+    /// addresses count the other way round. So one that is no such sum is finished, and the kernel need not be asked. (A
+    /// finished one may equal that sum by chance; therefore it is asked otherwise.)
     #[inline(always)]
-    fn correct(&mut self, checksum: usize, addresses: u16, ports: u16, kind: Checksum) -> Result<(), Reason> {
+    fn correct(
+        &mut self,
+        checksum: usize,
+        addresses: u64,
+        ports: u64,
+        kind: Checksum,
+        pseudo_header: Option<u16>,
+    ) -> Result<(), Reason> {
+        if let Some(unfinished) = pseudo_header
+            && !self.is_segmented()
+            && self.read::<u16>(checksum) != Some(unfinished)
+        {
+            return self.correct_finished(checksum, addresses + ports, kind);
+        }
         let kind = if kind == Checksum::Udp { BPF_F_MARK_MANGLED_0 } else { 0 };
         let replace = |difference: u16, flags: u32| {
             // SAFETY: the context is the kernel's; a refusal changes nothing.
@@ -192,7 +206,8 @@ impl Packet for TcBuffer {
                 unsafe { bpf_l4_csum_replace(self.context, checksum as u32, 0, difference.into(), (flags | kind).into()) };
             if refused == 0 { Ok(()) } else { Err(Reason::Failed) }
         };
-        replace(addresses, BPF_F_PSEUDO_HDR)?;
+        let ports = sum::fold(ports);
+        replace(sum::fold(addresses), BPF_F_PSEUDO_HDR)?;
         // Zero has two faces in one's complement.
         if ports != 0 && ports != 0xffff {
             replace(ports, 0)?;

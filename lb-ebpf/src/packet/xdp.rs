@@ -6,7 +6,7 @@ use aya_ebpf::{
     helpers::generated::{bpf_redirect, bpf_xdp_adjust_head, bpf_xdp_adjust_tail},
 };
 use lb_common::{
-    Plain, checksum,
+    Plain,
     hop::{Hop, KEEP_VLAN},
     packet::{
         Bytes,
@@ -155,18 +155,15 @@ impl Packet for XdpFrame {
 
     /// A frame from the wire has finished checksums.
     #[inline(always)]
-    fn correct(&mut self, checksum: usize, addresses: u16, ports: u16, kind: Checksum) -> Result<(), Reason> {
-        let pointer = self.pointer::<u16>(checksum).ok_or(Reason::Malformed)?;
-        // SAFETY: `pointer` checked the bounds.
-        unsafe {
-            let old = pointer.read();
-            if kind == Checksum::Udp && old == 0 {
-                return Ok(());
-            }
-            let new = checksum::gain(old, u64::from(addresses) + u64::from(ports));
-            pointer.write(if kind == Checksum::Udp && new == 0 { 0xffff } else { new });
-        }
-        Ok(())
+    fn correct(
+        &mut self,
+        checksum: usize,
+        addresses: u64,
+        ports: u64,
+        kind: Checksum,
+        _pseudo_header: Option<u16>,
+    ) -> Result<(), Reason> {
+        self.correct_finished(checksum, addresses + ports, kind)
     }
 
     #[inline(always)]

@@ -142,7 +142,7 @@ impl KernelDatapath {
         // Before anything is attached: until then a program lets every packet pass.
         let services = read_services(&pins)?;
         let addresses = services.keys().map(|(_, address, _)| *address);
-        let filter = Filter::new(Some(programs.take_filter()?), addresses).context("the filter cannot be written")?;
+        let filter = Filter::new(Some(programs.take_destinations()?), addresses).context("the filter cannot be written")?;
         let connections = Connections::open(&pins)?;
         if connections.capacity() != options.max_connections {
             tracing::info!(
@@ -169,7 +169,7 @@ impl KernelDatapath {
             bell: None,
             swept: words("SWEPT")?,
             statistics: pins.typed("STATISTICS")?,
-            servers: Arc::new(Mutex::new(Servers::open(&pins)?)),
+            servers: Arc::new(Mutex::new(Servers::open(&pins, programs.take_sources()?)?)),
             attachments: Arc::new(Mutex::new(Attachments::new(
                 programs,
                 pins.clone(),

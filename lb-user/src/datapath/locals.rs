@@ -70,9 +70,7 @@ impl Locals {
             }
             let mut pool = Pool { count: count as u32, addresses: [0; POOL_SIZE] };
             pool.addresses[..count].copy_from_slice(&indices[..count]);
-            self.pools
-                .insert(key, pool, 0)
-                .map_err(|error| kernel_error("a pool of local addresses cannot be written", error))?;
+            self.pools.insert(key, pool, 0).map_err(|error| kernel_error("a pool of local addresses cannot be written", error))?;
         }
         Ok(())
     }

@@ -20,7 +20,7 @@ use lb_common::server::{Method, NextHop, Server, Status, flags};
 
 use super::{
     Error, Target,
-    filter::Filter,
+    filter::{Bitmap, Filter},
     kernel_error,
     maps::Pins,
     system::for_each_entry,
@@ -42,13 +42,13 @@ pub struct Servers {
 }
 
 impl Servers {
-    /// Opens the arrays.
-    pub fn open(pins: &Pins) -> anyhow::Result<Self> {
+    /// Opens the arrays, and fills the filter of masqueraded servers.
+    pub fn open(pins: &Pins, sources: Array<MapData, Bitmap>) -> anyhow::Result<Self> {
         let data = pins.data("SERVERS")?;
         let found = in_use(&data)?;
-        let sources = found.iter().filter_map(|(_, server)| source(server));
+        let addresses = found.iter().filter_map(|(_, server)| source(server));
         Ok(Self {
-            sources: Filter::new(Some(pins.typed("SOURCES")?), sources).context("the filter of sources cannot be written")?,
+            sources: Filter::new(Some(sources), addresses).context("the filter of sources cannot be written")?,
             data,
             entries: pins.typed("SERVERS")?,
             next_hops: pins.typed("NEXT_HOPS")?,

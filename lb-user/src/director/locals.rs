@@ -30,9 +30,8 @@ pub(super) fn owner(service: Option<&ServiceId>) -> String {
 
 /// Whether an address can be a local one at all, beside those of `pool`.
 pub(super) fn may_add(address: IpAddr, service: Option<&ServiceId>, pool: &[IpAddr]) -> Result<(), Refusal> {
-    let refused = |kind, why: &str| {
-        refuse(kind, format!("the local address {address} cannot be added for {}: {why}", owner(service)))
-    };
+    let refused =
+        |kind, why: &str| refuse(kind, format!("the local address {address} cannot be added for {}: {why}", owner(service)));
     let fault = match address {
         IpAddr::V4(address) if address.is_unspecified() || address.is_broadcast() => Some("it is nobody's own"),
         IpAddr::V6(address) if address.is_unspecified() => Some("it is nobody's own"),

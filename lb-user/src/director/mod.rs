@@ -724,9 +724,8 @@ impl<D: Datapath> Director<D> {
         let mut wanted = addresses.clone();
         let Some(place) = wanted.iter().position(|known| *known == address) else {
             let owner = locals::owner(service);
-            let message = format!(
-                "the local address {address} cannot be removed: {owner} has none of this name; see `bpfvs localaddr list`"
-            );
+            let message =
+                format!("the local address {address} cannot be removed: {owner} has none of this name; see `bpfvs localaddr list`");
             return refuse(RefusalKind::NoSuchLocalAddress, message);
         };
         wanted.remove(place);

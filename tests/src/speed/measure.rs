@@ -114,9 +114,7 @@ pub fn measure(act: &mut Act<'_>, case: Case, effort: Effort) -> Result<Figures>
 fn turn(act: &mut Act<'_>, case: Case, program: Program) -> Result<Vec<f64>> {
     let Case { hook, family, path, flows } = case;
     let (frame, round) = template(family, path, flows);
-    if matches!(path, Path::Routed | Path::RoutedElsewhere | Path::Tunnelled)
-        && matches!(program, Program::Floor | Program::Director)
-    {
+    if path.is_known() && matches!(program, Program::Floor | Program::Director) {
         act.test(Hook::Xdp, program)?;
         act.harness().begin(&round)?;
         act.harness().run(Hook::Xdp, &frame, flows as u32)?;

@@ -51,6 +51,10 @@ pub enum Path {
     RoutedElsewhere,
     /// Of a known connection, by IP in IP, out of the device that it came in by.
     Tunnelled,
+    /// Of a known connection, from the client to a masqueraded real server with a port of its own.
+    Masqueraded,
+    /// The same, from the real server to the client.
+    Replied,
     /// The first of a connection.
     New,
 }
@@ -59,8 +63,10 @@ impl Path {
     /// What to measure at a hook.
     pub const fn all(hook: Hook) -> &'static [Self] {
         match hook {
-            Hook::Xdp => &[Self::NotOurs, Self::Routed, Self::RoutedElsewhere, Self::Tunnelled, Self::New],
-            Hook::Tc => &[Self::NotOurs, Self::Routed, Self::Tunnelled, Self::New],
+            Hook::Xdp => {
+                &[Self::NotOurs, Self::Routed, Self::RoutedElsewhere, Self::Tunnelled, Self::New, Self::Masqueraded, Self::Replied]
+            }
+            Hook::Tc => &[Self::NotOurs, Self::Routed, Self::Tunnelled, Self::New, Self::Masqueraded, Self::Replied],
         }
     }
 
@@ -71,8 +77,22 @@ impl Path {
             Self::Routed => "established, DR",
             Self::RoutedElsewhere => "established, DR, other device",
             Self::Tunnelled => "established, TUN (IPIP)",
+            Self::Masqueraded => "established, NAT, request",
+            Self::Replied => "established, NAT, reply",
             Self::New => "new connection",
         }
+    }
+}
+
+impl Path {
+    /// Whether both halves of the connection's packets go through the director.
+    pub const fn is_masqueraded(self) -> bool {
+        matches!(self, Self::Masqueraded | Self::Replied)
+    }
+
+    /// Whether the packet is of a connection that is in the table.
+    pub const fn is_known(self) -> bool {
+        !matches!(self, Self::NotOurs | Self::New)
     }
 }
 

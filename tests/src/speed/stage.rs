@@ -3,7 +3,8 @@
 //! A daemon configures a director with one service for each method, and is then killed: programs and maps stay, as they
 //! must, and nobody sweeps connections or writes to the maps between two samples. All connections are those of the first
 //! service; which method they take is decided by writing the one or the other real server's entry, as the daemon made
-//! it, into their real server's place. So one table serves all cases.
+//! it, into their real server's place. So one table serves all cases, but for masqueraded connections, whose replies are
+//! expected from their first packet on: for them it is filled anew.
 //!
 //! Packets come in by `lo`, as in every test run. Out of the device that they came in by they go when the entry names
 //! `lo` as the device; the daemon would never write that.
@@ -17,8 +18,11 @@ use aya::{
 };
 use lb_common::{
     connection::{Connection, ConnectionKey},
-    family::{ipv4, ipv6},
+    family::{Address, Ipv4, Ipv6, ipv4, ipv6},
     floor::Round,
+    hop::Device,
+    packet::transport::Ports,
+    reply::Reply,
     server::Server,
 };
 use nix::{
@@ -37,9 +41,10 @@ use crate::{
     test_run::Hook,
 };
 
-/// Ports of the two services, which are also those of their real servers.
+/// Ports of the services, which are also those of their real servers.
 const ROUTED: u16 = 80;
 const TUNNELLED: u16 = 81;
+const MASQUERADED: u16 = 82;
 /// The interface by which a test run's packets come in: `lo`.
 pub(super) const INGRESS: u32 = 1;
 /// Clients of the flows that are in the table, and of those that never were.
@@ -47,6 +52,9 @@ const KNOWN: u32 = 0x0a10_0000;
 const UNKNOWN: u32 = 0x0a20_0000;
 /// Connections that begin in one sample.
 pub const NEW: u32 = 1 << 16;
+
+/// The services: port, which of the two real servers, and how it is reached.
+const METHODS: [(u16, usize, &str); 3] = [(ROUTED, 0, "-g"), (TUNNELLED, 1, "-i"), (MASQUERADED, 0, "-m")];
 
 /// The programs whose speed is compared.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -62,11 +70,18 @@ pub enum Program {
 pub struct Stage {
     bench: Bench,
     harness: Harness,
-    /// By family: the entries that the daemon made for both methods.
+    /// By family: the entries that the daemon made for each method.
     entries: [Entries; 2],
     servers: Array<MapData, Server>,
-    /// By family: flows in the tables, of the director and of the floor.
-    flows: [u64; 2],
+    /// By family: what is in the tables, of the director and of the floor.
+    flows: [Flows; 2],
+}
+
+/// Known connections.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+struct Flows {
+    count: u64,
+    are_masqueraded: bool,
 }
 
 /// A family's real servers.
@@ -76,30 +91,40 @@ struct Entries {
     index: u32,
     routed: Server,
     tunnelled: Server,
+    masqueraded: Server,
 }
 
 impl Stage {
     /// Starts a director, configures it, and kills its daemon.
     pub fn new(max_connections: u32) -> Result<Self> {
         let mut bench = Bench::new(&["--max-connections", &max_connections.to_string()])?;
+        // The way to the IPv4 clients; those of IPv6 are of the bench's own net.
+        bench.director.ip("route add 10.16.0.0/12 via 10.1.0.254")?;
         for family in Family::ALL {
             let addresses = Addresses::of(family);
             let vip = bracketed(addresses.vip);
-            for (port, server, method) in [(ROUTED, addresses.servers[0], "-g"), (TUNNELLED, addresses.servers[1], "-i")] {
+            for (port, server, method) in METHODS.map(|(port, server, method)| (port, addresses.servers[server], method)) {
                 bench.bpfvs.ipvsadm(&format!("-A -t {vip}:{port} -s rr"))?;
                 bench.bpfvs.ipvsadm(&format!("-a -t {vip}:{port} -r {}:{port} {method}", bracketed(server)))?;
             }
         }
         bench.bpfvs.wait_for_servers()?;
-        let indices = Family::ALL.map(|family| Addresses::of(family).servers.map(|server| bench.server_index(server)));
+        let index = |family, (port, server, _): (u16, usize, _)| bench.server_index_at(Addresses::of(family).servers[server], port);
+        let indices = Family::ALL.map(|family| METHODS.map(|method| index(family, method)));
         bench.bpfvs.kill9()?;
         let servers: Array<MapData, Server> = Array::try_from(Map::Array(open(&bench, "SERVERS")?))?;
-        let [four, six] = indices.map(|[routed, tunnelled]| -> Result<_> {
+        let [four, six] = indices.map(|[routed, tunnelled, masqueraded]| -> Result<_> {
+            let entry = |index| servers.get(&index, 0);
             let index = routed?;
-            Ok(Entries { index, routed: servers.get(&index, 0)?, tunnelled: servers.get(&tunnelled?, 0)? })
+            Ok(Entries { index, routed: entry(index)?, tunnelled: entry(tunnelled?)?, masqueraded: entry(masqueraded?)? })
         });
+        // Replies, too, shall leave by the device that they come in by.
+        let mut devices: HashMap<MapData, u32, Device> = HashMap::try_from(Map::HashMap(open(&bench, "DEVICES")?))?;
+        for (ifindex, device) in devices.iter().collect::<Result<Vec<_>, _>>()? {
+            devices.insert(ifindex, Device { port_ifindex: INGRESS, ..device }, 0)?;
+        }
         let harness = Harness::load(max_connections)?;
-        Ok(Self { bench, harness, entries: [four?, six?], servers, flows: [0; 2] })
+        Ok(Self { bench, harness, entries: [four?, six?], servers, flows: [Flows::default(); 2] })
     }
 
     /// Does something in a thread that is bound to one CPU and lives in the director's namespace, as test runs must.
@@ -127,15 +152,16 @@ pub struct Act<'a> {
     harness: &'a mut Harness,
     entries: &'a [Entries; 2],
     servers: &'a mut Array<MapData, Server>,
-    flows: &'a mut [u64; 2],
+    flows: &'a mut [Flows; 2],
 }
 
 impl Act<'_> {
     /// Makes ready for a path of a family, with so many flows in the tables: a power of two.
     pub fn set(&mut self, family: Family, path: Path, flows: u64) -> Result<()> {
-        self.direct(family, Path::Routed)?;
-        if self.flows[family as usize] != flows {
-            self.fill(family, flows)?;
+        let wanted = Flows { count: flows, are_masqueraded: path.is_masqueraded() };
+        if self.flows[family as usize] != wanted {
+            self.direct(family, if wanted.are_masqueraded { Path::Masqueraded } else { Path::Routed })?;
+            self.fill(family, wanted)?;
         }
         self.direct(family, path)
     }
@@ -157,8 +183,12 @@ impl Act<'_> {
 
     /// What real-server entry the connections of a family lead to.
     fn direct(&mut self, family: Family, path: Path) -> Result<()> {
-        let Entries { index, routed, tunnelled } = self.entries[family as usize];
-        let mut server = if path == Path::Tunnelled { tunnelled } else { routed };
+        let Entries { index, routed, tunnelled, masqueraded } = self.entries[family as usize];
+        let mut server = match path {
+            Path::Tunnelled => tunnelled,
+            Path::Masqueraded | Path::Replied => masqueraded,
+            Path::NotOurs | Path::Routed | Path::RoutedElsewhere | Path::New => routed,
+        };
         if path != Path::RoutedElsewhere {
             server.hop.ifindex = INGRESS;
             server.hop.port_ifindex = INGRESS;
@@ -167,20 +197,30 @@ impl Act<'_> {
         self.harness.set_server(&server)
     }
 
-    /// Makes connections until so many are in the tables, or begins anew if there are more.
-    fn fill(&mut self, family: Family, flows: u64) -> Result<()> {
-        if self.flows[family as usize] > flows {
-            self.forget(family, KNOWN, self.flows[family as usize], Program::Director)?;
-            self.forget(family, KNOWN, self.flows[family as usize], Program::Floor)?;
+    /// Makes connections until so many are in the tables, or begins anew if there are more, or others.
+    fn fill(&mut self, family: Family, wanted: Flows) -> Result<()> {
+        let present = self.flows[family as usize];
+        if present.count > wanted.count || present.are_masqueraded != wanted.are_masqueraded {
+            self.forget(family, KNOWN, present.count, Program::Director)?;
+            self.forget(family, KNOWN, present.count, Program::Floor)?;
         }
-        for (program, flags) in [(Program::Director, SYN), (Program::Director, ACK), (Program::Floor, ACK)] {
-            let (frame, round) = frame(family, flags, KNOWN, flows, false);
+        let (syn, ack) = (Packets::request(SYN, KNOWN, wanted.count), Packets::request(ACK, KNOWN, wanted.count));
+        let reply = Packets { are_replies: true, ..ack };
+        let laps = [
+            (Program::Director, syn),
+            (Program::Director, ack),
+            (Program::Director, reply),
+            (Program::Floor, ack),
+            (Program::Floor, reply),
+        ];
+        for (program, packets) in laps.into_iter().filter(|(_, packets)| wanted.are_masqueraded || !packets.are_replies) {
+            let (frame, round) = packets.template(family);
             self.test(Hook::Xdp, program)?;
             self.harness.begin(&round)?;
-            let sent = self.harness.run(Hook::Xdp, &frame, flows as u32)?.return_value;
+            let sent = self.harness.run(Hook::Xdp, &frame, wanted.count as u32)?.return_value;
             ensure!(sent == 3, "filling the tables ended with verdict {sent} of {program:?} instead of XDP_TX");
         }
-        self.flows[family as usize] = flows;
+        self.flows[family as usize] = wanted;
         Ok(())
     }
 
@@ -190,36 +230,64 @@ impl Act<'_> {
     }
 
     fn forget(&mut self, family: Family, first_client: u32, flows: u64, program: Program) -> Result<()> {
-        if !matches!(program, Program::Floor | Program::Director) {
-            return Ok(());
-        }
         let addresses = Addresses::of(family);
-        let (_, round) = frame(family, SYN, first_client, flows, false);
+        let (_, round) = Packets::request(SYN, first_client, flows).template(family);
         let clients = (0..flows).map(|flow| round.client(flow));
         match family {
             Family::Ipv4 => {
-                let vip = ipv4(addresses.vip.parse()?);
-                let keys = clients.map(|(client, ports)| ConnectionKey { client, vip, ports, protocol: TCP });
-                match program {
-                    Program::Director => remove(&mut self.connections("CONNECTIONS_V4")?, keys),
-                    _ => remove(&mut self.harness.connections::<_, Connection>(family)?, keys),
-                }
+                let keys = Keys { vip: ipv4(addresses.vip.parse()?), server: ipv4(addresses.servers[0].parse()?) };
+                self.remove::<Ipv4>(family, program, clients, &keys)
             }
             Family::Ipv6 => {
-                let vip = ipv6(addresses.vip.parse()?);
+                let keys = Keys { vip: ipv6(addresses.vip.parse()?), server: ipv6(addresses.servers[0].parse()?) };
                 let [a, b, c, _] = ipv6(addresses.client.parse()?);
-                let keys = clients.map(|(client, ports)| ConnectionKey { client: [a, b, c, client], vip, ports, protocol: TCP });
-                match program {
-                    Program::Director => remove(&mut self.connections("CONNECTIONS_V6")?, keys),
-                    _ => remove(&mut self.harness.connections::<_, Connection>(family)?, keys),
-                }
+                self.remove::<Ipv6>(family, program, clients.map(|(client, ports)| ([a, b, c, client], ports)), &keys)
             }
         }
     }
 
-    fn connections<K: Pod>(&self, name: &str) -> Result<HashMap<MapData, K, Connection>> {
-        Ok(HashMap::try_from(Map::HashMap(open(self.bench, name)?))?)
+    fn remove<A>(
+        &mut self,
+        family: Family,
+        program: Program,
+        clients: impl Iterator<Item = (A, Ports)> + Clone,
+        keys: &Keys<A>,
+    ) -> Result<()>
+    where
+        A: Address,
+        ConnectionKey<A>: Pod,
+        Reply<A>: Pod,
+    {
+        let &Keys { vip, server } = keys;
+        let requests = clients.clone().map(|(client, ports)| ConnectionKey { client, vip, ports, protocol: TCP });
+        let are_masqueraded = self.flows[family as usize].are_masqueraded;
+        let replies = clients.filter(|_| are_masqueraded).map(|(client, ports)| {
+            let ports = Ports::new(MASQUERADED.to_be(), ports.source());
+            ConnectionKey { client: server, vip: client, ports, protocol: TCP }
+        });
+        match program {
+            Program::Nothing | Program::Grown => Ok(()),
+            Program::Floor => remove(&mut self.harness.connections::<_, Connection>(family)?, requests.chain(replies)),
+            Program::Director => {
+                remove(&mut self.table::<_, Connection>("CONNECTIONS", family)?, requests)?;
+                remove(&mut self.table::<_, Reply<A>>("REPLIES", family)?, replies)
+            }
+        }
     }
+
+    fn table<K: Pod, V: Pod>(&self, name: &str, family: Family) -> Result<HashMap<MapData, K, V>> {
+        let version = match family {
+            Family::Ipv4 => "V4",
+            Family::Ipv6 => "V6",
+        };
+        Ok(HashMap::try_from(Map::HashMap(open(self.bench, &format!("{name}_{version}"))?))?)
+    }
+}
+
+/// What the keys of connections have in common.
+struct Keys<A> {
+    vip: A,
+    server: A,
 }
 
 pub(super) const TCP: u32 = 6;
@@ -229,12 +297,12 @@ pub(super) fn open(bench: &Bench, name: &str) -> Result<MapData> {
     MapData::from_pin(&path).with_context(|| format!("open the pinned map {}", path.display()))
 }
 
-pub(super) fn remove<T: std::borrow::BorrowMut<MapData>, K: Pod>(
-    connections: &mut HashMap<T, K, Connection>,
+pub(super) fn remove<T: std::borrow::BorrowMut<MapData>, K: Pod, V: Pod>(
+    table: &mut HashMap<T, K, V>,
     keys: impl Iterator<Item = K>,
 ) -> Result<()> {
     for key in keys {
-        match connections.remove(&key) {
+        match table.remove(&key) {
             Ok(()) | Err(MapError::KeyNotFound) => {}
             Err(error) => return Err(error).context("take a connection out of its table"),
         }
@@ -244,38 +312,63 @@ pub(super) fn remove<T: std::borrow::BorrowMut<MapData>, K: Pod>(
 
 /// The template of a case's packets, and what the wrapper makes of it.
 pub fn template(family: Family, path: Path, flows: u64) -> (Vec<u8>, Round) {
+    let known = Packets::request(ACK, KNOWN, flows);
     match path {
-        Path::New => frame(family, SYN, UNKNOWN, u64::from(NEW), false),
-        _ => frame(family, ACK, KNOWN, flows, path == Path::NotOurs),
+        Path::New => Packets::request(SYN, UNKNOWN, u64::from(NEW)),
+        Path::NotOurs => Packets { are_foreign: true, ..known },
+        Path::Replied => Packets { are_replies: true, ..known },
+        Path::Routed | Path::RoutedElsewhere | Path::Tunnelled | Path::Masqueraded => known,
     }
+    .template(family)
 }
 
 /// The template of SYNs of clients that are in no table, to a port of the IPv4 address.
 pub fn unknown_clients(port: u16) -> (Vec<u8>, Round) {
-    frame_to(port, Family::Ipv4, SYN, UNKNOWN, u64::from(NEW), false)
+    Packets { port, ..Packets::request(SYN, UNKNOWN, u64::from(NEW)) }.template(Family::Ipv4)
 }
 
-/// The template of packets from these clients: frames of 64 bytes for IPv4, 84 for IPv6.
-fn frame(family: Family, flags: u8, first_client: u32, flows: u64, foreign: bool) -> (Vec<u8>, Round) {
-    frame_to(ROUTED, family, flags, first_client, flows, foreign)
+/// Packets of a round: TCP segments, in frames of 64 bytes for IPv4, 84 for IPv6.
+#[derive(Clone, Copy, Debug)]
+struct Packets {
+    flags: u8,
+    first_client: u32,
+    flows: u64,
+    /// The virtual port.
+    port: u16,
+    /// They go to an address that nobody balances.
+    are_foreign: bool,
+    /// They come from the masqueraded real server.
+    are_replies: bool,
 }
 
-fn frame_to(port: u16, family: Family, flags: u8, first_client: u32, flows: u64, foreign: bool) -> (Vec<u8>, Round) {
-    let addresses = Addresses::of(family);
-    let socket = |address: &str, port| SocketAddr::new(address.parse().expect("the bench's addresses are well-formed"), port);
-    let destination = socket(if foreign { addresses.foreign } else { addresses.vip }, port);
-    let frame = Frame { payload: vec![0; 10], ..Frame::tcp(socket(addresses.client, 1), destination, flags) }.build();
-    let word = |at: usize| u32::from_ne_bytes(std::array::from_fn(|byte| frame.get(at + byte).copied().unwrap_or(0)));
-    let round = Round {
-        length: frame.len() as u32,
-        is_v6: u32::from(family == Family::Ipv6),
-        flow: 0,
-        flows,
-        first_client,
-        vip_port: port.to_be(),
-        start: u16::from_ne_bytes([frame[0], frame[1]]),
-        headers: std::array::from_fn(|at| word(2 + 4 * at)),
-        more_headers: std::array::from_fn(|at| word(54 + 4 * at)),
-    };
-    (frame, round)
+impl Packets {
+    const fn request(flags: u8, first_client: u32, flows: u64) -> Self {
+        Self { flags, first_client, flows, port: ROUTED, are_foreign: false, are_replies: false }
+    }
+
+    fn template(self, family: Family) -> (Vec<u8>, Round) {
+        let addresses = Addresses::of(family);
+        let socket = |address: &str, port| SocketAddr::new(address.parse().expect("the bench's addresses are well-formed"), port);
+        let client = socket(addresses.client, 1);
+        let (source, destination, port) = if self.are_replies {
+            (socket(addresses.servers[0], MASQUERADED), client, MASQUERADED)
+        } else {
+            (client, socket(if self.are_foreign { addresses.foreign } else { addresses.vip }, self.port), self.port)
+        };
+        let frame = Frame { payload: vec![0; 10], ..Frame::tcp(source, destination, self.flags) }.build();
+        let word = |at: usize| u32::from_ne_bytes(std::array::from_fn(|byte| frame.get(at + byte).copied().unwrap_or(0)));
+        let round = Round {
+            length: frame.len() as u32,
+            is_v6: u16::from(family == Family::Ipv6),
+            is_reply: u16::from(self.are_replies),
+            flow: 0,
+            flows: self.flows,
+            first_client: self.first_client,
+            port: port.to_be(),
+            start: u16::from_ne_bytes([frame[0], frame[1]]),
+            headers: std::array::from_fn(|at| word(2 + 4 * at)),
+            more_headers: std::array::from_fn(|at| word(54 + 4 * at)),
+        };
+        (frame, round)
+    }
 }
