@@ -161,6 +161,10 @@ pub static POOLS: HashMap<PoolKey, Pool> = HashMap::with_max_entries(SERVICE_COU
 #[map]
 pub static SEARCHES: PerCpuArray<u32> = PerCpuArray::with_max_entries(1, 0);
 
+/// How many CPUs would take a claim back that was left over.
+#[map]
+pub static TAKING_BACK: Array<u64> = Array::with_max_entries(1, 0);
+
 /// What this CPU tries to claim.
 #[map]
 static CLAIMS_V4: PerCpuArray<Claim<Ipv4>> = PerCpuArray::with_max_entries(1, 0);

@@ -268,6 +268,11 @@ impl Pinned {
         clear::<ConnectionKey<Ipv6>, Reply<Ipv6>>(&mut self.map("REPLIES_V6", Map::HashMap)?)
     }
 
+    /// Takes the connections out alone, and leaves the entries for their replies: as nothing should, but two CPUs at once may.
+    pub fn lose_connections(&self) -> Result<()> {
+        clear::<ConnectionKey<Ipv4>, Connection>(&mut self.map("CONNECTIONS_V4", Map::HashMap)?)
+    }
+
     /// Forgets which packets' first fragments were seen.
     pub fn forget_fragments(&self) -> Result<()> {
         clear::<FragmentKey<Ipv4>, u32>(&mut self.map("FRAGMENTS_V4", Map::LruHashMap)?)?;

@@ -384,7 +384,8 @@ fn listings_and_saved_rules_say_fullnat() -> Result<()> {
     let mut restore = balanced.bpfvs.command("ipvsadm-restore");
     let file = tempfile::NamedTempFile::new()?;
     std::fs::write(file.path(), &saved)?;
-    bpfvs_tests::netns::run(restore.stdin(std::fs::File::open(file.path())?))?;
+    let output = restore.stdin(std::fs::File::open(file.path())?).output()?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let sorted = |rules: &str| {
         let mut lines: Vec<_> = rules.lines().map(str::to_owned).collect();
         lines.sort();
