@@ -26,7 +26,7 @@ pub struct ConnectionKey<A> {
 /// value they can leave behind is a legal one, and the counters that depend on them are recounted by the sweep.
 #[doc(alias = "ip_vs_conn")]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-#[repr(C)]
+#[repr(C, align(8))]
 pub struct Connection {
     /// Index of the real server.
     pub server: u32,

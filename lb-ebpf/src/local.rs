@@ -152,10 +152,10 @@ unsafe extern "C" fn attempt<F: Family>(step: u32, search: *mut Search<F::Addres
         let claim = search.claim;
         (*claim).key.vip = address;
         (*claim).key.ports = Ports::new((*claim).key.ports.source(), local.port());
-        if let Some(taken) = F::replies().get_ptr(&(*claim).key) {
-            if search.thorough == 0 || !is_left_over::<F>(taken, (*claim).key.protocol, local) || !take_back::<F>(claim, local) {
-                return 0;
-            }
+        if let Some(taken) = F::replies().get_ptr(&(*claim).key)
+            && (search.thorough == 0 || !is_left_over::<F>(taken, (*claim).key.protocol, local) || !take_back::<F>(claim, local))
+        {
+            return 0;
         }
         match F::replies().insert(&(*claim).key, &(*claim).entry, 1 /* BPF_NOEXIST */) {
             Ok(()) => search.found = local.0,

@@ -729,12 +729,11 @@ impl<D: Datapath> Director<D> {
             return refuse(RefusalKind::NoSuchLocalAddress, message);
         };
         wanted.remove(place);
-        match service.and_then(|id| self.services.get(id)) {
-            Some(service) => locals::may_remove(address, &self.locals, [(service, wanted.as_slice())])?,
-            None => {
-                let services = self.services.values().map(|service| (service, service.locals.as_slice()));
-                locals::may_remove(address, &wanted, services)?;
-            }
+        if let Some(service) = service.and_then(|id| self.services.get(id)) {
+            locals::may_remove(address, &self.locals, [(service, wanted.as_slice())])?;
+        } else {
+            let services = self.services.values().map(|service| (service, service.locals.as_slice()));
+            locals::may_remove(address, &wanted, services)?;
         }
         self.set_local_pool(service, pool, wanted)
     }
