@@ -94,6 +94,8 @@ pub mod flags {
     /// The real server is masqueraded, by NAT or FULLNAT: its replies have an entry of their own ([`crate::reply`]).
     #[doc(alias = "IP_VS_CONN_F_MASQ")]
     pub const MASQUERADED: u8 = 8;
+    /// The connection is over: it makes way for a new one of the same client as soon as that has a real server.
+    pub const LEAVING: u8 = 32;
 }
 
 /// Which packet a fragment belongs to: the key of the table that leads later fragments after the first.

@@ -110,6 +110,11 @@ pub static NEXT_HOPS: Array<NextHop> = Array::with_max_entries(SERVER_COUNT, 0);
 #[map]
 pub static COUNTERS: Array<u64> = Array::with_max_entries(SERVER_COUNT, MMAPABLE);
 
+/// How many connections a real server had in the moment when one took the place of another. Such changes of connections
+/// write, userspace takes it out (0: none).
+#[map]
+pub static PEAKS: Array<u64> = Array::with_max_entries(SERVER_COUNT, MMAPABLE);
+
 /// Whether the daemon sleeps until `COUNTERS` or `CURSORS` change: 1 or 0. Userspace sets it, the first change clears it.
 #[map]
 pub static SLEEPING: Array<u64> = Array::with_max_entries(1, MMAPABLE);
@@ -300,7 +305,7 @@ impl Family for V4 {
                 return Err(Reason::TtlExpired);
             }
             let checksum = checksum::gain((old >> 16) as u16, gained + LOST_ONE);
-            word.write((u32::from(checksum) << 16 | (old & 0xffff) - 1).to_le());
+            word.write(((u32::from(checksum) << 16) | ((old & 0xffff) - 1)).to_le());
         }
         Ok(())
     }

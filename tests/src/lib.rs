@@ -13,7 +13,7 @@
 //! | bpfvs itself | [`bpfvs`] |
 //! | frames, byte by byte | [`frame`] |
 //! | pinned programs, run on one frame | [`test_run`], with a director to do it on: [`mod@bench`] |
-//! | connections that begin and end on it, for schedulers | [`arrivals`] |
+//! | connections that begin and end on it, for schedulers | [`arrivals`], and who should get them: [`book`] |
 //! | nanoseconds per packet | [`speed`] |
 //! | a program for the far end of a veth pair | [`pass`] |
 //! | other kernels | [`vm`] |
@@ -27,6 +27,7 @@
 pub mod arrivals;
 pub mod balanced;
 pub mod bench;
+pub mod book;
 pub mod bpfvs;
 pub mod differential;
 pub mod frame;

@@ -317,6 +317,33 @@ fn an_overloaded_server_gets_nothing_until_it_has_room() {
 }
 
 #[test]
+fn a_threshold_is_reached_while_one_connection_takes_the_place_of_another() {
+    let mut director = with_servers("rr", &[1]);
+    let limited = ServerConfig { upper_threshold: 5, lower_threshold: 3, ..weight(1) };
+    accept(&mut director, &[Command::AddServer { service: service(), server: server(2), config: limited }]);
+    let index = index_of(&director, 2);
+    let mut reach = |peak| {
+        set_connections(&mut director, index, 4);
+        director.datapath_mut().peaks.get_mut().insert(index, peak);
+        director.refresh();
+        picks(&mut director, 2)
+    };
+    assert!(reach(4).contains(&2), "nothing is reached");
+    assert_eq!(reach(5), [1, 1]);
+    set_connections(&mut director, index, 3);
+    director.refresh();
+    assert_eq!(picks(&mut director, 2), [1, 1], "the lower threshold decides");
+    set_connections(&mut director, index, 2);
+    director.refresh();
+    assert!(picks(&mut director, 2).contains(&2));
+    // What was before an edit is past.
+    director.datapath_mut().peaks.get_mut().insert(index, 5);
+    accept(&mut director, &[Command::EditServer { service: service(), server: server(2), config: limited }]);
+    director.refresh();
+    assert!(picks(&mut director, 2).contains(&2));
+}
+
+#[test]
 fn a_forecast_follows_connections() {
     let mut director = with_servers("wlc", &[1, 2]);
     assert!(director.is_live());
