@@ -28,6 +28,7 @@ mod atomic;
 mod bell;
 mod classify;
 mod forward;
+mod local;
 mod locality;
 mod maps;
 mod nat;
@@ -45,6 +46,7 @@ use aya_ebpf::{
     programs::{TcContext, XdpContext},
 };
 use lb_common::{
+    connection::Leg,
     packet::{
         Fragment, IpHeader, Payload, Plain, V4, V6,
         ethernet::{self, Link},
@@ -153,8 +155,8 @@ fn plain<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
             () => Err(Reason::NotOurs),
         };
     }
-    let server = track::connection::<P, F>(packet, header, *protocol, *segment);
-    Ok(deliver::<P, F>(packet, &link, header, Some(&plain), true, server))
+    let leg = track::connection::<P, F>(packet, header, *protocol, *segment);
+    Ok(deliver::<P, F>(packet, &link, header, Some(&plain), true, leg))
 }
 
 #[inline(always)]
@@ -187,8 +189,8 @@ fn odd_of<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
     let Payload { offset, protocol, fragment, .. } = F::transport(packet, &header)?;
     // Never an error about an error, nor about a later fragment (RFC 1122, 3.2.2).
     let answerable = protocol != F::ICMP && fragment != Fragment::Later;
-    let server = track::anything::<P, F>(packet, &header, offset, protocol, fragment);
-    Ok(deliver::<P, F>(packet, &link, &header, None, answerable, server))
+    let leg = track::anything::<P, F>(packet, &header, offset, protocol, fragment);
+    Ok(deliver::<P, F>(packet, &link, &header, None, answerable, leg))
 }
 
 /// The second half of either way: the packet's real server is known, or why there is none.
@@ -199,10 +201,10 @@ fn deliver<P: Packet, F: Family>(
     header: &IpHeader<F::Address>,
     plain: Option<&Plain<F::Address>>,
     answerable: bool,
-    server: Result<u32, Reason>,
+    leg: Result<Leg, Reason>,
 ) -> Outcome {
     let mut mtu = 0;
-    match to_server::<P, F>(packet, link, header, plain, server, &mut mtu) {
+    match to_server::<P, F>(packet, link, header, plain, leg, &mut mtu) {
         Ok(outcome) => outcome,
         // An address that looks like a virtual one to the filter may be that of a client.
         Err(Reason::NoService) if classify::may_be_reply(&header.source) => Outcome::reply::<F>(),
@@ -227,19 +229,19 @@ fn to_server<P: Packet, F: Family>(
     link: &Link,
     header: &IpHeader<F::Address>,
     plain: Option<&Plain<F::Address>>,
-    server: Result<u32, Reason>,
+    leg: Result<Leg, Reason>,
     mtu: &mut u16,
 ) -> Result<Outcome, Reason> {
-    let index = server?;
-    let server = match forward::reachable(packet, index) {
+    let leg = leg?;
+    let server = match forward::reachable(packet, leg) {
         // IPVS counts a packet that it only cannot send.
         Err(why @ (Reason::LocalServer | Reason::NoRoute)) => {
-            account::packet(index, header.length);
+            account::packet(leg.server(), header.length);
             return Err(why);
         }
         server => server?,
     };
-    account::packet(index, header.length);
+    account::packet(leg.server(), header.length);
     forward::forward::<P, F>(packet, link, header, plain, &server, mtu)
 }
 

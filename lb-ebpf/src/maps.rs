@@ -17,6 +17,7 @@ use lb_common::{
     family::{Ipv4, Ipv6},
     filter,
     hop::Device,
+    local::{LocalAddress, Pool, PoolKey},
     locality::{Destination, DestinationKey},
     mark,
     packet::{Ipv4Header, Ipv6Header, Network, V4, V6, ethernet, transport::Ports},
@@ -30,7 +31,7 @@ use lb_common::{
 };
 use lb_ebpf::packet::Packet;
 
-use crate::{atomic, locality::Case, template::Arrival};
+use crate::{atomic, local::Claim, locality::Case, template::Arrival};
 
 /// `BPF_F_MMAPABLE`: userspace reads and writes the array without system calls.
 const MMAPABLE: u32 = 1 << 10;
@@ -42,6 +43,7 @@ const SERVER_COUNT: u32 = 1 << 17;
 const CONNECTION_COUNT: u32 = 1 << 20;
 const FRAGMENT_COUNT: u32 = 1 << 14;
 const DEVICE_COUNT: u32 = 1 << 12;
+const LOCAL_COUNT: u32 = 1 << 16;
 const DESTINATION_COUNT: u32 = 1 << 15;
 
 /// Kernel clock ticks in a second; userspace writes it before it loads the programs.
@@ -199,6 +201,27 @@ pub static PERSISTED: Array<u64> = Array::with_max_entries(SERVER_COUNT, MMAPABL
 /// The new connection of a persistent service that each CPU has at hand.
 #[map]
 pub static ARRIVALS: PerCpuArray<Arrival> = PerCpuArray::with_max_entries(1, 0);
+/// Local addresses, by index. Userspace writes each once, packets of FULLNAT connections read.
+#[map]
+pub static LOCALS: Array<LocalAddress> = Array::with_max_entries(LOCAL_COUNT, 0);
+
+/// The pools of local addresses. Userspace writes, new FULLNAT connections read.
+#[map]
+pub static POOLS: HashMap<PoolKey, Pool> = HashMap::with_max_entries(SERVICE_COUNT, BPF_F_NO_PREALLOC);
+
+/// When this CPU last searched long for a local port, in jiffies.
+#[map]
+pub static SEARCHES: PerCpuArray<u32> = PerCpuArray::with_max_entries(1, 0);
+
+/// How many CPUs would take a claim back that was left over.
+#[map]
+pub static TAKING_BACK: Array<u64> = Array::with_max_entries(1, 0);
+
+/// What this CPU tries to claim.
+#[map]
+static CLAIMS_V4: PerCpuArray<Claim<Ipv4>> = PerCpuArray::with_max_entries(1, 0);
+#[map]
+static CLAIMS_V6: PerCpuArray<Claim<Ipv6>> = PerCpuArray::with_max_entries(1, 0);
 
 /// The network devices, by index. Userspace writes, whoever looks for a way back to a client reads.
 #[map]
@@ -253,6 +276,7 @@ pub trait Family: Network {
     fn networks() -> &'static LpmTrie<mark::Destination<Self::Address>, u32>;
     fn connections() -> &'static HashMap<ConnectionKey<Self::Address>, Connection>;
     fn replies() -> &'static HashMap<ConnectionKey<Self::Address>, Reply<Self::Address>>;
+    fn claims() -> &'static PerCpuArray<Claim<Self::Address>>;
     fn fragments() -> &'static LruHashMap<FragmentKey<Self::Address>, Ports>;
     fn templates() -> &'static HashMap<TemplateKey<Self::Address>, Template>;
     /// The key of nothing, to be filled in.
@@ -289,6 +313,11 @@ impl Family for V4 {
     #[inline(always)]
     fn replies() -> &'static HashMap<ConnectionKey<Ipv4>, Reply<Ipv4>> {
         &REPLIES_V4
+    }
+
+    #[inline(always)]
+    fn claims() -> &'static PerCpuArray<Claim<Ipv4>> {
+        &CLAIMS_V4
     }
 
     #[inline(always)]
@@ -365,6 +394,11 @@ impl Family for V6 {
     #[inline(always)]
     fn replies() -> &'static HashMap<ConnectionKey<Ipv6>, Reply<Ipv6>> {
         &REPLIES_V6
+    }
+
+    #[inline(always)]
+    fn claims() -> &'static PerCpuArray<Claim<Ipv6>> {
+        &CLAIMS_V6
     }
 
     #[inline(always)]

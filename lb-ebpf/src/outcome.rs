@@ -8,12 +8,14 @@
 //! verdict   0..31 the verdict
 //! reply     nothing, or, with bit 57, 0..31 the verdict
 //! wrap      0..31 the real server's index, 32..36 length of the Ethernet header, 37..48 outer VLAN
-//! translate 0..31 the real server's index
+//! translate 0..23 the real server's index, 24..55 the local address and port
 //! answer    0..15 MTU, 16..31 length of the IP packet, 32..36 length of the Ethernet header, 40..47 the reason
 //! bit 60: IPv6    bits 57..59, 61..63: which of them (61: the packet is odd, which is all)
 //! ```
 
 use lb_common::{
+    connection::Leg,
+    local::Local,
     packet::{Network, V4, V6, ethernet::Link},
     reason::{Fate, Reason},
 };
@@ -65,8 +67,15 @@ impl Outcome {
 
     /// The packet is to be translated for a real server.
     #[inline(always)]
-    pub const fn translate<F: Family>(server: u32) -> Self {
-        Self(Self::TRANSLATE | Self::family::<F>() | server as u64)
+    pub const fn translate<F: Family>(leg: Leg) -> Self {
+        let word = leg.server() as u64 & 0xff_ffff | (leg.local().0 as u64) << 24;
+        Self(Self::TRANSLATE | Self::family::<F>() | word)
+    }
+
+    /// Where a packet goes that is to be translated.
+    #[inline(always)]
+    const fn leg(self) -> Leg {
+        Leg::new(self.0 as u32 & 0xff_ffff, Local((self.0 >> 24) as u32))
     }
 
     /// The packet is to be put into a tunnel that has a header of its own.
@@ -128,9 +137,9 @@ impl Outcome {
         // SAFETY: this CPU's own element.
         let mut outcome = Self(unsafe { *word });
         if outcome.0 & Self::TRANSLATE != 0 {
-            let (context, server) = (packet.context(), outcome.0 as u32);
+            let (context, leg) = (packet.context(), outcome.leg());
             let is_v6 = outcome.0 & Self::IS_V6 != 0;
-            return if is_v6 { forward::translate::<P, V6>(context, server) } else { forward::translate::<P, V4>(context, server) };
+            return if is_v6 { forward::translate::<P, V6>(context, leg) } else { forward::translate::<P, V4>(context, leg) };
         }
         outcome = if outcome.0 & Self::IS_V6 != 0 { Self::reply_of::<P, V6>(packet) } else { Self::reply_of::<P, V4>(packet) };
         if outcome.0 & Self::ANSWER == 0 {

@@ -7,7 +7,7 @@
 use aya_ebpf::{cty::c_void, helpers::generated::bpf_jiffies64};
 use lb_common::{
     config::{Config, flags as settings},
-    connection::{Connection, ConnectionKey, FragmentKey, flags},
+    connection::{Connection, ConnectionKey, FragmentKey, Leg, flags},
     packet::{
         Fragment, IpHeader,
         icmp::IcmpHeader,
@@ -24,7 +24,7 @@ use lb_common::{
 use lb_ebpf::packet::{Packet, REACH, merged};
 
 use crate::{
-    account, atomic, bell, classify,
+    account, atomic, bell, classify, local,
     maps::{CONFIG, COUNTERS, Family, HZ, PEAKS, SERVERS},
     pick, reply, template,
 };
@@ -40,45 +40,63 @@ pub fn jiffies() -> u32 {
     unsafe { bpf_jiffies64() as u32 }
 }
 
-/// Finds or makes the packet's connection, and moves its state on. Returns the index of its real server.
+/// Finds or makes the packet's connection, and moves its state on. Returns where its packets go.
 #[inline(always)]
 pub fn connection<P: Packet, F: Family>(
     packet: &P,
     header: &IpHeader<F::Address>,
     protocol: u8,
     segment: Segment,
-) -> Result<u32, Reason> {
+) -> Result<Leg, Reason> {
     let key = ConnectionKey { client: header.source, vip: header.destination, ports: segment.ports, protocol: u32::from(protocol) };
     if let Some(known) = F::connections().get_ptr_mut(&key) {
         // SAFETY: an element of the map; it may become another connection's under our hands, but it stays memory.
-        let (server, last_seen, settled) = unsafe { ((*known).server, (*known).last_seen, (*known).flags & flags::SETTLED != 0) };
+        let (last_seen, settled) = unsafe { ((*known).last_seen, (*known).flags & flags::SETTLED != 0) };
+        let leg = leg(known);
         let idle = jiffies().wrapping_sub(last_seen);
         let undisturbed = settled && segment.is_quiet() && idle < HZ.load();
         if undisturbed {
-            return Ok(server);
+            return Ok(leg);
         }
         match attend::<F>(&key, known, idle, segment.event) {
-            HELD => return Ok(server),
+            HELD => return Ok(leg),
             GONE => {}
-            masqueraded => reply::forget::<F>(&key, masqueraded),
+            masqueraded => reply::forget::<F>(&key, Leg(masqueraded)),
         }
     }
-    let server = schedule::<F>(&key, segment.event, packet.mark()).and_then(|server| begin::<F>(&key, segment.event, server))?;
-    if server & EXPECTS == 0 {
-        return Ok(server);
+    let picked = schedule::<F>(&key, segment.event, packet.mark())?;
+    let local = local::of_new::<F>(&key, picked & !(CONTROLLED | ONCE))?;
+    match begin::<F>(&key, segment.event, Leg::new(picked, local)) {
+        NO_SERVER => Err(Reason::NoServer),
+        FULL => Err(Reason::TableFull),
+        leg if leg & EXPECTS == 0 => Ok(Leg(leg)),
+        leg => {
+            let leg = Leg(leg & !EXPECTS);
+            if reply::expect::<F>(&key, leg.server()) { Ok(leg) } else { Err(Reason::TableFull) }
+        }
     }
-    if reply::expect::<F>(&key, server & !EXPECTS) { Ok(server & !EXPECTS) } else { Err(Reason::TableFull) }
+}
+
+/// Where the packets of a connection go: one read of eight bytes.
+#[inline(always)]
+fn leg(connection: *const Connection) -> Leg {
+    // SAFETY: an element of the map, as in `connection`, which begins with these bytes.
+    unsafe { Leg(connection.cast::<u64>().read()) }
 }
 
 /// Bit of a real server's index that [`begin`] returns: the new connection's replies are to be expected. Not its own business,
 /// for the sake of the stack.
-const EXPECTS: u32 = 1 << 31;
+const EXPECTS: u64 = 1 << 31;
 /// Bit of a real server's index that [`begin`] takes: a template chose the server.
 pub const CONTROLLED: u32 = 1 << 30;
 /// The same: for this packet alone, if it is one of UDP.
 pub const ONCE: u32 = 1 << 29;
 /// In the place of a picked server: its template knows it.
 const PERSISTENT: u32 = 1 << 28;
+/// Answer of [`begin`]: no real server takes the connection.
+const NO_SERVER: u64 = u64::MAX;
+/// Answer of [`begin`]: the table is full.
+const FULL: u64 = u64::MAX - 1;
 
 /// State and flags of a connection.
 #[derive(Clone, Copy)]
@@ -140,19 +158,19 @@ fn starts(protocol: u8, event: u8) -> bool {
 }
 
 /// Answer of [`attend`]: the connection goes on.
-const HELD: u32 = u32::MAX;
+const HELD: u64 = u64::MAX;
 /// Answer of [`attend`]: the connection is gone, or to make way for another.
-const GONE: u32 = u32::MAX - 1;
+const GONE: u64 = u64::MAX - 1;
 
 /// Looks closely at a connection: it was idle for a second or more, is not settled yet, or its packet begins or ends
-/// something. If it was over, and masqueraded, the answer is the real server whose replies are to be forgotten.
+/// something. If it was over, and masqueraded, the answer is the [`Leg`] whose replies are to be forgotten.
 #[inline(never)]
-fn attend<F: Family>(key: &ConnectionKey<F::Address>, connection: *mut Connection, idle: u32, event: u8) -> u32 {
+fn attend<F: Family>(key: &ConnectionKey<F::Address>, connection: *mut Connection, idle: u32, event: u8) -> u64 {
     let Some(config) = CONFIG.get(0) else { return HELD };
     // SAFETY: an element of the map, as in `connection`.
     let known = unsafe { *connection };
     let protocol = key.protocol as u8;
-    let replies = if known.flags & flags::MASQUERADED != 0 { known.server } else { GONE };
+    let replies = if known.flags & flags::MASQUERADED != 0 { known.leg().0 } else { GONE };
     if known.flags & flags::LEAVING != 0 || idle >= lifetime(config, protocol, known.state) {
         if F::connections().remove(key).is_err() {
             return GONE;
@@ -332,35 +350,39 @@ pub const fn is_once(service: &Service, protocol: u8) -> bool {
     service.flags & service_flags::ONE_PACKET != 0 && protocol == protocol::UDP
 }
 
-/// Begins a connection to a real server, if there is one: makes the entry. Returns the server's index.
+/// Begins a connection to a real server, if there is one: makes the entry. Returns where its packets go, as a [`Leg`].
 #[inline(never)]
-fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8, picked: u32) -> Result<u32, Reason> {
+fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8, to: Leg) -> u64 {
+    let (picked, local) = (to.server(), to.local());
     if picked == NOBODY {
         make_way::<F>(key, NOBODY);
-        return Err(Reason::NoServer);
+        return NO_SERVER;
     }
     let server = picked & !(CONTROLLED | ONCE);
     let protocol = key.protocol as u8;
+    let to = Leg::new(server, local);
     if picked & ONCE != 0 && protocol == protocol::UDP {
         account::connection(server);
-        return Ok(server);
+        return to.0;
     }
-    let masqueraded = SERVERS.get(server).is_some_and(|server| server.method == Method::Masquerade as u8);
+    let masqueraded = SERVERS.get(server).is_some_and(|server| Method::translates(server.method));
     let controlled = if picked & CONTROLLED != 0 { flags::CONTROLLED } else { 0 };
     let side = controlled | if masqueraded { flags::MASQUERADED } else { flags::NO_OUTPUT };
     let Standing { state, flags } = Standing::after(protocol, from_client(side), 0, event, side);
-    let connection = Connection { server, last_seen: jiffies(), state, flags, zero: [0; 6] };
+    let connection = Connection { server, local, last_seen: jiffies(), state, flags, zero: [0; 2] };
     let insert = || F::connections().insert(key, &connection, 1 /* BPF_NOEXIST */);
     let inserted = match insert() {
         Err(EEXIST) if make_way::<F>(key, server) => insert(),
         outcome => outcome,
     };
+    if inserted.is_err() && local.is_some() {
+        reply::forget::<F>(key, to);
+    }
     match inserted {
         Ok(()) => {}
         // Another CPU was faster: one connection, one server.
-        // SAFETY: an element of the map, as in `track`.
-        Err(EEXIST) => return F::connections().get_ptr(key).map(|known| unsafe { (*known).server }).ok_or(Reason::TableFull),
-        Err(_) => return Err(Reason::TableFull),
+        Err(EEXIST) => return F::connections().get_ptr(key).map_or(FULL, |known| leg(known).0),
+        Err(_) => return FULL,
     }
     if let Some(counter) = COUNTERS.get_ptr_mut(server) {
         // SAFETY: an element of the counter array.
@@ -368,7 +390,8 @@ fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8, picked: u32) -> 
         bell::ring();
     }
     account::connection(server);
-    Ok(if masqueraded { server | EXPECTS } else { server })
+    // With a local port, the entry for the replies is there already.
+    if masqueraded && !local.is_some() { to.0 | EXPECTS } else { to.0 }
 }
 
 /// Whether a packet without a connection may begin one.
@@ -389,30 +412,29 @@ pub fn anything<P: Packet, F: Family>(
     offset: usize,
     protocol: u8,
     fragment: Fragment,
-) -> Result<u32, Reason> {
+) -> Result<Leg, Reason> {
     if protocol == F::ICMP && fragment != Fragment::Later {
-        return icmp_error::<P, F>(packet.context(), offset as u32, (header.offset + header.length) as u32);
+        return found(icmp_error::<P, F>(packet.context(), offset as u32, (header.offset + header.length) as u32));
     }
     if fragment == Fragment::Later {
-        return later::<P, F>(packet.context(), header.offset as u32);
+        return found(later::<P, F>(packet.context(), header.offset as u32));
     }
     let segment = transport::parse(packet, offset, protocol, header.offset + header.length)?;
-    let server = connection::<P, F>(packet, header, protocol, segment)?;
+    let leg = connection::<P, F>(packet, header, protocol, segment)?;
     if fragment == Fragment::First {
         remember_first_fragment::<P, F>(packet.context(), header.offset as u32, segment.ports);
     }
-    Ok(server)
+    Ok(leg)
 }
 
-/// Finds the real server of a later fragment, by the ports of the first. It moves nothing on: the first has.
+/// Finds out where a later fragment goes, by the ports of the first. It moves nothing on: the first has.
 #[inline(never)]
-fn later<P: Packet, F: Family>(context: *mut c_void, offset: u32) -> Result<u32, Reason> {
+fn later<P: Packet, F: Family>(context: *mut c_void, offset: u32) -> u64 {
     // SAFETY: the context is the kernel's own.
-    let key = fragment_key::<P, F>(&unsafe { P::view(context) }, offset)?;
-    let ports = ports_of::<F>(&key)?;
+    let Ok(key) = fragment_key::<P, F>(&unsafe { P::view(context) }, offset) else { return MALFORMED };
+    let Ok(ports) = ports_of::<F>(&key) else { return FRAGMENT_UNKNOWN };
     let key = ConnectionKey { client: key.source, vip: key.destination, ports, protocol: key.protocol };
-    // SAFETY: an element of the map.
-    F::connections().get_ptr(&key).map(|known| unsafe { (*known).server }).ok_or(Reason::NoConnection)
+    F::connections().get_ptr(&key).map_or(NO_CONNECTION, |known| leg(known).0)
 }
 
 /// Remembers the ports, which the parts that follow a first fragment do not have.
@@ -449,13 +471,33 @@ fn fragment_key<P: Packet, F: Family>(packet: &P, offset: u32) -> Result<Fragmen
     Ok(FragmentKey { source: header.source, destination: header.destination, id: payload.fragment_id, protocol })
 }
 
-/// Finds the real server that an ICMP error is about: the packet that it quotes went from there to the client.
+/// Answers of [`icmp_error`] and [`later`] in the place of a [`Leg`]: a result of both would need memory on the stack.
+const NO_CONNECTION: u64 = u64::MAX;
+const NOT_TRANSPORT: u64 = u64::MAX - 1;
+const MALFORMED: u64 = u64::MAX - 2;
+const FRAGMENT_UNKNOWN: u64 = u64::MAX - 3;
+
+#[inline(always)]
+const fn found(leg: u64) -> Result<Leg, Reason> {
+    match leg {
+        NO_CONNECTION => Err(Reason::NoConnection),
+        NOT_TRANSPORT => Err(Reason::NotTransport),
+        MALFORMED => Err(Reason::Malformed),
+        FRAGMENT_UNKNOWN => Err(Reason::FragmentUnknown),
+        leg => Ok(Leg(leg)),
+    }
+}
+
+/// Finds out where an ICMP error goes: the packet that it quotes went from there to the client.
 #[inline(never)]
-fn icmp_error<P: Packet, F: Family>(context: *mut c_void, offset: u32, end: u32) -> Result<u32, Reason> {
+fn icmp_error<P: Packet, F: Family>(context: *mut c_void, offset: u32, end: u32) -> u64 {
     // SAFETY: the context is the kernel's own.
-    let key = quoted::<P, F>(&unsafe { P::view(context) }, offset, end)?;
-    // SAFETY: an element of the map.
-    F::connections().get_ptr(&key).map(|known| unsafe { (*known).server }).ok_or(Reason::NoConnection)
+    match quoted::<P, F>(&unsafe { P::view(context) }, offset, end) {
+        Ok(key) => F::connections().get_ptr(&key).map_or(NO_CONNECTION, |known| leg(known).0),
+        Err(Reason::NotTransport) => NOT_TRANSPORT,
+        Err(Reason::NoConnection) => NO_CONNECTION,
+        Err(_) => MALFORMED,
+    }
 }
 
 /// The key of the packets that go against those that an ICMP error quotes: the error is to go with them. It begins at `offset` and

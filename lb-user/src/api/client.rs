@@ -20,7 +20,9 @@ use serde::{Serialize, de::DeserializeOwned};
 use tokio::{net::UnixStream, runtime::Runtime, task::JoinHandle};
 
 use super::{Attach, Detach, Failure, Stop};
-use crate::director::model::{Command, ConnectionView, Hook, MarkRule, Outcome, ReasonView, ServiceView, Status, Timeouts};
+use crate::director::model::{
+    Command, ConnectionView, Hook, LocalAddresses, MarkRule, Outcome, ReasonView, ServiceView, Status, Timeouts,
+};
 
 /// How long a daemon may take to end after it said that it would.
 const FAREWELL: Duration = Duration::from_secs(10);
@@ -117,6 +119,11 @@ impl Client {
     /// The mark rules.
     pub fn mark_rules(&mut self) -> Result<Vec<MarkRule>, Error> {
         self.get("/v1/mark-rules")
+    }
+
+    /// FULLNAT's local addresses.
+    pub fn local_addresses(&mut self) -> Result<LocalAddresses, Error> {
+        self.get("/v1/local-addresses")
     }
 
     /// The timeouts.

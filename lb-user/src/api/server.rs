@@ -17,7 +17,7 @@ use tracing::warn;
 use super::{Attach, Detach, Failure, ROUTES, Route, Stop};
 use crate::{
     daemon::{Daemon, Instance},
-    director::model::{Command, ConnectionView, MarkRule, Outcome, ReasonView, ServiceView, Status, Timeouts},
+    director::model::{Command, ConnectionView, LocalAddresses, MarkRule, Outcome, ReasonView, ServiceView, Status, Timeouts},
 };
 
 /// The largest request: some hundred thousand commands.
@@ -37,6 +37,7 @@ pub fn router<I: Instance>(daemon: Shared<I>) -> Router {
         .route("/v1/services", get(services::<I>))
         .route("/v1/connections", get(connections::<I>))
         .route("/v1/mark-rules", get(mark_rules::<I>))
+        .route("/v1/local-addresses", get(local_addresses::<I>))
         .route("/v1/timeouts", get(timeouts::<I>))
         .route("/v1/status", get(status::<I>))
         .route("/v1/reasons", get(reasons::<I>))
@@ -110,6 +111,10 @@ async fn connections<I: Instance>(State(daemon): State<Shared<I>>) -> Answer<Vec
 
 async fn mark_rules<I: Instance>(State(daemon): State<Shared<I>>) -> Json<Vec<MarkRule>> {
     Json(daemon.lock().await.mark_rules())
+}
+
+async fn local_addresses<I: Instance>(State(daemon): State<Shared<I>>) -> Answer<LocalAddresses> {
+    Ok(Json(daemon.lock().await.local_addresses()?))
 }
 
 async fn timeouts<I: Instance>(State(daemon): State<Shared<I>>) -> Json<Timeouts> {

@@ -17,6 +17,7 @@
 mod connections;
 mod daemon;
 pub mod ipvsadm;
+mod local_addresses;
 mod mark;
 mod names;
 mod persistence;
@@ -91,6 +92,9 @@ enum Command {
     /// Add, delete, list and import mark rules: bpfvs's own firewall marks
     #[command(subcommand)]
     Mark(mark::Mark),
+    /// Add, delete and list local addresses of FULLNAT
+    #[command(subcommand, name = "localaddr")]
+    LocalAddresses(local_addresses::LocalAddresses),
     /// List connections
     Connections(connections::Connections),
     /// See which clients stay with which real servers, or let go of them
@@ -130,6 +134,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Service(service) => service.run(&global),
         Command::Server(server) => server.run(&global),
         Command::Mark(mark) => mark.run(&global),
+        Command::LocalAddresses(addresses) => addresses.run(&global),
         Command::Connections(connections) => connections.run(&global),
         Command::Persistence(persistence) => persistence.run(&global),
         Command::Stats(stats) => stats.run(&global),

@@ -13,7 +13,7 @@
 //! traffic goes on. [`KernelDatapath::remove`] takes everything away.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     future::Future,
     net::IpAddr,
     path::PathBuf,
@@ -43,6 +43,7 @@ use super::{
     hz, kernel_error,
     links::{self},
     locality::{Destinations, Standings},
+    locals::Locals,
     maps::{Found, Pins, inspect},
     mark_device::{self, MarkDevice, Marks},
     programs::Programs,
@@ -56,7 +57,7 @@ use super::{
     templates::Templates,
 };
 use crate::{
-    director::model::{ConnectionView, Hook, InterfaceView, MarkRule, Method, ReasonView, ServiceId},
+    director::model::{ConnectionView, Hook, InterfaceView, LocalUsage, MarkRule, Method, ReasonView, ServiceId},
     scheduler::Run,
 };
 
@@ -91,6 +92,7 @@ pub struct KernelDatapath {
     standings: Standings,
     destinations: Destinations,
     templates: Templates,
+    locals: Locals,
     counters: Words,
     peaks: Words,
     /// Something once it is started.
@@ -154,6 +156,7 @@ impl KernelDatapath {
             standings: Standings::new(words("STANDINGS")?),
             destinations: Destinations::open(&pins)?,
             templates: Templates::open(&pins)?,
+            locals: Locals::open(&pins)?,
             counters: words("COUNTERS")?,
             peaks: words("PEAKS")?,
             bell: None,
@@ -298,6 +301,13 @@ impl KernelDatapath {
         Ok(views)
     }
 
+    /// How much of each local address is in use.
+    pub fn local_usage(&self) -> anyhow::Result<HashMap<IpAddr, LocalUsage>> {
+        let servers = lock(&self.servers);
+        let usage = self.connections.local_usage(|index| servers.entry(index).ok())?;
+        Ok(usage.into_iter().filter_map(|(index, usage)| Some((self.locals.address(index)?, usage))).collect())
+    }
+
     /// All reason counters.
     pub fn reasons(&self) -> anyhow::Result<Vec<ReasonView>> {
         self.reasons.list()
@@ -414,7 +424,7 @@ impl Datapath for KernelDatapath {
     }
 
     fn set_server(&mut self, index: u32, target: &Target) -> Result<(), Error> {
-        if target.method == Method::Masquerade {
+        if matches!(target.method, Method::Masquerade | Method::FullNat) {
             lock(&self.attachments)
                 .translate()
                 .map_err(|error| kernel_error("the programs for masquerading cannot be loaded".to_owned(), format!("{error:#}")))?;
@@ -490,6 +500,14 @@ impl Datapath for KernelDatapath {
 
     fn servers(&self) -> Result<Vec<u32>, Error> {
         Ok(self.server_entries()?.into_iter().map(|(index, _)| index).collect())
+    }
+
+    fn set_pool(&mut self, pool: u32, addresses: &[IpAddr]) -> Result<(), Error> {
+        self.locals.set_pool(pool, addresses)
+    }
+
+    fn pools(&self) -> Result<Vec<u32>, Error> {
+        self.locals.pools()
     }
 
     fn clean_destinations(&mut self) {

@@ -87,6 +87,15 @@ pub(super) fn service(service: &ServiceId, config: &ServiceConfig) -> Result<(),
 
 /// IPVS's rules about a server that stands by itself: before it is looked for among the others.
 pub(super) fn server(service: &ServiceId, server: &ServerId, config: &ServerConfig) -> Result<(), Refusal> {
+    if service.family() != Family::of(server.address) && config.method == Method::FullNat {
+        return refuse(
+            RefusalKind::Unsupported,
+            format!(
+                "the real server {server} cannot serve {service}: this version of bpfvs does not translate between IPv4 and IPv6; name \
+                 the server's address of the service's family, or use the method tunnel (`-i`)"
+            ),
+        );
+    }
     if service.family() != Family::of(server.address) && !matches!(config.method, Method::Tunnel(_)) {
         return refuse(
             RefusalKind::Invalid,
@@ -158,7 +167,7 @@ pub(super) fn server_supported(server: &ServerId, config: &ServerConfig) -> Resu
                 ),
             )
         }
-        Method::Route | Method::Masquerade | Method::Tunnel(_) => Ok(()),
+        Method::Route | Method::Masquerade | Method::FullNat | Method::Tunnel(_) => Ok(()),
     }
 }
 

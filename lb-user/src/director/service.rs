@@ -2,6 +2,8 @@
 //!
 //! Everything here is written to the state file, but for the moving averages.
 
+use std::net::IpAddr;
+
 use lb_common::{
     server::Counters,
     service::{Service as ServiceEntry, flags},
@@ -43,6 +45,9 @@ pub(super) struct Service {
     /// After how many picks the schedule has to be made anew; nothing if it repeats for ever.
     #[serde(skip)]
     pub(super) lasts: Option<u32>,
+    /// FULLNAT's local addresses, if it has any of its own.
+    #[serde(default)]
+    pub(super) locals: Vec<IpAddr>,
     /// The real servers, the newest first.
     pub(super) servers: Servers,
     /// Traffic of servers that have left.
@@ -69,6 +74,11 @@ impl Service {
             }
             self.base = cursor;
         }
+    }
+
+    /// The datapath's name for its pool of local addresses. Its index may change, this does not.
+    pub(super) const fn pool(&self) -> u32 {
+        self.incarnation as u32
     }
 
     /// The service as the datapath sees it.
@@ -108,7 +118,7 @@ impl Service {
         };
         let keeps_port = self.config.persistence.is_some() && self.id.spans_ports() && !is_own;
         let port = if keeps_port { 0 } else { server.id.port };
-        Target { address: server.id.address, port, method: server.config.method }
+        Target { address: server.id.address, port, method: server.config.method, pool: self.pool() }
     }
 
     /// The totals since it was added.

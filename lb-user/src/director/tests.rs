@@ -657,3 +657,90 @@ fn templates_are_counted_flushed_and_keep_removed_servers() {
     }
     assert!(!director.datapath().servers.contains_key(&0));
 }
+
+const LOCAL: [u8; 4] = [10, 0, 0, 230];
+
+fn fullnat() -> ServerConfig {
+    ServerConfig { method: Method::FullNat, ..weight(1) }
+}
+
+fn add_local(address: impl Into<IpAddr>, service: Option<ServiceId>) -> Command {
+    Command::AddLocalAddress { address: address.into(), service }
+}
+
+fn remove_local(address: impl Into<IpAddr>, service: Option<ServiceId>) -> Command {
+    Command::RemoveLocalAddress { address: address.into(), service }
+}
+
+#[test]
+fn a_fullnat_server_always_has_a_local_address() {
+    use RefusalKind::*;
+    let other = [10, 0, 0, 231];
+    let add = || Command::AddServer { service: service(), server: server(1), config: fullnat() };
+    let mut director = with_servers("rr", &[2]);
+    assert_eq!(refused(&mut director, add()), NoLocalAddress);
+    let edit = Command::EditServer { service: service(), server: server(2), config: fullnat() };
+    assert_eq!(refused(&mut director, edit), NoLocalAddress);
+    accept(&mut director, &[add_local("2001:db8::230".parse::<IpAddr>().expect("an address"), None)]);
+    assert_eq!(refused(&mut director, add()), NoLocalAddress, "it is of the other family");
+    accept(&mut director, &[add_local(LOCAL, None), add()]);
+    assert_eq!(refused(&mut director, remove_local(LOCAL, None)), Invalid, "the server needs it");
+    accept(&mut director, &[add_local(other, Some(service())), remove_local(LOCAL, None)]);
+    assert_eq!(refused(&mut director, remove_local(other, Some(service()))), Invalid, "the server needs it");
+    accept(&mut director, &[remove_server(1), remove_local(other, Some(service()))]);
+    assert_eq!(director.local_addresses().count(), 1);
+}
+
+#[test]
+fn local_addresses_that_cannot_be_are_refused() {
+    use RefusalKind::*;
+    let mut director = with_servers("rr", &[]);
+    accept(&mut director, &[add_local(LOCAL, None)]);
+    let other = ServiceId::Address { protocol: Protocol::Udp, address: Ipv4Addr::new(10, 0, 0, 200).into(), port: 80 };
+    let virtual_local = ServiceId::Address { protocol: Protocol::Tcp, address: LOCAL.into(), port: 80 };
+    for (command, kind) in [
+        (add_local(LOCAL, None), LocalAddressExists),
+        (add_local(LOCAL, Some(other)), NoSuchService),
+        (add_local([0, 0, 0, 0], None), Invalid),
+        (add_local([127, 0, 0, 1], None), Invalid),
+        (add_local([224, 0, 0, 1], None), Invalid),
+        (add_local("fe80::1".parse::<IpAddr>().expect("an address"), None), Invalid),
+        (add_local([10, 0, 0, 200], None), Invalid),
+        (Command::AddService { service: virtual_local, config: scheduled("rr") }, Invalid),
+        (remove_local([10, 0, 0, 231], None), NoSuchLocalAddress),
+        (remove_local(LOCAL, Some(service())), NoSuchLocalAddress),
+    ] {
+        let text = format!("{command:?}");
+        assert_eq!(refused(&mut director, command), kind, "{text}");
+    }
+    let full: Vec<_> = (1..64).map(|last| add_local([10, 0, 1, last], None)).collect();
+    accept(&mut director, &full);
+    assert_eq!(refused(&mut director, add_local([10, 0, 1, 64], None)), NoRoom);
+}
+
+/// The pools of the datapath follow the model: when a director comes back, when a service goes, and when the state is lost.
+#[test]
+fn pools_follow_the_model() {
+    let own = [10, 0, 0, 231];
+    let mut director = with_servers("rr", &[]);
+    let add = Command::AddServer { service: service(), server: server(1), config: fullnat() };
+    accept(&mut director, &[add_local(LOCAL, None), add_local(own, Some(service())), add]);
+    let pool = director.services[&service()].pool();
+    let index = index_of(&director, 1);
+    assert_eq!(director.datapath().servers[&index].pool, pool);
+    let pools = director.datapath().pools.clone();
+    assert_eq!(pools, [(pool, vec![IpAddr::from(own)]), (SHARED, vec![IpAddr::from(LOCAL)])].into());
+    // Another mode gives the service another index, but not another pool.
+    accept(&mut director, &[Command::EditService { service: service(), config: scheduled("sh") }]);
+    assert_eq!(director.datapath().pools, pools);
+
+    let state = serde_json::to_string(&director.state()).expect("it can be written");
+    let state = serde_json::from_str(&state).expect("it can be read");
+    let mut director = Director::adopt(Memory::default(), Config::DEFAULT, state, Path::new("state.json")).expect("it fits");
+    assert_eq!(director.datapath().pools, pools);
+    accept(&mut director, &[Command::RemoveService { service: service() }]);
+    assert_eq!(director.datapath().pools.keys().copied().collect::<Vec<_>>(), [SHARED]);
+
+    let director = Director::new(director.into_datapath(), Config::DEFAULT).expect("memory refuses nothing");
+    assert!(director.datapath().pools.is_empty(), "nobody knows of them any more");
+}
