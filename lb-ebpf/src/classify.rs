@@ -8,7 +8,7 @@ use lb_common::{
     family::Address,
     filter,
     packet::protocol,
-    service::{Service, ServiceKey},
+    service::{Service, ServiceKey, flags},
 };
 
 use crate::maps::{FILTER, Family, SOURCES};
@@ -40,7 +40,7 @@ pub fn service<F: Family>(connection: &ConnectionKey<F::Address>) -> Option<*con
         key.port = FTP.to_be();
         let service = F::services().get_ptr(&key);
         // SAFETY: an element of the map.
-        if service.is_some_and(|service| unsafe { (*service).persistence != 0 }) {
+        if service.is_some_and(|service| unsafe { (*service).flags & flags::FTP != 0 }) {
             return service;
         }
     }
@@ -48,7 +48,8 @@ pub fn service<F: Family>(connection: &ConnectionKey<F::Address>) -> Option<*con
     F::services().get_ptr(&key)
 }
 
-const FTP: u16 = 21;
+/// The port of FTP's control connections.
+pub const FTP: u16 = 21;
 
 /// Whether FTP may use a port for data: the server's own, or one that it has told its client.
 #[inline(always)]
