@@ -78,6 +78,8 @@ pub mod flags {
     pub const ONE_PACKET: u8 = 4;
     /// Persistent services: a client stays with its real server on all ports of the virtual address.
     pub const ANY_PORT: u8 = 8;
+    /// FTP's control connections, whose clients have data connections to other ports.
+    pub const FTP: u8 = 16;
 }
 
 plain! {

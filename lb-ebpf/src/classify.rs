@@ -10,7 +10,7 @@ use lb_common::{
     filter::{self, exceptions},
     mark::{BITS_BEFORE_ADDRESS, Destination},
     packet::protocol,
-    service::{Service, ServiceKey},
+    service::{Service, ServiceKey, flags},
 };
 use lb_ebpf::packet::Packet;
 
@@ -61,7 +61,7 @@ pub fn service<F: Family>(connection: &ConnectionKey<F::Address>, mark: u32) -> 
         key.port = FTP.to_be();
         let service = F::services().get_ptr(&key);
         // SAFETY: an element of the map.
-        if service.is_some_and(|service| unsafe { (*service).persistence != 0 }) {
+        if service.is_some_and(|service| unsafe { (*service).flags & flags::FTP != 0 }) {
             return service;
         }
     }
@@ -69,7 +69,8 @@ pub fn service<F: Family>(connection: &ConnectionKey<F::Address>, mark: u32) -> 
     F::services().get_ptr(&key)
 }
 
-const FTP: u16 = 21;
+/// The port of FTP's control connections.
+pub const FTP: u16 = 21;
 
 /// Whether FTP may use a port for data: the server's own, or one that it has told its client.
 #[inline(always)]

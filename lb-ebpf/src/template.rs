@@ -22,12 +22,12 @@ use lb_common::{
     reason::Reason,
     schedule::NOBODY,
     server::Status,
-    service::Service,
+    service::{Service, flags as service_flags},
     template::{Choice, Scope, Template, TemplateKey, scope_flags},
 };
 
 use crate::{
-    atomic, bell,
+    atomic, bell, classify,
     maps::{ARRIVALS, CONFIG, Family, HZ, PERSISTED, SCOPES, SERVERS},
     pick,
     track::{self, CONTROLLED, EEXIST, ONCE, jiffies},
@@ -58,6 +58,16 @@ impl Arrival {
         unsafe { (&raw mut (*arrival).connection).cast() }
     }
 
+    /// Whether the service is FTP's, and the connection to another port.
+    #[inline(always)]
+    fn may_be_foreign<F: Family>(arrival: *mut Self) -> bool {
+        // SAFETY: as above.
+        unsafe {
+            (*arrival).service.flags & service_flags::FTP != 0
+                && (*Self::connection::<F>(arrival)).ports.destination() != classify::FTP.to_be()
+        }
+    }
+
     /// Whether no connection will follow.
     #[inline(always)]
     fn is_once<F: Family>(arrival: *mut Self) -> bool {
@@ -84,12 +94,14 @@ pub fn choose<F: Family>() -> Result<u32, Reason> {
     match if F::ETHERTYPE == ethernet::IPV4 { persist_ipv4() } else { persist_ipv6() } {
         TABLE_FULL => Err(Reason::TableFull),
         OVER => Err(Reason::TemplateOver),
+        LEFT => Err(Reason::NoConnection),
         server => Ok(server),
     }
 }
 
 const TABLE_FULL: u32 = NOBODY - 1;
 const OVER: u32 = NOBODY - 2;
+const LEFT: u32 = NOBODY - 3;
 
 /// Global functions without arguments: the verifier looks at each once, and not once for each way that leads to it.
 #[unsafe(no_mangle)]
@@ -118,6 +130,8 @@ fn persist<F: Family>() -> u32 {
     match choice {
         Ok(Choice::OVER) => OVER,
         Ok(server) => server | kind,
+        // As in IPVS: of a port that is not the service's own nobody knows whether FTP uses it.
+        Err(NOBODY) if Arrival::may_be_foreign::<F>(arrival) => LEFT,
         Err(why) => why,
     }
 }

@@ -691,7 +691,23 @@ const CASES: &[Case] = &[
         steps: |world| {
             let syn = |port| Frame::tcp(world.client(), socket(world.addresses.vip, port), SYN);
             let routed = |port| step(&syn(port), Outcome::Routed { server: 1, new: true });
-            Ok(vec![routed(21), routed(20_000), routed(1024), step(&syn(1023), Outcome::Passed(Reason::NoService))])
+            let vip = bracketed(world.addresses.vip);
+            let [first, second] = world.addresses.servers.map(bracketed);
+            let (kind, code) = world.by_family((3, 3), (1, 4));
+            Ok(vec![
+                routed(21),
+                routed(20_000),
+                routed(1024),
+                step(&syn(1023), Outcome::Passed(Reason::NoService)),
+                Step::Command(format!("-e -t {vip}:21 -r {first}:21 -g -w 0")),
+                Step::Command(format!("-d -t {vip}:21 -r {second}:21")),
+                // Whether it was FTP's data, nobody knows.
+                step(&syn(1025), Outcome::Passed(Reason::NoConnection)),
+                step(
+                    &Frame::tcp(world.client_again(1), socket(world.addresses.vip, 21), SYN),
+                    Outcome::Answered { reason: Reason::NoServer, kind, code, rest: 0 },
+                ),
+            ])
         },
     },
     Case {

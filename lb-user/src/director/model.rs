@@ -124,7 +124,12 @@ impl ServiceId {
     /// Whether persistence keeps a client with its real server whatever the port: where the service has more than one, and for
     /// FTP, whose data connections have other ports than its own.
     pub const fn spans_ports(&self) -> bool {
-        matches!(self, Self::Address { port: 0, .. } | Self::Address { protocol: Protocol::Tcp, port: FTP, .. } | Self::Mark { .. })
+        matches!(self, Self::Address { port: 0, .. } | Self::Mark { .. }) || self.is_ftp()
+    }
+
+    /// Whether it is where FTP's control connections go.
+    pub const fn is_ftp(&self) -> bool {
+        matches!(self, Self::Address { protocol: Protocol::Tcp, port: FTP, .. })
     }
 
     /// Whether its connections are active from their first packet ([`crate::scheduler::Arrivals::active`]). The packets of a

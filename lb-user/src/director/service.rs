@@ -93,7 +93,8 @@ impl Service {
             mode: self.scheduler.mode() as u8,
             flags: self.scheduler.service_flags()
                 | set(self.config.one_packet, flags::ONE_PACKET)
-                | set(persistence > 0 && self.id.spans_ports(), flags::ANY_PORT),
+                | set(persistence > 0 && self.id.spans_ports(), flags::ANY_PORT)
+                | set(persistence > 0 && self.id.is_ftp(), flags::FTP),
             zero: 0,
             mark: self.id.mark(),
             persistence,

@@ -604,7 +604,7 @@ fn a_persistent_service_says_how_its_templates_are_found() {
     let config = ServerConfig { method: Method::Masquerade, ..weight(1) };
     let server_on = |port| ServerId { port, ..server(1) };
     for (port, server_port, any_port, packet_port) in
-        [(80, 8080, 0, 8080), (0, 8080, flags::ANY_PORT, 0), (21, 21, flags::ANY_PORT, 0)]
+        [(80, 8080, 0, 8080), (0, 8080, flags::ANY_PORT, 0), (21, 21, flags::ANY_PORT | flags::FTP, 0)]
     {
         let service = ServiceId::Address { protocol: Protocol::Tcp, address: [10, 0, 0, 200].into(), port };
         let add = Command::AddService { service, config: persistent(300, mask) };
