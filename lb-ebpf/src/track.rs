@@ -443,7 +443,7 @@ pub fn remember_first_fragment<P: Packet, F: Family>(context: *mut c_void, offse
     // SAFETY: the context is the kernel's own.
     let packet = unsafe { P::view(context) };
     if let Ok(key) = fragment_key::<P, F>(&packet, offset) {
-        // If it fails, the later parts are dropped and counted, and the sender repeats.
+        // If it fails, the later parts are counted and lost, and the sender repeats.
         let _ = F::fragments().insert(&key, ports, 0);
     }
 }

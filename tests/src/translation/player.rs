@@ -11,8 +11,8 @@ use super::{
 };
 use crate::differential::player::{Director, stay_on_this_processor};
 
-/// So many conversations are had before connections are listed: some live only for seconds.
-const AT_ONCE: usize = 60;
+/// So many conversations are had before connections are listed: one that is closed lives for ten seconds, and a machine may be slow.
+const AT_ONCE: usize = 10;
 
 /// What a director did with a conversation.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
