@@ -14,6 +14,7 @@
 //! | IPVS's hashes, and picking by them | [`hash`], [`pick`] |
 //! | protocol state machines | [`tcp`], [`sctp`] |
 //! | the "may be ours" filter | [`filter`] |
+//! | the client's address in a TCP option | [`toa`] |
 //! | what the datapath must do with a frame (on the host only) | `model` |
 //!
 //! Byte order: a field that mirrors a header is in network order and its documentation says so; all others are in host order.
@@ -45,6 +46,7 @@ pub mod server;
 pub mod service;
 pub mod statistics;
 pub mod tcp;
+pub mod toa;
 mod wire;
 
 pub use wire::Plain;
