@@ -161,7 +161,8 @@ mod tests {
 
     #[test]
     fn nonsense_is_no_client() {
-        for options in [&[][..], &[1; 40], &[0, 0, 0, 0, 254, 8, 1, 1, 1, 1, 1, 1], &[5, 0], &[5, 1], &[5, 255], &IPV4[..7], &[254]] {
+        for options in [&[][..], &[1; 40], &[0, 0, 0, 0, 254, 8, 1, 1, 1, 1, 1, 1], &[5, 0], &[5, 1], &[5, 255], &IPV4[..7], &[254]]
+        {
             assert_eq!(find(&header(options)[..]), None, "{options:?}");
         }
         assert_eq!(find(&[0_u8; 19][..]), None);

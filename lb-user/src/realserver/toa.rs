@@ -212,7 +212,9 @@ pub(super) fn run(args: &Args) -> Result<Report> {
 fn switch_on(args: &On) -> Result<Report> {
     let old = KernelVersion::current().ok().filter(|kernel| *kernel < KernelVersion::new(5, 10, 0));
     if let Some(kernel) = old {
-        bail!("cannot show clients' addresses: this kernel is {kernel}, and programs may look at TCP options from 5.10 on; use a newer one");
+        bail!(
+            "cannot show clients' addresses: this kernel is {kernel}, and programs may look at TCP options from 5.10 on; use a newer one"
+        );
     }
     let group = ControlGroup::open(args.place.cgroup.as_deref())?;
     let trusted = if args.from.is_empty() { vec![Trusted::EVERYBODY] } else { args.from.clone() };
@@ -271,7 +273,8 @@ fn status() -> Result<Report> {
             let key = key.with_context(|| unreadable(&pins))?;
             trusted.extend(Trusted::from_key(&key).map(|trusted| trusted.to_string()));
         }
-        let outcomes = PerCpuArray::<_, u64>::try_from(Map::PerCpuArray(open(&pins, OUTCOMES)?)).with_context(|| unreadable(&pins))?;
+        let outcomes =
+            PerCpuArray::<_, u64>::try_from(Map::PerCpuArray(open(&pins, OUTCOMES)?)).with_context(|| unreadable(&pins))?;
         let count = |outcome: Outcome| -> Result<u64> {
             Ok(outcomes.get(&(outcome as u32), 0).with_context(|| unreadable(&pins))?.iter().sum())
         };
@@ -286,7 +289,8 @@ fn status() -> Result<Report> {
     if report.toa.is_empty() {
         report.problem(
             "off",
-            "It is off: programs on this machine see the addresses of the packets, which behind FULLNAT are the director's.".to_owned(),
+            "It is off: programs on this machine see the addresses of the packets, which behind FULLNAT are the director's."
+                .to_owned(),
             "bpfvs realserver toa on --from ADDRESS, with the director's local addresses".to_owned(),
         );
     }
@@ -366,8 +370,8 @@ fn watched() -> Result<Vec<u64>> {
     if !directory.exists() {
         return Ok(Vec::new());
     }
-    let entries = fs::read_dir(&directory)
-        .with_context(|| format!("cannot list {}: see the cause; run as root", directory.display()))?;
+    let entries =
+        fs::read_dir(&directory).with_context(|| format!("cannot list {}: see the cause; run as root", directory.display()))?;
     let mut ids: Vec<u64> = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
     ids.sort_unstable();
     Ok(ids)

@@ -139,7 +139,7 @@ impl Wire {
 }
 
 /// A socket that sends and receives whole frames by an interface of this thread's namespace.
-fn raw_socket(interface: &str) -> Result<OwnedFd> {
+pub(crate) fn raw_socket(interface: &str) -> Result<OwnedFd> {
     let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::EthAll)
         .context("open a packet socket, which needs root")?;
     let addresses = getifaddrs()?.filter(|address| address.interface_name == interface).filter_map(|address| address.address);
