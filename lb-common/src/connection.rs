@@ -3,7 +3,7 @@
 //! The datapath makes entries, the sweep deletes them, userspace lists them. IPv4 and IPv6 have tables of their own, so
 //! that the common key stays at 16 bytes.
 
-use crate::{packet::transport::Ports, wire::plain};
+use crate::{local::Local, packet::transport::Ports, wire::plain};
 
 /// Who talks to whom: the key of the connection table. Made of words, see [`Ports`].
 #[doc(alias = "ip_vs_conn_param")]
@@ -30,6 +30,8 @@ pub struct ConnectionKey<A> {
 pub struct Connection {
     /// Index of the real server.
     pub server: u32,
+    /// With FULLNAT, the local address and port.
+    pub local: Local,
     /// When the last packet was seen, in jiffies (the low 32 bits); written at most once a second.
     pub last_seen: u32,
     /// State of the protocol: a [`crate::tcp::State`] or [`crate::sctp::State`], 0 for UDP.
@@ -37,8 +39,48 @@ pub struct Connection {
     /// Bits of [`flags`].
     pub flags: u8,
     /// Always zero.
-    pub zero: [u8; 6],
+    pub zero: [u8; 2],
 }
+
+impl Connection {
+    /// Real server and local address in one word: all that the common packet asks. They are its first eight bytes.
+    #[inline(always)]
+    pub const fn leg(&self) -> Leg {
+        Leg::new(self.server, self.local)
+    }
+}
+
+/// The way of a connection's packets behind the director: to which real server, from which local address and port.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(transparent)]
+pub struct Leg(pub u64);
+
+impl Leg {
+    /// To the real server with this index.
+    #[inline(always)]
+    pub const fn new(server: u32, local: Local) -> Self {
+        Self(server as u64 | (local.0 as u64) << 32)
+    }
+
+    /// Index of the real server.
+    #[inline(always)]
+    pub const fn server(self) -> u32 {
+        self.0 as u32
+    }
+
+    /// The local address and port, if there are.
+    #[inline(always)]
+    pub const fn local(self) -> Local {
+        Local((self.0 >> 32) as u32)
+    }
+}
+
+const _: () = assert!(
+    core::mem::offset_of!(Connection, server) == 0
+        && core::mem::offset_of!(Connection, local) == 4
+        && cfg!(target_endian = "little"),
+    "a leg is read from there"
+);
 
 /// Bits of [`Connection::flags`].
 pub mod flags {
@@ -49,7 +91,7 @@ pub mod flags {
     pub const NO_OUTPUT: u8 = 2;
     /// A packet that neither begins nor ends anything changes nothing: the state machine need not be asked.
     pub const SETTLED: u8 = 4;
-    /// The real server is masqueraded: its replies have an entry of their own ([`crate::reply`]).
+    /// The real server is masqueraded, by NAT or FULLNAT: its replies have an entry of their own ([`crate::reply`]).
     #[doc(alias = "IP_VS_CONN_F_MASQ")]
     pub const MASQUERADED: u8 = 8;
 }

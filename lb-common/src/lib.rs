@@ -7,7 +7,7 @@
 //! | subject | module |
 //! | --- | --- |
 //! | address families | [`family`] |
-//! | what stands in the maps | [`connection`], [`reply`], [`service`], [`server`], [`hop`], [`schedule`], [`locality`], [`statistics`], [`config`] |
+//! | what stands in the maps | [`connection`], [`reply`], [`service`], [`server`], [`hop`], [`local`], [`schedule`], [`locality`], [`statistics`], [`config`] |
 //! | why a packet left | [`reason`] |
 //! | headers and their parsing | [`packet`] |
 //! | Internet checksums, SCTP's | [`checksum`], [`crc32c`] |
@@ -33,6 +33,7 @@ pub mod filter;
 pub mod floor;
 pub mod hash;
 pub mod hop;
+pub mod local;
 pub mod locality;
 #[cfg(any(test, feature = "user"))]
 pub mod model;

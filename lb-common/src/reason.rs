@@ -48,6 +48,8 @@ reasons! {
     Failed = "failed", Dropped, "the kernel could not make room for headers, or did not let them be changed";
     /// A later fragment whose first fragment was not seen.
     FragmentUnknown = "fragment-unknown", Dropped, "a later fragment of a packet whose first fragment was not seen";
+    /// Every local port that was tried for a new FULLNAT connection is taken.
+    LocalPorts = "local-ports", Dropped, "no local address has a free port for another FULLNAT connection to the real server";
     /// The chosen real server is the director itself.
     LocalServer = "local-server", Passed, "the real server is the director itself";
     /// A header is cut off or contradicts itself.

@@ -1,4 +1,4 @@
-//! The replies of a masqueraded real server: what they look like when they come, and where they go.
+//! The replies of a masqueraded real server (NAT, FULLNAT): what they look like when they come, and where they go.
 //!
 //! ```text
 //! request   192.168.74.12:40000 -> 192.168.74.204:80     becomes   … -> 10.0.0.205:8080     a connection
@@ -6,7 +6,7 @@
 //! ```
 //!
 //! The table's key is source and destination of a reply: a [`ConnectionKey`] with the real server where a request has
-//! its client. The entry holds all that a reply needs which begins or ends nothing; state and time are the connection's.
+//! its client. With FULLNAT, replies go to a local address ([`crate::local`]), and who makes the entry has its port. The entry holds all that a reply needs which begins or ends nothing; state and time are the connection's.
 
 use crate::{
     connection::{Connection, ConnectionKey},
@@ -18,17 +18,19 @@ use crate::{
 };
 
 /// What the datapath knows of the replies of a connection. Written by the datapath alone.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[repr(C)]
 pub struct Reply<A> {
     /// The virtual address, in network order.
     pub vip: A,
-    /// The virtual port, in network order.
-    pub port: u16,
+    /// The client's address, in network order.
+    pub client: A,
+    /// The client's port (as source) and the virtual port (as destination).
+    pub ports: Ports,
+    /// Always zero.
+    pub zero: [u8; 3],
     /// Bits of [`flags`].
     pub flags: u8,
-    /// Always zero.
-    pub zero: u8,
     /// Index of the real server.
     pub server: u32,
     /// When a reply last moved the connection on, in jiffies (the low 32 bits); at most once a second.
@@ -45,6 +47,8 @@ pub mod flags {
     pub const KNOWN: u8 = 2;
     /// XDP can send frames out of the hop's port that came in by another one.
     pub const REDIRECT: u8 = 4;
+    /// Replies come to a local address: the client's has to take its place.
+    pub const LOCAL: u8 = 8;
 }
 
 /// The port of the real server that a connection to a virtual port leads to, both in network order: a server without a
@@ -54,14 +58,15 @@ pub const fn server_port(server: &Server, virtual_port: u16) -> u16 {
     if server.port == 0 { virtual_port } else { server.port }
 }
 
-/// Under which key the replies of a connection are found.
+/// Under which key the replies of a connection are found, whose real server takes `client` and `client_port` for its client:
+/// they are the client's own, or local ones.
 #[inline(always)]
-pub fn key<A: Address>(connection: &ConnectionKey<A>, server: &Server) -> ConnectionKey<A> {
+pub fn key<A: Address>(connection: &ConnectionKey<A>, server: &Server, client: A, client_port: u16) -> ConnectionKey<A> {
     let port = server_port(server, connection.ports.destination());
     ConnectionKey {
         client: A::from_words(&server.address),
-        vip: connection.client,
-        ports: Ports::new(port, connection.ports.source()),
+        vip: client,
+        ports: Ports::new(port, client_port),
         protocol: connection.protocol,
     }
 }
@@ -69,16 +74,29 @@ pub fn key<A: Address>(connection: &ConnectionKey<A>, server: &Server) -> Connec
 impl<A: Address> Reply<A> {
     /// The entry of a new connection, whose way back nobody has looked for yet.
     #[inline(always)]
-    pub fn new(connection: &ConnectionKey<A>, server: u32) -> Self {
-        let port = connection.ports.destination();
-        Self { vip: connection.vip, port, flags: 0, zero: 0, server, last_seen: 0, hop: Hop::default() }
+    pub fn new(connection: &ConnectionKey<A>, server: u32, flags: u8) -> Self {
+        Self {
+            vip: connection.vip,
+            client: connection.client,
+            ports: connection.ports,
+            zero: [0; 3],
+            flags,
+            server,
+            last_seen: 0,
+            hop: Hop::default(),
+        }
     }
 
-    /// The key of the connection that a reply with this key belongs to.
+    /// The key of the connection that a reply of this protocol belongs to.
     #[inline(always)]
-    pub const fn connection(&self, reply: &ConnectionKey<A>) -> ConnectionKey<A> {
-        let ports = Ports::new(reply.ports.destination(), self.port);
-        ConnectionKey { client: reply.vip, vip: self.vip, ports, protocol: reply.protocol }
+    pub const fn connection(&self, protocol: u32) -> ConnectionKey<A> {
+        ConnectionKey { client: self.client, vip: self.vip, ports: self.ports, protocol }
+    }
+
+    /// The ports of a reply for the client.
+    #[inline(always)]
+    pub const fn reply_ports(&self) -> Ports {
+        self.ports.reversed()
     }
 
     /// Whether this is the entry of that connection.
@@ -89,8 +107,8 @@ impl<A: Address> Reply<A> {
 }
 
 plain! {
-    Reply<crate::family::Ipv4> = 40,
-    Reply<crate::family::Ipv6> = 52,
+    Reply<crate::family::Ipv4> = 48,
+    Reply<crate::family::Ipv6> = 72,
 }
 
 #[cfg(test)]
@@ -107,10 +125,11 @@ mod tests {
     fn a_reply_leads_back_to_its_connection() {
         for (port, server_port) in [(8080_u16, 8080_u16), (0, 80)] {
             let server = Server { address: [3, 0, 0, 0], port: port.to_be(), ..Server::default() };
-            let reply = key(&connection(), &server);
+            let connection = connection();
+            let reply = key(&connection, &server, connection.client, connection.ports.source());
             let ports = Ports::new(server_port.to_be(), 40_000_u16.to_be());
             assert_eq!(reply, ConnectionKey { client: 3, vip: 1, ports, protocol: protocol::TCP.into() });
-            assert_eq!(Reply::new(&connection(), 7).connection(&reply), connection());
+            assert_eq!(Reply::new(&connection, 7, 0).connection(reply.protocol), connection);
         }
     }
 }

@@ -19,7 +19,8 @@ pub struct Server {
     pub flags: u8,
     /// How frames to the server leave; its MTU counts from the (inner) IP header.
     pub hop: Hop,
-    /// Source address of a tunnel's outer header; IPv4 in the first word.
+    /// Source address of a tunnel's outer header; IPv4 in the first word. With FULLNAT, the first word is the service's index,
+    /// which may have a pool of local addresses of its own.
     pub outer_source: [u32; 4],
     /// The real server's address, which is where tunnels end; IPv4 in the first word.
     pub address: [u32; 4],
@@ -42,6 +43,16 @@ pub enum Method {
     /// Rewrite the destination address and port, and the source of the replies (NAT, `-m`).
     #[doc(alias = "IP_VS_CONN_F_MASQ")]
     Masquerade = 2,
+    /// Rewrite both addresses and ports: the real server sees a local address of the director (FULLNAT).
+    FullNat = 3,
+}
+
+impl Method {
+    /// Whether a server with this method has its packets translated, and its replies pass the director.
+    #[inline(always)]
+    pub const fn translates(method: u8) -> bool {
+        method >= Self::Masquerade as u8
+    }
 }
 
 /// Whether packets can be sent to a real server.

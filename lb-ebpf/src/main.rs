@@ -10,7 +10,8 @@
 //!
 //! The common packet is [`plain`] and belongs to a known connection. For it the way is: one bit of the filter, one hash
 //! look-up (the connection), one array read (the real server), the rewrite, one per-CPU counter. All else ([`odd`] packets,
-//! new connections, answers) stands in functions of its own, so that it costs the common packet neither registers nor cache.
+//! new connections, answers) stands in functions and programs of its own, so that it costs the common packet neither registers nor
+//! cache.
 #![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]
 #![allow(clippy::needless_pass_by_value, reason = "the macros of aya-ebpf hand contexts over by value")]
 #![allow(clippy::needless_borrows_for_generic_args, reason = "keys and values by value would be copied once more on the stack")]
@@ -27,6 +28,7 @@ mod atomic;
 mod bell;
 mod classify;
 mod forward;
+mod local;
 mod locality;
 mod maps;
 mod nat;
@@ -43,6 +45,7 @@ use aya_ebpf::{
     programs::{TcContext, XdpContext},
 };
 use lb_common::{
+    connection::Leg,
     packet::{
         Fragment, IpHeader, Payload, Plain, V4, V6,
         ethernet::{self, Link},
@@ -50,7 +53,7 @@ use lb_common::{
     reason::Reason,
 };
 use lb_ebpf::packet::{Packet, TcBuffer, XdpFrame};
-use maps::{Family, TC_TRANSLATION, XDP_TRANSLATION};
+use maps::{Family, TC_NEXT, XDP_NEXT, next};
 use outcome::Outcome;
 
 /// The fast way in, at the driver.
@@ -58,20 +61,37 @@ use outcome::Outcome;
 pub fn xdp_director(context: XdpContext) -> u32 {
     // SAFETY: the context is the kernel's own.
     let verdict = direct(&mut unsafe { XdpFrame::new(context.as_ptr()) });
-    if verdict == Outcome::DEFERRED {
-        // SAFETY: the map is a program array, whose program has the same kind of context.
-        unsafe { XDP_TRANSLATION.tail_call(&context, 0) };
-        return XdpFrame::PASS as u32;
-    }
-    verdict as u32
+    next_xdp(&context, verdict)
 }
 
-/// The translation of what is not plain. A program of its own, which the others call last: it has its own stack, and its own
-/// share of the verifier's patience.
+/// The way of an odd packet: one of any shape.
+///
+/// This and the translation are programs of their own, which the others call last: each has a stack of its own, and its own share
+/// of the verifier's patience.
+#[xdp]
+pub fn xdp_odd(context: XdpContext) -> u32 {
+    // SAFETY: the context is the kernel's own.
+    let verdict = any(&unsafe { XdpFrame::view(context.as_ptr()) });
+    next_xdp(&context, verdict)
+}
+
+/// The translation of what is neither plain nor quiet.
 #[xdp]
 pub fn xdp_translate(context: XdpContext) -> u32 {
     // SAFETY: the context is the kernel's own.
     Outcome::resume(&unsafe { XdpFrame::view(context.as_ptr()) }) as u32
+}
+
+#[inline(always)]
+fn next_xdp(context: &XdpContext, verdict: i32) -> u32 {
+    // SAFETY: the map is a program array, whose programs have the same kind of context.
+    match verdict {
+        Outcome::NEXT_ODD => unsafe { XDP_NEXT.tail_call(context, next::ODD) },
+        Outcome::NEXT_TRANSLATE => unsafe { XDP_NEXT.tail_call(context, next::TRANSLATE) },
+        _ => return verdict as u32,
+    };
+    // There is no such program as long as no real server needs it.
+    account::leave::<XdpFrame>(Reason::NotOurs) as u32
 }
 
 /// The way in for what XDP cannot finish, and for devices where XDP does not pay. Attached at ingress.
@@ -79,12 +99,15 @@ pub fn xdp_translate(context: XdpContext) -> u32 {
 pub fn tc_director(context: TcContext) -> i32 {
     // SAFETY: the context is the kernel's own.
     let verdict = direct(&mut unsafe { TcBuffer::new(context.as_ptr()) });
-    if verdict == Outcome::DEFERRED {
-        // SAFETY: the map is a program array, whose program has the same kind of context.
-        unsafe { TC_TRANSLATION.tail_call(&context, 0) };
-        return TcBuffer::PASS;
-    }
-    verdict
+    next_tc(&context, verdict)
+}
+
+/// The same at tc.
+#[classifier]
+pub fn tc_odd(context: TcContext) -> i32 {
+    // SAFETY: the context is the kernel's own.
+    let verdict = any(&unsafe { TcBuffer::view(context.as_ptr()) });
+    next_tc(&context, verdict)
 }
 
 /// The same at tc.
@@ -95,11 +118,22 @@ pub fn tc_translate(context: TcContext) -> i32 {
 }
 
 #[inline(always)]
+fn next_tc(context: &TcContext, verdict: i32) -> i32 {
+    // SAFETY: as in `next_xdp`.
+    match verdict {
+        Outcome::NEXT_ODD => unsafe { TC_NEXT.tail_call(context, next::ODD) },
+        Outcome::NEXT_TRANSLATE => unsafe { TC_NEXT.tail_call(context, next::TRANSLATE) },
+        _ => return verdict,
+    };
+    account::leave::<TcBuffer>(Reason::NotOurs)
+}
+
+#[inline(always)]
 fn direct<P: Packet>(packet: &mut P) -> i32 {
     let outcome = match ethernet::parse_plain(packet) {
         Ok(ethernet::IPV4) => plain::<P, V4>(packet),
         Ok(ethernet::IPV6) => plain::<P, V6>(packet),
-        Ok(ethernet::VLAN | ethernet::SERVICE_VLAN) => tagged(packet),
+        Ok(ethernet::VLAN | ethernet::SERVICE_VLAN) => Ok(Outcome::ODD),
         Ok(_) => Err(Reason::NotIp),
         Err(why) => Err(why),
     };
@@ -111,35 +145,35 @@ fn direct<P: Packet>(packet: &mut P) -> i32 {
 #[inline(always)]
 fn plain<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
     let link = Link::plain(F::ETHERTYPE);
-    let Some(plain) = F::plain(packet, link.payload) else { return Ok(Outcome::odd::<F>()) };
+    let Some(plain) = F::plain(packet, link.payload) else { return Ok(Outcome::ODD) };
     let Plain { header, protocol, segment } = &plain;
     if !classify::may_be_ours(&header.destination) {
         return if classify::may_be_reply(&header.source) { reply::plain::<P, F>(packet, &plain) } else { Err(Reason::NotOurs) };
     }
-    let server = track::connection::<F>(header, *protocol, *segment);
-    Ok(deliver::<P, F>(packet, &link, header, Some(&plain), true, server))
+    let leg = track::connection::<F>(header, *protocol, *segment);
+    Ok(deliver::<P, F>(packet, &link, header, Some(&plain), true, leg))
 }
 
-/// A frame with VLAN tags is odd, if there is an IP packet behind them.
 #[inline(always)]
-fn tagged<P: Packet>(packet: &P) -> Result<Outcome, Reason> {
-    match ethernet::parse(packet)?.ethertype {
-        ethernet::IPV4 => Ok(Outcome::odd::<V4>()),
-        ethernet::IPV6 => Ok(Outcome::odd::<V6>()),
-        _ => Err(Reason::NotIp),
-    }
+fn any<P: Packet>(packet: &P) -> i32 {
+    let outcome = match ethernet::parse(packet) {
+        Ok(Link { ethertype: ethernet::IPV4, .. }) => odd::<P, V4>(packet.context()),
+        Ok(Link { ethertype: ethernet::IPV6, .. }) => odd::<P, V6>(packet.context()),
+        Ok(_) => Outcome::left::<P>(Reason::NotIp),
+        Err(why) => Outcome::left::<P>(why),
+    };
+    outcome.settle(packet)
 }
 
-/// The way of an odd packet: one of any shape.
 #[inline(never)]
 fn odd<P: Packet, F: Family>(context: *mut c_void) -> Outcome {
     // SAFETY: the context is the kernel's own.
     let packet = &mut unsafe { P::view(context) };
-    any::<P, F>(packet).unwrap_or_else(Outcome::left::<P>)
+    odd_of::<P, F>(packet).unwrap_or_else(Outcome::left::<P>)
 }
 
 #[inline(always)]
-fn any<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
+fn odd_of<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
     let link = ethernet::parse(packet)?;
     let header = F::parse(packet, link.payload)?;
     if !classify::may_be_ours(&header.destination) {
@@ -150,8 +184,8 @@ fn any<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
     let Payload { offset, protocol, fragment, .. } = F::transport(packet, &header)?;
     // Never an error about an error, nor about a later fragment (RFC 1122, 3.2.2).
     let answerable = protocol != F::ICMP && fragment != Fragment::Later;
-    let server = track::anything::<P, F>(packet, &header, offset, protocol, fragment);
-    Ok(deliver::<P, F>(packet, &link, &header, None, answerable, server))
+    let leg = track::anything::<P, F>(packet, &header, offset, protocol, fragment);
+    Ok(deliver::<P, F>(packet, &link, &header, None, answerable, leg))
 }
 
 /// The second half of either way: the packet's real server is known, or why there is none.
@@ -162,10 +196,10 @@ fn deliver<P: Packet, F: Family>(
     header: &IpHeader<F::Address>,
     plain: Option<&Plain<F::Address>>,
     answerable: bool,
-    server: Result<u32, Reason>,
+    leg: Result<Leg, Reason>,
 ) -> Outcome {
     let mut mtu = 0;
-    match to_server::<P, F>(packet, link, header, plain, server, &mut mtu) {
+    match to_server::<P, F>(packet, link, header, plain, leg, &mut mtu) {
         Ok(outcome) => outcome,
         // An address that looks like a virtual one to the filter may be that of a client.
         Err(Reason::NoService) if classify::may_be_reply(&header.source) => Outcome::reply::<F>(),
@@ -180,19 +214,19 @@ fn to_server<P: Packet, F: Family>(
     link: &Link,
     header: &IpHeader<F::Address>,
     plain: Option<&Plain<F::Address>>,
-    server: Result<u32, Reason>,
+    leg: Result<Leg, Reason>,
     mtu: &mut u16,
 ) -> Result<Outcome, Reason> {
-    let index = server?;
-    let server = match forward::reachable(packet, index) {
+    let leg = leg?;
+    let server = match forward::reachable(packet, leg) {
         // IPVS counts a packet that it only cannot send.
         Err(why @ (Reason::LocalServer | Reason::NoRoute)) => {
-            account::packet(index, header.length);
+            account::packet(leg.server(), header.length);
             return Err(why);
         }
         server => server?,
     };
-    account::packet(index, header.length);
+    account::packet(leg.server(), header.length);
     forward::forward::<P, F>(packet, link, header, plain, &server, mtu)
 }
 

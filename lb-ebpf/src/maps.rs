@@ -17,6 +17,7 @@ use lb_common::{
     family::{Ipv4, Ipv6},
     filter,
     hop::Device,
+    local::{LocalAddress, Pool, PoolKey},
     locality::{Destination, DestinationKey},
     packet::{Ipv4Header, Ipv6Header, Network, V4, V6, transport::Ports},
     reason::Reason,
@@ -28,7 +29,7 @@ use lb_common::{
 };
 use lb_ebpf::packet::Packet;
 
-use crate::locality::Case;
+use crate::{local::Claim, locality::Case};
 
 /// `BPF_F_MMAPABLE`: userspace reads and writes the array without system calls.
 const MMAPABLE: u32 = 1 << 10;
@@ -37,6 +38,7 @@ const SERVER_COUNT: u32 = 1 << 17;
 const CONNECTION_COUNT: u32 = 1 << 20;
 const FRAGMENT_COUNT: u32 = 1 << 14;
 const DEVICE_COUNT: u32 = 1 << 12;
+const LOCAL_COUNT: u32 = 1 << 16;
 const DESTINATION_COUNT: u32 = 1 << 15;
 
 /// Kernel clock ticks in a second; userspace writes it before it loads the programs.
@@ -147,6 +149,24 @@ static REPLIES_V4: HashMap<ConnectionKey<Ipv4>, Reply<Ipv4>> = HashMap::with_max
 #[map]
 static REPLIES_V6: HashMap<ConnectionKey<Ipv6>, Reply<Ipv6>> = HashMap::with_max_entries(CONNECTION_COUNT, BPF_F_NO_PREALLOC);
 
+/// Local addresses, by index. Userspace writes each once, packets of FULLNAT connections read.
+#[map]
+pub static LOCALS: Array<LocalAddress> = Array::with_max_entries(LOCAL_COUNT, 0);
+
+/// The pools of local addresses. Userspace writes, new FULLNAT connections read.
+#[map]
+pub static POOLS: HashMap<PoolKey, Pool> = HashMap::with_max_entries(SERVICE_COUNT, BPF_F_NO_PREALLOC);
+
+/// When this CPU last searched long for a local port, in jiffies.
+#[map]
+pub static SEARCHES: PerCpuArray<u32> = PerCpuArray::with_max_entries(1, 0);
+
+/// What this CPU tries to claim.
+#[map]
+static CLAIMS_V4: PerCpuArray<Claim<Ipv4>> = PerCpuArray::with_max_entries(1, 0);
+#[map]
+static CLAIMS_V6: PerCpuArray<Claim<Ipv6>> = PerCpuArray::with_max_entries(1, 0);
+
 /// The network devices, by index. Userspace writes, whoever looks for a way back to a client reads.
 #[map]
 pub static DEVICES: HashMap<u32, Device> = HashMap::with_max_entries(DEVICE_COUNT, BPF_F_NO_PREALLOC);
@@ -180,17 +200,26 @@ pub static ANSWERS: PerCpuArray<[u32; 2]> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 pub static DEFERRED: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 
-/// The programs for translation, one for each hook. Userspace writes.
+/// The programs that others call last, for each hook. Userspace writes.
 #[map]
-pub static XDP_TRANSLATION: ProgramArray = ProgramArray::with_max_entries(1, 0);
+pub static XDP_NEXT: ProgramArray = ProgramArray::with_max_entries(2, 0);
 #[map]
-pub static TC_TRANSLATION: ProgramArray = ProgramArray::with_max_entries(1, 0);
+pub static TC_NEXT: ProgramArray = ProgramArray::with_max_entries(2, 0);
+
+/// Their places.
+pub mod next {
+    /// What looks at odd packets.
+    pub const ODD: u32 = 0;
+    /// What translates. Loaded for the first real server that needs it.
+    pub const TRANSLATE: u32 = 1;
+}
 
 /// A family's own maps.
 pub trait Family: Network {
     fn services() -> &'static HashMap<ServiceKey<Self::Address>, Service>;
     fn connections() -> &'static HashMap<ConnectionKey<Self::Address>, Connection>;
     fn replies() -> &'static HashMap<ConnectionKey<Self::Address>, Reply<Self::Address>>;
+    fn claims() -> &'static PerCpuArray<Claim<Self::Address>>;
     fn fragments() -> &'static LruHashMap<FragmentKey<Self::Address>, Ports>;
     /// The key of nothing, to be filled in.
     fn no_key() -> ConnectionKey<Self::Address>;
@@ -221,6 +250,11 @@ impl Family for V4 {
     #[inline(always)]
     fn replies() -> &'static HashMap<ConnectionKey<Ipv4>, Reply<Ipv4>> {
         &REPLIES_V4
+    }
+
+    #[inline(always)]
+    fn claims() -> &'static PerCpuArray<Claim<Ipv4>> {
+        &CLAIMS_V4
     }
 
     #[inline(always)]
@@ -287,6 +321,11 @@ impl Family for V6 {
     #[inline(always)]
     fn replies() -> &'static HashMap<ConnectionKey<Ipv6>, Reply<Ipv6>> {
         &REPLIES_V6
+    }
+
+    #[inline(always)]
+    fn claims() -> &'static PerCpuArray<Claim<Ipv6>> {
+        &CLAIMS_V6
     }
 
     #[inline(always)]

@@ -1,8 +1,9 @@
 //! Address translation: an address and a port in a packet give way to others, and the checksums with them.
 //!
 //! ```text
-//! request   client:40000 -> VIP:80         End::Destination, to RIP:8080
-//! reply     RIP:8080 -> client:40000       End::Source, to VIP:80
+//! request   client:40000 -> VIP:80         NAT: End::Destination, to RIP:8080
+//! reply     RIP:8080 -> client:40000       NAT: End::Source, to VIP:80
+//! request   client:40000 -> VIP:80         FULLNAT: both ends, to local:7311 -> RIP:8080
 //! ```
 //!
 //! Checksums change by what the words have gained (RFC 1624), so that one that was wrong stays wrong. SCTP's is corrected
@@ -13,9 +14,9 @@ use lb_common::{
     checksum,
     crc32c::{self, Correction},
     family::Address,
+    local::Local,
     packet::{
-        Fragment, IpHeader, Ipv4Header, Network, Payload, Plain, V4,
-        ethernet::{self, Link},
+        Fragment, IpHeader, Ipv4Header, Network, Payload, Plain, V4, ethernet,
         icmp::IcmpHeader,
         protocol,
         transport::{Ports, SctpHeader, TcpHeader, UdpHeader},
@@ -26,7 +27,7 @@ use lb_common::{
 };
 use lb_ebpf::packet::{Checksum, Packet, REACH, Room, fixed, merged};
 
-use crate::maps::Family;
+use crate::{local, maps::Family};
 
 /// Which end of a packet is translated.
 #[derive(Clone, Copy, Eq, PartialEq)]
@@ -37,13 +38,6 @@ pub enum End {
 }
 
 impl End {
-    const fn other(self) -> Self {
-        match self {
-            Self::Source => Self::Destination,
-            Self::Destination => Self::Source,
-        }
-    }
-
     #[inline(always)]
     const fn of<A: Copy>(self, header: &IpHeader<A>) -> A {
         match self {
@@ -61,7 +55,8 @@ impl End {
     }
 }
 
-/// Translates one end of a plain packet, and takes one off its time to live. Everything is where it always is, and what was read of it is at hand.
+/// Translates one end of a plain packet, and takes one off its time to live. Everything is where it always is, and what was read
+/// of it is at hand.
 #[inline(always)]
 pub fn translate_plain<P: Packet, F: Family>(
     packet: &mut P,
@@ -70,14 +65,44 @@ pub fn translate_plain<P: Packet, F: Family>(
     new: &F::Address,
     new_port: u16,
 ) -> Result<(), Reason> {
-    let Plain { header, protocol, segment } = plain;
+    let Plain { header, segment, .. } = plain;
     let ip = ethernet::HEADER;
-    let transport = ip + F::HEADER;
     let (addresses, old_port) = (end.of(header).difference(new), end.port(segment.ports));
     F::age_and_gain(packet, ip, addresses)?;
     packet.write(ip + F::ADDRESSES + end as usize * size_of::<F::Address>(), *new)?;
-    packet.write(transport + 2 * end as usize, new_port)?;
-    let ports = u64::from(!old_port) + u64::from(new_port);
+    packet.write(ip + F::HEADER + 2 * end as usize, new_port)?;
+    correct_plain::<P, F>(packet, plain, addresses, u64::from(!old_port) + u64::from(new_port))
+}
+
+/// Translates both ends of a plain packet, and takes one off its time to live.
+#[inline(always)]
+pub fn translate_plain_both<P: Packet, F: Family>(
+    packet: &mut P,
+    plain: &Plain<F::Address>,
+    source: &F::Address,
+    destination: &F::Address,
+    ports: Ports,
+) -> Result<(), Reason> {
+    let Plain { header, segment, .. } = plain;
+    let ip = ethernet::HEADER;
+    let addresses = header.source.difference(source) + header.destination.difference(destination);
+    F::age_and_gain(packet, ip, addresses)?;
+    packet.write(ip + F::ADDRESSES, *source)?;
+    packet.write(ip + F::ADDRESSES + size_of::<F::Address>(), *destination)?;
+    packet.write(ip + F::HEADER, ports)?;
+    correct_plain::<P, F>(packet, plain, addresses, segment.ports.difference(ports))
+}
+
+/// Corrects the checksum of a plain packet, which was as `plain` says.
+#[inline(always)]
+fn correct_plain<P: Packet, F: Family>(
+    packet: &mut P,
+    plain: &Plain<F::Address>,
+    addresses: u64,
+    ports: u64,
+) -> Result<(), Reason> {
+    let Plain { header, protocol, .. } = plain;
+    let transport = ethernet::HEADER + F::HEADER;
     let length = (header.length - F::HEADER) as u16;
     let pseudo_header =
         header.source.sum() + header.destination.sum() + u64::from(length.to_be()) + u64::from(u16::from(*protocol).to_be());
@@ -89,38 +114,62 @@ pub fn translate_plain<P: Packet, F: Family>(
     }
 }
 
-/// Translates one end of a TCP, UDP or SCTP packet of any shape; a later fragment has no port.
+/// What a packet gets for its addresses and ports; a port of 0 stands for the one that it has. Addresses by reference: copies
+/// would not fit on the stack.
+pub struct Ends<'a, A> {
+    pub source: &'a A,
+    pub destination: &'a A,
+    pub ports: Ports,
+}
+
+/// Translates both ends of a packet of any shape, or its destination alone if it `keeps_sender`. In a function of its own, for
+/// the sake of the stack: the packet is parsed again.
+#[inline(never)]
+pub fn translate<P: Packet, F: Family>(context: *mut c_void, new: &Ends<'_, F::Address>, keeps_sender: bool) -> Result<(), Reason> {
+    // SAFETY: the context is the kernel's own.
+    let packet = &mut unsafe { P::view(context) };
+    let link = ethernet::parse(packet)?;
+    let header = F::parse(packet, link.payload)?;
+    let payload = merged(packet, &F::transport(packet, &header)?);
+    if payload.protocol == F::ICMP {
+        return translate_error::<P, F>(context, header.offset as u32, payload.offset as u32, new, keeps_sender);
+    }
+    let source = if keeps_sender { header.source } else { *new.source };
+    translate_both::<P, F>(packet, &header, &payload, &source, new.destination, new.ports)
+}
+
+/// Translates both ends of a TCP, UDP or SCTP packet; a later fragment has no ports.
 #[inline(always)]
-pub fn translate<P: Packet, F: Family>(
+pub fn translate_both<P: Packet, F: Family>(
     packet: &mut P,
     header: &IpHeader<F::Address>,
     payload: &Payload,
-    end: End,
-    new: &F::Address,
-    new_port: u16,
+    source: &F::Address,
+    destination: &F::Address,
+    ports: Ports,
 ) -> Result<(), Reason> {
-    let addresses = end.of(header).difference(new);
-    write_address::<P, F>(packet, header.offset, end, new, addresses)?;
+    let addresses = header.source.difference(source) + header.destination.difference(destination);
+    packet.write(fixed(header.offset + F::ADDRESSES), *source)?;
+    write_address::<P, F>(packet, header.offset, End::Destination, destination, addresses)?;
     if payload.fragment == Fragment::Later {
         return Ok(());
     }
     let at = payload.offset;
     let old: Ports = packet.read(fixed(at)).ok_or(Reason::Malformed)?;
-    let old_port = end.port(old);
-    packet.write(fixed(at + 2 * end as usize), new_port)?;
-    let ports = u64::from(!old_port) + u64::from(new_port);
+    let new = ports.or(old);
+    packet.write(fixed(at), new)?;
+    let ports = old.difference(new);
     match payload.protocol {
         protocol::TCP => packet.correct(at + TcpHeader::CHECKSUM, addresses, ports, Checksum::Tcp, None),
         protocol::UDP => packet.correct(at + UdpHeader::CHECKSUM, addresses, ports, Checksum::Udp, None),
-        protocol::SCTP if old_port != new_port => {
+        protocol::SCTP if old != new => {
             if payload.fragment != Fragment::Whole {
                 return Err(Reason::SctpFragment);
             }
             let length = (header.offset + header.length).wrapping_sub(at);
-            let difference = u32::from(old_port ^ new_port) << (16 * end as u32);
             let checksum = fixed(at + SctpHeader::CHECKSUM);
-            let old: u32 = packet.read(checksum).ok_or(Reason::Malformed)?;
-            packet.write(checksum, corrected(old, difference, (length as u32).wrapping_sub(4)))
+            let value: u32 = packet.read(checksum).ok_or(Reason::Malformed)?;
+            packet.write(checksum, corrected(value, old.changed(new), (length as u32).wrapping_sub(4)))
         }
         _ => Ok(()),
     }
@@ -141,40 +190,38 @@ unsafe extern "C" fn step(number: u32, correction: *mut Correction) -> i64 {
     0
 }
 
-/// Translates one end of an ICMP error, whose headers begin at `header` and `icmp`, and the other end of the packet that it
-/// quotes. Which end follows from the port: bit 16 stands for an error to a real server, and then a port of 0 for the quoted one.
+/// Translates an ICMP error, whose headers begin at `header` and `icmp`, and the packet that it quotes, which went the other
+/// way. If it `keeps_sender`, who reports stays as it is, and so does whom the quoted packet went to.
 #[inline(never)]
-pub fn translate_error<P: Packet, F: Family>(
+fn translate_error<P: Packet, F: Family>(
     context: *mut c_void,
     header: u32,
     icmp: u32,
-    new: &F::Address,
-    new_port: u32,
+    new: &Ends<'_, F::Address>,
+    keeps_sender: bool,
 ) -> Result<(), Reason> {
     // SAFETY: the context is the kernel's own.
     let packet = &mut unsafe { P::view(context) };
     // The parsers' offsets, in a form that the verifier can bound.
     let (header, icmp) = (header as usize & 0x1f, icmp as usize & REACH);
-    let end = if new_port & TO_SERVER != 0 { End::Destination } else { End::Source };
     let at = icmp + size_of::<IcmpHeader>();
     let (.., payload) = F::quoted(packet, at).ok_or(Reason::Malformed)?;
     let ports = fixed(merged(packet, &payload).offset);
     let old: Ports = packet.read(ports).ok_or(Reason::Malformed)?;
-    let old = end.other().port(old);
-    let new_port = if new_port as u16 == 0 { old } else { new_port as u16 };
-    packet.write(fixed(ports + 2 * end.other() as usize), new_port)?;
-    let outer = replace_address::<P, F>(packet, header, end, new)?;
-    let inner = replace_address::<P, F>(packet, at, end.other(), new)?;
-    let ports = u64::from(!old) + u64::from(new_port);
+    let new_ports = new.ports.reversed().or(old);
+    packet.write(ports, new_ports)?;
+    let mut addresses = replace_address::<P, F>(packet, header, End::Destination, new.destination)?;
+    addresses += replace_address::<P, F>(packet, at, End::Source, new.destination)?;
+    if !keeps_sender {
+        addresses += replace_address::<P, F>(packet, header, End::Source, new.source)?;
+        addresses += replace_address::<P, F>(packet, at, End::Destination, new.source)?;
+    }
     // Over the quoted IPv4 header it changes nothing: that one's own checksum makes up for the address.
-    let gained = if F::HEADER == V4::HEADER { ports } else { ports + outer + inner };
+    let gained = old.difference(new_ports) + if F::HEADER == V4::HEADER { 0 } else { addresses };
     let at = fixed(icmp + IcmpHeader::CHECKSUM);
     let old: u16 = packet.read(at).ok_or(Reason::Malformed)?;
     packet.write(at, checksum::gain(old, gained))
 }
-
-/// Bit of a port: the packet goes to a real server.
-const TO_SERVER: u32 = 1 << 16;
 
 /// Replaces an address in an IP header, and says what the words have gained.
 #[inline(always)]
@@ -205,41 +252,32 @@ fn write_address<P: Packet, F: Family>(
 
 /// Translates a plain packet from a client, and takes one off its time to live.
 #[inline(always)]
-pub fn plain_request<P: Packet, F: Family>(packet: &mut P, plain: &Plain<F::Address>, server: &Server) -> Result<(), Reason> {
+pub fn plain_request<P: Packet, F: Family>(
+    packet: &mut P,
+    plain: &Plain<F::Address>,
+    server: &Server,
+    local: Local,
+) -> Result<(), Reason> {
     let port = reply::server_port(server, plain.segment.ports.destination());
-    translate_plain::<P, F>(packet, plain, End::Destination, &F::Address::from_words(&server.address), port)
+    let address = F::Address::from_words(&server.address);
+    if local.is_some() {
+        let source = local::address::<F>(local).ok_or(Reason::Failed)?;
+        return translate_plain_both::<P, F>(packet, plain, &source, &address, Ports::new(local.port(), port));
+    }
+    translate_plain::<P, F>(packet, plain, End::Destination, &address, port)
 }
 
 /// Translates a packet of any shape from a client, and addresses the frame to the real server's next hop. Its time to live is
 /// down by one already.
 #[inline(always)]
-pub fn request<P: Packet, F: Family>(packet: &mut P, server: &Server) -> Result<(), Reason> {
+pub fn request<P: Packet, F: Family>(packet: &mut P, server: &Server, local: Local) -> Result<(), Reason> {
+    let destination = F::Address::from_words(&server.address);
+    let source = if local.is_some() { local::address::<F>(local).ok_or(Reason::Failed)? } else { destination };
+    let ends = Ends { source: &source, destination: &destination, ports: Ports::new(local.port(), server.port) };
+    translate::<P, F>(packet.context(), &ends, !local.is_some())?;
+    // The kernel may have moved the packet.
+    // SAFETY: the context is the kernel's own.
+    *packet = unsafe { P::view(packet.context()) };
     let link = ethernet::parse(packet)?;
-    let header = F::parse(packet, link.payload)?;
-    let payload = merged(packet, &F::transport(packet, &header)?);
-    if payload.protocol != F::ICMP {
-        return to_server::<P, F>(packet, &link, &header, &payload, server);
-    }
-    let address = F::Address::from_words(&server.address);
-    let port = TO_SERVER | u32::from(server.port);
-    translate_error::<P, F>(packet.context(), header.offset as u32, payload.offset as u32, &address, port)?;
     packet.address(&link, &server.hop, Room::NONE).map(drop)
-}
-
-#[inline(always)]
-fn to_server<P: Packet, F: Family>(
-    packet: &mut P,
-    link: &Link,
-    header: &IpHeader<F::Address>,
-    payload: &Payload,
-    server: &Server,
-) -> Result<(), Reason> {
-    let virtual_port = match payload.fragment {
-        // It has none.
-        Fragment::Later => 0,
-        Fragment::Whole | Fragment::First => packet.read::<Ports>(payload.offset).ok_or(Reason::Malformed)?.destination(),
-    };
-    let address = F::Address::from_words(&server.address);
-    translate::<P, F>(packet, header, payload, End::Destination, &address, reply::server_port(server, virtual_port))?;
-    packet.address(link, &server.hop, Room::NONE).map(drop)
 }

@@ -6,15 +6,16 @@
 //!
 //! ```text
 //! verdict   0..31 the verdict
-//! odd       nothing
 //! reply     nothing, or, with bit 57, 0..31 the verdict
 //! wrap      0..31 the real server's index, 32..36 length of the Ethernet header, 37..48 outer VLAN
-//! translate 0..31 the real server's index
+//! translate 0..23 the real server's index, 24..55 the local address and port
 //! answer    0..15 MTU, 16..31 length of the IP packet, 32..36 length of the Ethernet header, 40..47 the reason
-//! bit 60: IPv6    bits 57..59, 61..63: which of them
+//! bit 60: IPv6    bits 57..59, 61..63: which of them (61: the packet is odd, which is all)
 //! ```
 
 use lb_common::{
+    connection::Leg,
+    local::Local,
     packet::{Network, V4, V6, ethernet::Link},
     reason::{Fate, Reason},
 };
@@ -23,7 +24,7 @@ use lb_ebpf::packet::Packet;
 use crate::{
     account, answer, forward,
     maps::{DEFERRED, Family},
-    odd, reply,
+    reply,
 };
 
 /// What is left to do with a packet.
@@ -34,7 +35,8 @@ impl Outcome {
     const ATTENDED: u64 = 1 << 57;
     const REPLY: u64 = 1 << 58;
     const TRANSLATE: u64 = 1 << 59;
-    const ODD: u64 = 1 << 61;
+    /// Nothing is decided: the packet needs a closer look.
+    pub const ODD: Self = Self(1 << 61);
     const WRAP: u64 = 1 << 62;
     const ANSWER: u64 = 1 << 63;
     const IS_V6: u64 = 1 << 60;
@@ -51,12 +53,6 @@ impl Outcome {
         Self::verdict(account::leave::<P>(why))
     }
 
-    /// Nothing is decided: the packet needs a closer look.
-    #[inline(always)]
-    pub const fn odd<F: Family>() -> Self {
-        Self(Self::ODD | Self::family::<F>())
-    }
-
     /// The packet is for no virtual address, but may be a reply.
     #[inline(always)]
     pub const fn reply<F: Family>() -> Self {
@@ -71,8 +67,15 @@ impl Outcome {
 
     /// The packet is to be translated for a real server.
     #[inline(always)]
-    pub const fn translate<F: Family>(server: u32) -> Self {
-        Self(Self::TRANSLATE | Self::family::<F>() | server as u64)
+    pub const fn translate<F: Family>(leg: Leg) -> Self {
+        let word = leg.server() as u64 & 0xff_ffff | (leg.local().0 as u64) << 24;
+        Self(Self::TRANSLATE | Self::family::<F>() | word)
+    }
+
+    /// Where a packet goes that is to be translated.
+    #[inline(always)]
+    const fn leg(self) -> Leg {
+        Leg::new(self.0 as u32 & 0xff_ffff, Local((self.0 >> 24) as u32))
     }
 
     /// The packet is to be put into a tunnel that has a header of its own.
@@ -99,9 +102,9 @@ impl Outcome {
 
     /// Does what is left. The result is a verdict of the hook.
     #[inline(always)]
-    pub fn settle<P: Packet>(mut self, packet: &P) -> i32 {
-        if self.0 & Self::ODD != 0 {
-            self = if self.0 & Self::IS_V6 != 0 { odd::<P, V6>(packet.context()) } else { odd::<P, V4>(packet.context()) };
+    pub fn settle<P: Packet>(self, packet: &P) -> i32 {
+        if self.0 & Self::ODD.0 != 0 {
+            return Self::NEXT_ODD;
         }
         if self.0 & (Self::REPLY | Self::TRANSLATE) != 0 {
             return self.defer();
@@ -112,8 +115,10 @@ impl Outcome {
         if self.0 & Self::IS_V6 != 0 { self.finish::<P, V6>(packet) } else { self.finish::<P, V4>(packet) }
     }
 
-    /// In the place of a verdict: another program goes on.
-    pub const DEFERRED: i32 = i32::MIN;
+    /// In the place of a verdict: the program for odd packets goes on.
+    pub const NEXT_ODD: i32 = i32::MIN;
+    /// In the place of a verdict: the program for translation goes on.
+    pub const NEXT_TRANSLATE: i32 = i32::MIN + 1;
 
     /// Leaves what is left to the program for translation.
     #[inline(always)]
@@ -122,7 +127,7 @@ impl Outcome {
             // SAFETY: this CPU's own element.
             unsafe { *word = self.0 };
         }
-        Self::DEFERRED
+        Self::NEXT_TRANSLATE
     }
 
     /// Does what was left to the program for translation.
@@ -132,9 +137,9 @@ impl Outcome {
         // SAFETY: this CPU's own element.
         let mut outcome = Self(unsafe { *word });
         if outcome.0 & Self::TRANSLATE != 0 {
-            let (context, server) = (packet.context(), outcome.0 as u32);
+            let (context, leg) = (packet.context(), outcome.leg());
             let is_v6 = outcome.0 & Self::IS_V6 != 0;
-            return if is_v6 { forward::translate::<P, V6>(context, server) } else { forward::translate::<P, V4>(context, server) };
+            return if is_v6 { forward::translate::<P, V6>(context, leg) } else { forward::translate::<P, V4>(context, leg) };
         }
         outcome = if outcome.0 & Self::IS_V6 != 0 { Self::reply_of::<P, V6>(packet) } else { Self::reply_of::<P, V4>(packet) };
         if outcome.0 & Self::ANSWER == 0 {

@@ -14,13 +14,13 @@ use aya_ebpf::{
     helpers::generated::bpf_fib_lookup,
 };
 use lb_common::{
-    connection::{ConnectionKey, flags as connection_flags},
+    connection::{ConnectionKey, Leg, flags as connection_flags},
     family::Address,
     hop::link_addresses,
     packet::{
-        Fragment, Payload, Plain,
+        Fragment, Plain,
         ethernet::{self, Link},
-        transport,
+        transport::{self, Ports},
     },
     reason::Reason,
     reply::{self, Reply, flags},
@@ -30,20 +30,23 @@ use lb_common::{
 use lb_ebpf::packet::{Packet, Room, merged};
 
 use crate::{
-    account,
+    account, local,
     maps::{CONFIG, DEVICES, Family, HZ, SERVERS},
-    nat::{self, End},
+    nat::{self, End, Ends},
     outcome::Outcome,
     track,
 };
 
-/// Makes the entry for the replies of a new connection. `false`: there is no room, and so no connection; the sweep will notice
+/// Makes the entry for the replies of a new connection that has no local port. `false`: there is no room, and so no connection; the sweep will notice
 /// that it was counted.
 #[inline(never)]
 pub fn expect<F: Family>(key: &ConnectionKey<F::Address>, server: u32) -> bool {
     let Some(entry) = SERVERS.get(server) else { return false };
     // An older entry is of a connection to another virtual address, whose replies cannot be told from these.
-    let expected = F::replies().insert(&reply::key(key, entry), &Reply::new(key, server), 0).is_ok();
+    let expected = {
+        let reply_key = reply::key(key, entry, key.client, key.ports.source());
+        F::replies().insert(&reply_key, &Reply::new(key, server, 0), 0).is_ok()
+    };
     if !expected {
         let _ = F::connections().remove(key);
     }
@@ -52,12 +55,18 @@ pub fn expect<F: Family>(key: &ConnectionKey<F::Address>, server: u32) -> bool {
 
 /// Deletes the entry for the replies of a connection that is deleted.
 #[inline(never)]
-pub fn forget<F: Family>(key: &ConnectionKey<F::Address>, server: u32) {
-    let Some(entry) = SERVERS.get(server) else { return };
-    let reply_key = reply::key(key, entry);
+pub fn forget<F: Family>(key: &ConnectionKey<F::Address>, leg: Leg) {
+    let Some(entry) = SERVERS.get(leg.server()) else { return };
+    let mut reply_key = reply::key(key, entry, key.client, key.ports.source());
+    let local = leg.local();
+    if local.is_some() {
+        let Some(address) = local::address::<F>(local) else { return };
+        reply_key.vip = address;
+        reply_key.ports = Ports::new(reply_key.ports.source(), local.port());
+    }
     if let Some(found) = F::replies().get_ptr(&reply_key)
         // SAFETY: an element of the map.
-        && unsafe { (*found).vip == key.vip && (*found).port == key.ports.destination() }
+        && unsafe { (*found).vip == key.vip && (*found).client == key.client && (*found).ports == key.ports }
     {
         let _ = F::replies().remove(&reply_key);
     }
@@ -80,7 +89,12 @@ pub fn plain<P: Packet, F: Family>(packet: &mut P, plain: &Plain<F::Address>) ->
     if !undisturbed || !fits || !reaches {
         return Ok(Outcome::reply::<F>());
     }
-    match nat::translate_plain::<P, F>(packet, plain, End::Source, &known.vip, known.port) {
+    let translated = if known.flags & flags::LOCAL == 0 {
+        nat::translate_plain::<P, F>(packet, plain, End::Source, &known.vip, known.ports.destination())
+    } else {
+        nat::translate_plain_both::<P, F>(packet, plain, &known.vip, &known.client, known.reply_ports())
+    };
+    match translated {
         Err(Reason::TtlExpired) => return Ok(Outcome::reply::<F>()),
         translated => translated?,
     }
@@ -114,7 +128,7 @@ fn found<P: Packet, F: Family>(context: *mut c_void) -> Result<Outcome, Reason> 
     if event != NO_EVENT && !move_on::<F>(&key, known, event) {
         return Err(Reason::NotOurs);
     }
-    let verdict = if known_way && idle < HZ.load() { NO_VERDICT } else { find_way::<P, F>(context, &key, known)? };
+    let verdict = if known_way && idle < HZ.load() { NO_VERDICT } else { find_way::<P, F>(context, known)? };
     Ok(Outcome::translate_reply::<F>(verdict))
 }
 
@@ -155,11 +169,12 @@ fn translate<P: Packet, F: Family>(packet: &mut P, verdict: i32) -> Result<Outco
     if payload.fragment == Fragment::First {
         track::remember_first_fragment::<P, F>(packet.context(), header.offset as u32, key.ports);
     }
-    if payload.protocol == F::ICMP {
-        nat::translate_error::<P, F>(packet.context(), header.offset as u32, payload.offset as u32, &known.vip, known.port.into())?;
-    } else {
-        nat::translate::<P, F>(packet, &header, &payload, End::Source, &known.vip, known.port)?;
-    }
+    // Without a local address, a reply's destination is the client already, and becomes what it is.
+    let ends = Ends { source: &known.vip, destination: &known.client, ports: known.reply_ports() };
+    nat::translate::<P, F>(packet.context(), &ends, false)?;
+    // The kernel may have moved the packet.
+    // SAFETY: the context is the kernel's own.
+    *packet = unsafe { P::view(packet.context()) };
     packet.address(&link, &known.hop, Room::NONE)?;
     Ok(Outcome::verdict(if verdict == NO_VERDICT { packet.send(&known.hop) } else { verdict }))
 }
@@ -209,7 +224,7 @@ fn move_on<F: Family>(key: &ConnectionKey<F::Address>, known: *mut Reply<F::Addr
     // SAFETY: elements of the maps, as in `plain`.
     unsafe {
         let protocol = key.protocol as u8;
-        let connection = F::connections().get_ptr_mut(&(*known).connection(key)).filter(|connection| {
+        let connection = F::connections().get_ptr_mut(&(*known).connection(key.protocol)).filter(|connection| {
             let connection = &**connection;
             let idle = track::jiffies().wrapping_sub(connection.last_seen);
             (*known).belongs(connection) && idle < track::lifetime(config, protocol, connection.state)
@@ -232,11 +247,7 @@ fn move_on<F: Family>(key: &ConnectionKey<F::Address>, known: *mut Reply<F::Addr
 /// As if the director itself sent from the virtual address, so that rules about sources apply. At tc, the packet is then left to
 /// the kernel's neighbour code even if the neighbour is known: so it learns that the neighbour is needed, and confirms it.
 #[inline(never)]
-fn find_way<P: Packet, F: Family>(
-    context: *mut c_void,
-    key: &ConnectionKey<F::Address>,
-    known: *mut Reply<F::Address>,
-) -> Result<i32, Reason> {
+fn find_way<P: Packet, F: Family>(context: *mut c_void, known: *mut Reply<F::Address>) -> Result<i32, Reason> {
     // SAFETY: the context is the kernel's own; integers and unions of integers; an element of the map, as in `plain`.
     unsafe {
         let packet = P::view(context);
@@ -246,7 +257,7 @@ fn find_way<P: Packet, F: Family>(
         // Any length that fits: for its sake the kernel tells how much would.
         lookup.__bindgen_anon_1.tot_len = 1;
         lookup.__bindgen_anon_3.ipv6_src = (*known).vip.words();
-        lookup.__bindgen_anon_4.ipv6_dst = key.vip.words();
+        lookup.__bindgen_anon_4.ipv6_dst = (*known).client.words();
         let result = bpf_fib_lookup(context, &raw mut lookup, size_of::<FibLookup>() as i32, 0);
         let resolved = result == i64::from(BPF_FIB_LKUP_RET_SUCCESS);
         if !resolved && result != i64::from(BPF_FIB_LKUP_RET_NO_NEIGH) {
@@ -269,7 +280,7 @@ fn find_way<P: Packet, F: Family>(
         hop.mtu = lookup.__bindgen_anon_1.mtu_result;
         hop.link = link_addresses(lookup.dmac, lookup.smac);
         let learnt = if resolved { flags::KNOWN } else { 0 } | redirect;
-        (*known).flags = (*known).flags & flags::SETTLED | learnt;
+        (*known).flags = (*known).flags & !(flags::KNOWN | flags::REDIRECT) | learnt;
         if !P::RESOLVES {
             return Ok(NO_VERDICT);
         }

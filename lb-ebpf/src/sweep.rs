@@ -58,7 +58,7 @@ unsafe extern "C" fn visit<F: Family>(
             if F::connections().remove(&*key).is_ok() {
                 track::forget(&known);
                 if known.flags & flags::MASQUERADED != 0 {
-                    reply::forget::<F>(&*key, known.server);
+                    reply::forget::<F>(&*key, known.leg());
                 }
                 (*report).expired += 1;
             }

@@ -7,7 +7,7 @@
 use aya_ebpf::{cty::c_void, helpers::generated::bpf_jiffies64};
 use lb_common::{
     config::{Config, flags as settings},
-    connection::{Connection, ConnectionKey, FragmentKey, flags},
+    connection::{Connection, ConnectionKey, FragmentKey, Leg, flags},
     packet::{
         Fragment, IpHeader,
         icmp::IcmpHeader,
@@ -23,7 +23,7 @@ use lb_common::{
 use lb_ebpf::packet::{Packet, REACH, merged};
 
 use crate::{
-    account, atomic, bell,
+    account, atomic, bell, local,
     maps::{CONFIG, COUNTERS, Family, HZ, SERVERS},
     pick, reply,
 };
@@ -39,34 +39,47 @@ pub fn jiffies() -> u32 {
     unsafe { bpf_jiffies64() as u32 }
 }
 
-/// Finds or makes the packet's connection, and moves its state on. Returns the index of its real server.
+/// Finds or makes the packet's connection, and moves its state on. Returns where its packets go.
 #[inline(always)]
-pub fn connection<F: Family>(header: &IpHeader<F::Address>, protocol: u8, segment: Segment) -> Result<u32, Reason> {
+pub fn connection<F: Family>(header: &IpHeader<F::Address>, protocol: u8, segment: Segment) -> Result<Leg, Reason> {
     let key = ConnectionKey { client: header.source, vip: header.destination, ports: segment.ports, protocol: u32::from(protocol) };
     if let Some(known) = F::connections().get_ptr_mut(&key) {
         // SAFETY: an element of the map; it may become another connection's under our hands, but it stays memory.
-        let (server, last_seen, settled) = unsafe { ((*known).server, (*known).last_seen, (*known).flags & flags::SETTLED != 0) };
+        let (last_seen, settled) = unsafe { ((*known).last_seen, (*known).flags & flags::SETTLED != 0) };
+        let leg = leg(known);
         let idle = jiffies().wrapping_sub(last_seen);
         let undisturbed = settled && segment.is_quiet() && idle < HZ.load();
         if undisturbed {
-            return Ok(server);
+            return Ok(leg);
         }
         match attend::<F>(&key, known, idle, segment.event) {
-            HELD => return Ok(server),
+            HELD => return Ok(leg),
             GONE => {}
-            masqueraded => reply::forget::<F>(&key, masqueraded),
+            masqueraded => reply::forget::<F>(&key, Leg(masqueraded)),
         }
     }
-    let server = schedule::<F>(&key, segment.event).and_then(|server| begin::<F>(&key, segment.event, server))?;
-    if server & EXPECTS == 0 {
-        return Ok(server);
+    let server = schedule::<F>(&key, segment.event)?;
+    let local = local::of_new::<F>(&key, server)?;
+    let leg = begin::<F>(&key, segment.event, Leg::new(server, local));
+    if leg & (EXPECTS | FULL) == 0 {
+        return Ok(Leg(leg));
     }
-    if reply::expect::<F>(&key, server & !EXPECTS) { Ok(server & !EXPECTS) } else { Err(Reason::TableFull) }
+    let leg = Leg(leg & !EXPECTS);
+    if leg.0 & FULL == 0 && reply::expect::<F>(&key, leg.server()) { Ok(leg) } else { Err(Reason::TableFull) }
+}
+
+/// Where the packets of a connection go: one read of eight bytes.
+#[inline(always)]
+fn leg(connection: *const Connection) -> Leg {
+    // SAFETY: an element of the map, as in `connection`, which begins with these bytes.
+    unsafe { Leg(connection.cast::<u64>().read()) }
 }
 
 /// Bit of a real server's index that [`begin`] returns: the new connection's replies are to be expected. Not its own business,
 /// for the sake of the stack.
-const EXPECTS: u32 = 1 << 31;
+const EXPECTS: u64 = 1 << 31;
+/// Bit of the same: there is no connection, because the table is full.
+const FULL: u64 = 1 << 30;
 
 /// State and flags of a connection.
 #[derive(Clone, Copy)]
@@ -128,14 +141,14 @@ fn starts(protocol: u8, event: u8) -> bool {
 }
 
 /// Answer of [`attend`]: the connection goes on.
-const HELD: u32 = u32::MAX;
+const HELD: u64 = u64::MAX;
 /// Answer of [`attend`]: the connection is gone.
-const GONE: u32 = u32::MAX - 1;
+const GONE: u64 = u64::MAX - 1;
 
 /// Looks closely at a connection: it was idle for a second or more, is not settled yet, or its packet begins or ends
-/// something. If it was over and is gone, and masqueraded, the answer is the real server whose replies are to be forgotten.
+/// something. If it was over and is gone, and masqueraded, the answer is the [`Leg`] whose replies are to be forgotten.
 #[inline(never)]
-fn attend<F: Family>(key: &ConnectionKey<F::Address>, connection: *mut Connection, idle: u32, event: u8) -> u32 {
+fn attend<F: Family>(key: &ConnectionKey<F::Address>, connection: *mut Connection, idle: u32, event: u8) -> u64 {
     let Some(config) = CONFIG.get(0) else { return HELD };
     // SAFETY: an element of the map, as in `connection`.
     let known = unsafe { *connection };
@@ -146,7 +159,7 @@ fn attend<F: Family>(key: &ConnectionKey<F::Address>, connection: *mut Connectio
         if F::connections().remove(key).is_ok() {
             forget(&known);
             if known.flags & flags::MASQUERADED != 0 {
-                return known.server;
+                return known.leg().0;
             }
         }
         return GONE;
@@ -251,20 +264,24 @@ fn schedule<F: Family>(key: &ConnectionKey<F::Address>, event: u8) -> Result<u32
     })
 }
 
-/// Begins a connection to a real server: makes the entry. Returns the server's index.
+/// Begins a connection to a real server: makes the entry. Returns where its packets go, as a [`Leg`], or [`FULL`].
 #[inline(never)]
-fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8, server: u32) -> Result<u32, Reason> {
+fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8, to: Leg) -> u64 {
     let protocol = key.protocol as u8;
-    let masqueraded = SERVERS.get(server).is_some_and(|server| server.method == Method::Masquerade as u8);
+    let (server, local) = (to.server(), to.local());
+    let masqueraded = SERVERS.get(server).is_some_and(|server| Method::translates(server.method));
     let side = if masqueraded { flags::MASQUERADED } else { flags::NO_OUTPUT };
     let Standing { state, flags } = Standing::after(protocol, from_client(side), 0, event, side);
-    let connection = Connection { server, last_seen: jiffies(), state, flags, zero: [0; 6] };
-    match F::connections().insert(key, &connection, 1 /* BPF_NOEXIST */) {
+    let connection = Connection { server, local, last_seen: jiffies(), state, flags, zero: [0; 2] };
+    let inserted = F::connections().insert(key, &connection, 1 /* BPF_NOEXIST */);
+    if inserted.is_err() && local.is_some() {
+        reply::forget::<F>(key, to);
+    }
+    match inserted {
         Ok(()) => {}
         // Another CPU was faster: one connection, one server.
-        // SAFETY: an element of the map, as in `track`.
-        Err(EEXIST) => return F::connections().get_ptr(key).map(|known| unsafe { (*known).server }).ok_or(Reason::TableFull),
-        Err(_) => return Err(Reason::TableFull),
+        Err(EEXIST) => return F::connections().get_ptr(key).map_or(FULL, |known| leg(known).0),
+        Err(_) => return FULL,
     }
     if let Some(counter) = COUNTERS.get_ptr_mut(server) {
         // SAFETY: an element of the counter array.
@@ -272,7 +289,8 @@ fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8, server: u32) -> 
         bell::ring();
     }
     account::connection(server);
-    Ok(if masqueraded { server | EXPECTS } else { server })
+    // With a local port, the entry for the replies is there already.
+    if masqueraded && !local.is_some() { to.0 | EXPECTS } else { to.0 }
 }
 
 /// Whether a packet without a connection may begin one.
@@ -293,9 +311,14 @@ pub fn anything<P: Packet, F: Family>(
     offset: usize,
     protocol: u8,
     fragment: Fragment,
-) -> Result<u32, Reason> {
+) -> Result<Leg, Reason> {
     if protocol == F::ICMP && fragment != Fragment::Later {
-        return icmp_error::<P, F>(packet.context(), offset as u32);
+        return match icmp_error::<P, F>(packet.context(), offset as u32) {
+            NO_CONNECTION => Err(Reason::NoConnection),
+            NOT_TRANSPORT => Err(Reason::NotTransport),
+            MALFORMED => Err(Reason::Malformed),
+            leg => Ok(Leg(leg)),
+        };
     }
     let segment = if fragment == Fragment::Later {
         let ports = ports_of_first_fragment::<P, F>(packet.context(), header.offset as u32)?;
@@ -303,11 +326,11 @@ pub fn anything<P: Packet, F: Family>(
     } else {
         transport::parse(packet, offset, protocol, header.offset + header.length)?
     };
-    let server = connection::<F>(header, protocol, segment)?;
+    let leg = connection::<F>(header, protocol, segment)?;
     if fragment == Fragment::First {
         remember_first_fragment::<P, F>(packet.context(), header.offset as u32, segment.ports);
     }
-    Ok(server)
+    Ok(leg)
 }
 
 /// Remembers the ports, which the parts that follow a first fragment do not have.
@@ -340,13 +363,21 @@ fn fragment_key<P: Packet, F: Family>(packet: &P, offset: u32) -> Result<Fragmen
     Ok(FragmentKey { source: header.source, destination: header.destination, id: payload.fragment_id, protocol })
 }
 
-/// Finds the real server that an ICMP error is about: the packet that it quotes went from there to the client.
+/// Answers of [`icmp_error`] in the place of a [`Leg`]: a result of both would need memory on the stack.
+const NO_CONNECTION: u64 = u64::MAX;
+const NOT_TRANSPORT: u64 = u64::MAX - 1;
+const MALFORMED: u64 = u64::MAX - 2;
+
+/// Finds out where an ICMP error goes: the packet that it quotes went from there to the client.
 #[inline(never)]
-fn icmp_error<P: Packet, F: Family>(context: *mut c_void, offset: u32) -> Result<u32, Reason> {
+fn icmp_error<P: Packet, F: Family>(context: *mut c_void, offset: u32) -> u64 {
     // SAFETY: the context is the kernel's own.
-    let key = quoted::<P, F>(&unsafe { P::view(context) }, offset)?;
-    // SAFETY: an element of the map.
-    F::connections().get_ptr(&key).map(|known| unsafe { (*known).server }).ok_or(Reason::NoConnection)
+    match quoted::<P, F>(&unsafe { P::view(context) }, offset) {
+        Ok(key) => F::connections().get_ptr(&key).map_or(NO_CONNECTION, |known| leg(known).0),
+        Err(Reason::NotTransport) => NOT_TRANSPORT,
+        Err(Reason::NoConnection) => NO_CONNECTION,
+        Err(_) => MALFORMED,
+    }
 }
 
 /// The key of the packets that go against those that an ICMP error quotes: the error is to go with them.

@@ -27,6 +27,7 @@ use lb_common::{
     config::{Config, SweepReport},
     connection::{Connection, ConnectionKey},
     hop::KEEP_VLAN,
+    local::Local,
     packet::transport::Ports,
     server::{self, NextHop, Server, Status},
     service::Service,
@@ -189,7 +190,7 @@ async fn becomes(what: &str, holds: impl Fn() -> bool) {
 }
 
 fn target(address: &str) -> Target {
-    Target { address: address.parse().expect("an address"), port: 80, method: Method::Route }
+    Target { address: address.parse().expect("an address"), port: 80, method: Method::Route, pool: 0 }
 }
 
 /// MAC address of the next hop.
@@ -622,7 +623,14 @@ fn connections_are_listed() {
         let hz = datapath.config().hz;
         let mut ipv4: aya::maps::HashMap<_, ConnectionKey<u32>, Connection> = pinned(&lab, "CONNECTIONS_V4");
         let mut ipv6: aya::maps::HashMap<_, ConnectionKey<[u32; 4]>, Connection> = pinned(&lab, "CONNECTIONS_V6");
-        let connection = |state, flags, idle: u32| Connection { server: 4, last_seen: now - idle * hz, state, flags, zero: [0; 6] };
+        let connection = |state, flags, idle: u32| Connection {
+            server: 4,
+            local: Local::NONE,
+            last_seen: now - idle * hz,
+            state,
+            flags,
+            zero: [0; 2],
+        };
         for client in 0..10_000_u32 {
             let key = ConnectionKey {
                 client: (0x0a01_0000 + client).to_be(),

@@ -33,6 +33,7 @@ use lb_common::{
     config::Config,
     connection::{Connection, ConnectionKey, FragmentKey},
     family::{Address, Ipv4, Ipv6, ipv4, ipv6},
+    local::Local,
     locality::{Destination, DestinationKey},
     packet::transport::Ports,
     reason::Reason,
@@ -192,6 +193,26 @@ impl Pinned {
             IpAddr::V4(address) => find(&self.connections_v4()?, ipv4(address), ports),
             IpAddr::V6(address) => find(&self.connections_v6()?, ipv6(address), ports),
         })
+    }
+
+    /// The local address and port of a client's connection to this port of any address, in whatever protocol it is.
+    pub fn local_of(&self, client: SocketAddr, port: u16) -> Result<Option<Local>> {
+        fn find<A: Address>(connections: &[(ConnectionKey<A>, Connection)], client: A, ports: Ports) -> Option<Local> {
+            let is = |key: &ConnectionKey<A>| key.client == client && key.ports == ports;
+            connections.iter().find(|(key, _)| is(key)).map(|(_, connection)| connection.local)
+        }
+        let ports = Ports::new(client.port().to_be(), port.to_be());
+        Ok(match client.ip() {
+            IpAddr::V4(address) => find(&self.connections_v4()?, ipv4(address), ports),
+            IpAddr::V6(address) => find(&self.connections_v6()?, ipv6(address), ports),
+        })
+    }
+
+    /// How many replies are expected, of both families.
+    pub fn replies(&self) -> Result<usize> {
+        let ipv4: HashMap<MapData, ConnectionKey<Ipv4>, Reply<Ipv4>> = self.map("REPLIES_V4", Map::HashMap)?;
+        let ipv6: HashMap<MapData, ConnectionKey<Ipv6>, Reply<Ipv6>> = self.map("REPLIES_V6", Map::HashMap)?;
+        Ok(ipv4.keys().count() + ipv6.keys().count())
     }
 
     /// Lets the datapath take a TCP service's address and port for one with many addresses, as a firewall mark can be. There must

@@ -32,6 +32,27 @@ impl Ports {
         u16::from_ne_bytes([c, d])
     }
 
+    /// What a checksum over both ports has to gain when others take their place (RFC 1624): not folded.
+    #[inline(always)]
+    pub const fn difference(self, new: Self) -> u64 {
+        (!self.0) as u64 + new.0 as u64
+    }
+
+    /// The bits in which two pairs of ports differ, as they stand in memory.
+    #[inline(always)]
+    pub const fn changed(self, new: Self) -> u32 {
+        self.0 ^ new.0
+    }
+
+    #[must_use]
+    /// These ports, with `other` in the place of each that is 0.
+    #[inline(always)]
+    pub const fn or(self, other: Self) -> Self {
+        let source = if self.source() == 0 { other.source() } else { self.source() };
+        let destination = if self.destination() == 0 { other.destination() } else { self.destination() };
+        Self::new(source, destination)
+    }
+
     #[must_use]
     /// The same ports, seen from the other side.
     #[inline(always)]

@@ -4,6 +4,8 @@ mod tunnel;
 
 use aya_ebpf::cty::c_void;
 use lb_common::{
+    connection::Leg,
+    local::Local,
     packet::{IpHeader, Plain, ethernet::Link},
     reason::Reason,
     server::{Method, Server, Status, Tunnel, flags},
@@ -19,7 +21,7 @@ use crate::{
 
 /// A real server that packets can be sent to.
 pub struct Reachable {
-    index: u32,
+    leg: Leg,
     entry: &'static Server,
     /// The kernel's neighbour code must find the next hop.
     unresolved: bool,
@@ -30,7 +32,7 @@ impl Reachable {
     #[inline(always)]
     fn send<P: Packet>(&self, packet: &P) -> Result<i32, Reason> {
         if P::RESOLVES && self.unresolved {
-            let next_hop = NEXT_HOPS.get(self.index).ok_or(Reason::Unresolved)?;
+            let next_hop = NEXT_HOPS.get(self.leg.server()).ok_or(Reason::Unresolved)?;
             return Ok(packet.send_unresolved(self.entry.hop.ifindex, next_hop));
         }
         Ok(packet.send(&self.entry.hop))
@@ -39,15 +41,15 @@ impl Reachable {
 
 /// Finds the real server's entry, before anything is changed or counted.
 #[inline(always)]
-pub fn reachable<P: Packet>(packet: &P, index: u32) -> Result<Reachable, Reason> {
-    let entry = SERVERS.get(index).ok_or(Reason::ServerRemoved)?;
+pub fn reachable<P: Packet>(packet: &P, leg: Leg) -> Result<Reachable, Reason> {
+    let entry = SERVERS.get(leg.server()).ok_or(Reason::ServerRemoved)?;
     let unresolved = entry.status != Status::Ready as u8;
     if unresolved {
         may_resolve::<P>(entry.status)?;
     } else if !packet.reaches(&entry.hop, entry.flags & flags::REDIRECT != 0) {
         return Err(Reason::OtherDevice);
     }
-    Ok(Reachable { index, entry, unresolved })
+    Ok(Reachable { leg, entry, unresolved })
 }
 
 /// Whether packets can be sent to a server that is not ready, after all.
@@ -82,10 +84,10 @@ pub fn forward<P: Packet, F: Family>(
         return Err(Reason::Vlan);
     }
     if let Some(plain) = plain
-        && method == Method::Masquerade as u8
+        && Method::translates(method)
         && !too_big
     {
-        nat::plain_request::<P, F>(packet, plain, server.entry)?;
+        nat::plain_request::<P, F>(packet, plain, server.entry, server.leg.local())?;
         packet.address(link, &server.entry.hop, Room::NONE)?;
         return server.send(packet).map(Outcome::verdict);
     }
@@ -97,12 +99,12 @@ pub fn forward<P: Packet, F: Family>(
     }
     if method == Method::Route as u8 {
         packet.address(link, &server.entry.hop, Room::NONE)?;
-    } else if method == Method::Masquerade as u8 {
-        return Ok(Outcome::translate::<F>(server.index));
+    } else if Method::translates(method) {
+        return Ok(Outcome::translate::<F>(server.leg));
     } else if server.entry.tunnel == Tunnel::Ipip as u8 {
         tunnel::ipip::<P, F>(packet, link, header, server.entry)?;
     } else {
-        return Ok(Outcome::wrap::<F>(server.index, link));
+        return Ok(Outcome::wrap::<F>(server.leg.server(), link));
     }
     server.send(packet).map(Outcome::verdict)
 }
@@ -114,7 +116,7 @@ pub fn wrap<P: Packet, F: Family>(context: *mut c_void, link: u32, vlan: u32, in
     let mut packet = unsafe { P::view(context) };
     // The parser's offset, in a form that the verifier can bound.
     let link = Link { ethertype: F::ETHERTYPE, payload: link as usize & 0x1f, vlan: vlan as u16 };
-    let sent = reachable(&packet, index).and_then(|server| {
+    let sent = reachable(&packet, Leg::new(index, Local::NONE)).and_then(|server| {
         tunnel::with_header::<P, F>(&mut packet, &link, server.entry)?;
         server.send(&packet)
     });
@@ -123,11 +125,11 @@ pub fn wrap<P: Packet, F: Family>(context: *mut c_void, link: u32, vlan: u32, in
 
 /// Translates a packet of any shape, and sends it.
 #[inline(never)]
-pub fn translate<P: Packet, F: Family>(context: *mut c_void, index: u32) -> i32 {
+pub fn translate<P: Packet, F: Family>(context: *mut c_void, leg: Leg) -> i32 {
     // SAFETY: the context is the kernel's own.
     let mut packet = unsafe { P::view(context) };
-    let sent = reachable(&packet, index).and_then(|server| {
-        nat::request::<P, F>(&mut packet, server.entry)?;
+    let sent = reachable(&packet, leg).and_then(|server| {
+        nat::request::<P, F>(&mut packet, server.entry, leg.local())?;
         server.send(&packet)
     });
     sent.unwrap_or_else(account::leave::<P>)

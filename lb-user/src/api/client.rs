@@ -20,7 +20,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use tokio::{net::UnixStream, runtime::Runtime, task::JoinHandle};
 
 use super::{Attach, Detach, Failure, Stop};
-use crate::director::model::{Command, ConnectionView, Hook, Outcome, ReasonView, ServiceView, Status, Timeouts};
+use crate::director::model::{Command, ConnectionView, Hook, LocalAddresses, Outcome, ReasonView, ServiceView, Status, Timeouts};
 
 /// How long a daemon may take to end after it said that it would.
 const FAREWELL: Duration = Duration::from_secs(10);
@@ -112,6 +112,11 @@ impl Client {
     /// All connections.
     pub fn connections(&mut self) -> Result<Vec<ConnectionView>, Error> {
         self.get("/v1/connections")
+    }
+
+    /// FULLNAT's local addresses.
+    pub fn local_addresses(&mut self) -> Result<LocalAddresses, Error> {
+        self.get("/v1/local-addresses")
     }
 
     /// The timeouts.

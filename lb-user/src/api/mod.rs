@@ -23,6 +23,7 @@ pub const ROUTES: &[(&str, &str, &str)] = &[
     ("POST", "/v1/commands", "does a list of commands in order; answers with one outcome for each"),
     ("GET", "/v1/services", "the virtual services with their real servers"),
     ("GET", "/v1/connections", "the connections"),
+    ("GET", "/v1/local-addresses", "FULLNAT's local addresses, and how much of them is in use"),
     ("GET", "/v1/timeouts", "the timeouts"),
     ("GET", "/v1/status", "how the daemon is"),
     ("GET", "/v1/reasons", "why packets were not forwarded"),

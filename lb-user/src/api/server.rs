@@ -17,7 +17,7 @@ use tracing::warn;
 use super::{Attach, Detach, Failure, ROUTES, Route, Stop};
 use crate::{
     daemon::{Daemon, Instance},
-    director::model::{Command, ConnectionView, Outcome, ReasonView, ServiceView, Status, Timeouts},
+    director::model::{Command, ConnectionView, LocalAddresses, Outcome, ReasonView, ServiceView, Status, Timeouts},
 };
 
 /// The largest request: some hundred thousand commands.
@@ -36,6 +36,7 @@ pub fn router<I: Instance>(daemon: Shared<I>) -> Router {
         .route("/v1/commands", post(commands::<I>))
         .route("/v1/services", get(services::<I>))
         .route("/v1/connections", get(connections::<I>))
+        .route("/v1/local-addresses", get(local_addresses::<I>))
         .route("/v1/timeouts", get(timeouts::<I>))
         .route("/v1/status", get(status::<I>))
         .route("/v1/reasons", get(reasons::<I>))
@@ -105,6 +106,10 @@ async fn services<I: Instance>(State(daemon): State<Shared<I>>) -> Answer<Vec<Se
 
 async fn connections<I: Instance>(State(daemon): State<Shared<I>>) -> Answer<Vec<ConnectionView>> {
     Ok(Json(daemon.lock().await.connections()?))
+}
+
+async fn local_addresses<I: Instance>(State(daemon): State<Shared<I>>) -> Answer<LocalAddresses> {
+    Ok(Json(daemon.lock().await.local_addresses()?))
 }
 
 async fn timeouts<I: Instance>(State(daemon): State<Shared<I>>) -> Json<Timeouts> {

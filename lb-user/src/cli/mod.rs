@@ -17,6 +17,7 @@
 mod connections;
 mod daemon;
 pub mod ipvsadm;
+mod local_addresses;
 mod names;
 mod server;
 mod service;
@@ -86,6 +87,9 @@ enum Command {
     /// Add, edit, remove and list real servers
     #[command(subcommand)]
     Server(server::Server),
+    /// Add, delete and list local addresses of FULLNAT
+    #[command(subcommand, name = "localaddr")]
+    LocalAddresses(local_addresses::LocalAddresses),
     /// List connections
     Connections(connections::Connections),
     /// Show what was forwarded, or why packets were not
@@ -121,6 +125,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Status => status::run(&global),
         Command::Service(service) => service.run(&global),
         Command::Server(server) => server.run(&global),
+        Command::LocalAddresses(addresses) => addresses.run(&global),
         Command::Connections(connections) => connections.run(&global),
         Command::Stats(stats) => stats.run(&global),
         Command::Realserver(args) => {

@@ -79,6 +79,9 @@ enum MethodName {
     Tunnel,
     /// The packet's addresses are translated
     Masquerade,
+    /// Both addresses are: the real server sees a local address of the director (see `bpfvs localaddr`)
+    #[value(name = "fullnat")]
+    FullNat,
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
@@ -137,6 +140,7 @@ impl Settings {
             (Some(MethodName::Tunnel), None, _) => Ok(Method::Tunnel(Tunnel::Ipip)),
             (Some(MethodName::Route), None, _) => Ok(Method::Route),
             (Some(MethodName::Masquerade), None, _) => Ok(Method::Masquerade),
+            (Some(MethodName::FullNat), None, _) => Ok(Method::FullNat),
         }
     }
 }
@@ -205,6 +209,7 @@ fn method(method: Method) -> String {
     match method {
         Method::Route => "route".to_owned(),
         Method::Masquerade => "masquerade".to_owned(),
+        Method::FullNat => "fullnat".to_owned(),
         Method::Tunnel(Tunnel::Ipip) => "tunnel ipip".to_owned(),
         Method::Tunnel(Tunnel::Gue { port, checksum }) => format!("tunnel gue:{port}{}", checksum_suffix(checksum)),
         Method::Tunnel(Tunnel::Gre { checksum }) => format!("tunnel gre{}", checksum_suffix(checksum)),

@@ -1,6 +1,6 @@
 //! The daemon's datapath in this machine's kernel.
 
-use std::path::Path;
+use std::{collections::HashMap, net::IpAddr, path::Path};
 
 use anyhow::Context;
 
@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     datapath::{self, KernelDatapath, attach::Attachments},
-    director::model::{ConnectionView, Hook, InterfaceView, ReasonView},
+    director::model::{ConnectionView, Hook, InterfaceView, LocalUsage, ReasonView},
 };
 
 /// Runs a daemon until it is told to end.
@@ -83,6 +83,10 @@ impl Instance for KernelDatapath {
 
     fn connections(&self) -> anyhow::Result<Vec<ConnectionView>> {
         Self::connections(self)
+    }
+
+    fn local_usage(&self) -> anyhow::Result<HashMap<IpAddr, LocalUsage>> {
+        Self::local_usage(self)
     }
 
     fn max_connections(&self) -> u32 {

@@ -14,13 +14,16 @@ pub mod serve;
 mod tests;
 
 use std::{
+    collections::HashMap,
     future,
+    net::{IpAddr, UdpSocket},
     path::{Path, PathBuf},
     process,
     sync::Arc,
     time::Instant,
 };
 
+use lb_common::reason::Reason;
 use tokio::sync::Notify;
 use tracing::{error, info, warn};
 
@@ -29,7 +32,10 @@ use crate::{
     datapath::Datapath,
     director::{
         Director,
-        model::{Command, ConnectionView, Hook, InterfaceView, Outcome, ReasonView, ServiceView, Status, Timeouts},
+        model::{
+            Command, ConnectionView, Hook, InterfaceView, LocalAddressView, LocalAddresses, LocalUsage, Outcome, ReasonView,
+            ServiceView, Status, Timeouts,
+        },
     },
 };
 
@@ -69,6 +75,9 @@ pub trait Instance: Datapath + Send + Sized + 'static {
 
     /// All connections.
     fn connections(&self) -> anyhow::Result<Vec<ConnectionView>>;
+
+    /// How much of each local address is in use; those that are not need not be named.
+    fn local_usage(&self) -> anyhow::Result<HashMap<IpAddr, LocalUsage>>;
 
     /// How many connections each of the tables can hold.
     fn max_connections(&self) -> u32;
@@ -162,6 +171,20 @@ impl<I: Instance> Daemon<I> {
     /// All connections.
     pub fn connections(&self) -> anyhow::Result<Vec<ConnectionView>> {
         self.director.datapath().connections()
+    }
+
+    /// FULLNAT's local addresses.
+    pub fn local_addresses(&self) -> anyhow::Result<LocalAddresses> {
+        let usage = self.director.datapath().local_usage()?;
+        let view = |(address, service)| LocalAddressView {
+            address,
+            service,
+            here: is_here(address),
+            usage: usage.get(&address).copied().unwrap_or_default(),
+        };
+        let reasons = self.director.datapath().reasons()?;
+        let refused = reasons.iter().find(|reason| reason.name == Reason::LocalPorts.name()).map_or(0, |reason| reason.packets);
+        Ok(LocalAddresses { addresses: self.director.local_addresses().map(view).collect(), refused })
     }
 
     /// The timeouts.
@@ -275,6 +298,11 @@ impl<I: Instance> Daemon<I> {
         }
         self.unsaved = outcome.is_err();
     }
+}
+
+/// Whether packets to an address come to this host's own sockets: the kernel lets one have it.
+fn is_here(address: IpAddr) -> bool {
+    UdpSocket::bind((address, 0)).is_ok()
 }
 
 /// Removes a file that may not be there.

@@ -1,6 +1,6 @@
 //! The daemon behind its socket, with a datapath in memory.
 
-use std::{future, os::unix::fs::PermissionsExt, path::Path, thread, time::Duration};
+use std::{collections::HashMap, future, net::IpAddr, os::unix::fs::PermissionsExt, path::Path, thread, time::Duration};
 
 use lb_common::config::Config;
 
@@ -58,6 +58,10 @@ impl Instance for Memory {
 
     fn connections(&self) -> anyhow::Result<Vec<ConnectionView>> {
         Ok(vec![])
+    }
+
+    fn local_usage(&self) -> anyhow::Result<HashMap<IpAddr, LocalUsage>> {
+        Ok(HashMap::new())
     }
 
     fn max_connections(&self) -> u32 {

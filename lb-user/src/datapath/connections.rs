@@ -14,13 +14,14 @@ use lb_common::{
     config::{Config, SweepReport},
     connection::{Connection, ConnectionKey, flags},
     family::{Address, Ipv4, Ipv6},
-    sctp,
+    local::PORTS,
+    reply, sctp,
     server::{Server, flags as server_flags},
     tcp,
 };
 
 use super::{maps::Pins, system::for_each_entry, way::address};
-use crate::director::model::ConnectionView;
+use crate::director::model::{ConnectionView, LocalUsage};
 
 /// The connection tables.
 #[derive(Debug)]
@@ -43,6 +44,20 @@ impl Connections {
         self.capacity
     }
 
+    /// How much of the local addresses, by index, is in use. `server` tells the entry of a real server.
+    pub fn local_usage(&self, server: impl Fn(u32) -> Option<Server>) -> anyhow::Result<HashMap<u32, LocalUsage>> {
+        let mut counts = HashMap::new();
+        count_locals::<Ipv4>(&self.ipv4, &server, &mut counts)?;
+        count_locals::<Ipv6>(&self.ipv6, &server, &mut counts)?;
+        let mut usage: HashMap<u32, LocalUsage> = HashMap::new();
+        for ((address, ..), count) in counts {
+            let usage = usage.entry(address).or_default();
+            usage.used += u64::from(count);
+            usage.free = usage.free.min(PORTS.saturating_sub(count));
+        }
+        Ok(usage)
+    }
+
     /// All connections that are not over. `server` tells the entry of a real server.
     pub fn list(
         &self,
@@ -61,6 +76,28 @@ impl Connections {
         collect::<Ipv6>(&self.ipv6, config, clock, &mut server, &mut views)?;
         Ok(views)
     }
+}
+
+/// Who shares the ports of a local address: its index, and a real server's address, port and protocol.
+type Sharing = (u32, [u32; 4], u16, u32);
+
+fn count_locals<A: Address>(
+    table: &MapData,
+    server: &impl Fn(u32) -> Option<Server>,
+    counts: &mut HashMap<Sharing, u32>,
+) -> anyhow::Result<()>
+where
+    ConnectionKey<A>: Plain,
+{
+    for_each_entry(table, |key: &ConnectionKey<A>, connection: &Connection| {
+        if connection.local.is_some()
+            && let Some(server) = server(connection.server)
+        {
+            let port = reply::server_port(&server, key.ports.destination());
+            *counts.entry((connection.local.address(), server.address, port, key.protocol)).or_default() += 1;
+        }
+    })
+    .context("the connection table cannot be read")
 }
 
 fn collect<A: Address>(

@@ -44,6 +44,7 @@ use super::{
     hz, kernel_error,
     links::{self},
     locality::{Destinations, Standings},
+    locals::Locals,
     maps::{Found, Pins, inspect},
     programs::Programs,
     reasons::Reasons,
@@ -56,7 +57,7 @@ use super::{
     way::{address, words},
 };
 use crate::{
-    director::model::{ConnectionView, Hook, InterfaceView, Method, Protocol, ReasonView},
+    director::model::{ConnectionView, Hook, InterfaceView, LocalUsage, Method, Protocol, ReasonView},
     scheduler::Run,
 };
 
@@ -97,6 +98,7 @@ pub struct KernelDatapath {
     runs: Runs,
     standings: Standings,
     destinations: Destinations,
+    locals: Locals,
     counters: Words,
     /// Something once it is started.
     bell: Option<Bell>,
@@ -162,6 +164,7 @@ impl KernelDatapath {
             runs: Runs::new(words("SCHEDULES")?, words("CURSORS")?, words("RUNS")?),
             standings: Standings::new(words("STANDINGS")?),
             destinations: Destinations::open(&pins)?,
+            locals: Locals::open(&pins)?,
             counters: words("COUNTERS")?,
             bell: None,
             swept: words("SWEPT")?,
@@ -296,6 +299,13 @@ impl KernelDatapath {
             .list(&self.config, clock, |index| servers.entry(index).ok().filter(|entry| entry.status != Status::Free as u8))
     }
 
+    /// How much of each local address is in use.
+    pub fn local_usage(&self) -> anyhow::Result<HashMap<IpAddr, LocalUsage>> {
+        let servers = lock(&self.servers);
+        let usage = self.connections.local_usage(|index| servers.entry(index).ok())?;
+        Ok(usage.into_iter().filter_map(|(index, usage)| Some((self.locals.address(index)?, usage))).collect())
+    }
+
     /// All reason counters.
     pub fn reasons(&self) -> anyhow::Result<Vec<ReasonView>> {
         self.reasons.list()
@@ -410,7 +420,7 @@ impl Datapath for KernelDatapath {
     }
 
     fn set_server(&mut self, index: u32, target: &Target) -> Result<(), Error> {
-        if target.method == Method::Masquerade {
+        if matches!(target.method, Method::Masquerade | Method::FullNat) {
             lock(&self.attachments)
                 .translate()
                 .map_err(|error| kernel_error("the programs for masquerading cannot be loaded".to_owned(), format!("{error:#}")))?;
@@ -469,6 +479,14 @@ impl Datapath for KernelDatapath {
 
     fn servers(&self) -> Result<Vec<u32>, Error> {
         Ok(self.server_entries()?.into_iter().map(|(index, _)| index).collect())
+    }
+
+    fn set_pool(&mut self, pool: u32, addresses: &[IpAddr]) -> Result<(), Error> {
+        self.locals.set_pool(pool, addresses)
+    }
+
+    fn pools(&self) -> Result<Vec<u32>, Error> {
+        self.locals.pools()
     }
 
     fn clean_destinations(&mut self) {

@@ -12,6 +12,7 @@
 //! | schedules, filters | [`runs`], [`filter`] |
 //! | what replies leave by | [`devices`] |
 //! | destinations of lblc and lblcr | [`locality`] |
+//! | local addresses of FULLNAT | [`locals`] |
 //! | real servers and the ways to them | [`servers`], [`way`], [`resolve`] |
 //! | what the kernel counts | [`sweep`], [`connections`], [`reasons`] |
 //! | the kernel's clock rate | [`hz`] |
@@ -25,6 +26,7 @@ pub mod hz;
 pub mod kernel;
 pub mod links;
 pub mod locality;
+pub mod locals;
 pub mod maps;
 pub mod path_mtu;
 pub mod programs;
@@ -101,6 +103,12 @@ pub trait Datapath {
     /// The index of every real server that is not free, whoever made it known.
     fn servers(&self) -> Result<Vec<u32>, Error>;
 
+    /// Sets the local addresses of a pool: that of a service, or [`lb_common::local::SHARED`]. Connections keep what they have.
+    fn set_pool(&mut self, pool: u32, addresses: &[IpAddr]) -> Result<(), Error>;
+
+    /// Every pool that has addresses, whoever made it known.
+    fn pools(&self) -> Result<Vec<u32>, Error>;
+
     /// To be called each second: forgets, when it is time to, destinations of lblc and lblcr that nobody asks for.
     fn clean_destinations(&mut self);
 
@@ -117,6 +125,8 @@ pub struct Target {
     pub port: u16,
     /// How.
     pub method: Method,
+    /// Its service's pool of local addresses.
+    pub pool: u32,
 }
 
 /// What can go wrong between the daemon and the kernel.

@@ -19,11 +19,16 @@ use super::{
 
 const XDP: &str = "xdp_director";
 const TC: &str = "tc_director";
+const XDP_ODD: &str = "xdp_odd";
+const TC_ODD: &str = "tc_odd";
 const XDP_TRANSLATE: &str = "xdp_translate";
 const TC_TRANSLATE: &str = "tc_translate";
 const SWEEP: &str = "sweep";
-/// The arrays through which programs call those for translation.
-const TRANSLATIONS: [(&str, &str); 2] = [("XDP_TRANSLATION", XDP_TRANSLATE), ("TC_TRANSLATION", TC_TRANSLATE)];
+/// The arrays through which programs call others, and the places in them.
+const XDP_NEXT: &str = "XDP_NEXT";
+const TC_NEXT: &str = "TC_NEXT";
+const NEXT_ODD: u32 = 0;
+const NEXT_TRANSLATE: u32 = 1;
 /// The maps with the programs' global variables, the filters.
 const DESTINATIONS: &str = ".bss";
 const SOURCES: &str = ".bss.sources";
@@ -58,7 +63,11 @@ impl Programs {
         load_program::<Xdp>(&mut ebpf, XDP, Xdp::load)?;
         load_program::<SchedClassifier>(&mut ebpf, TC, SchedClassifier::load)?;
         load_program::<RawTracePoint>(&mut ebpf, SWEEP, RawTracePoint::load)?;
-        for name in [XDP, TC, SWEEP] {
+        load_program::<Xdp>(&mut ebpf, XDP_ODD, Xdp::load)?;
+        load_program::<SchedClassifier>(&mut ebpf, TC_ODD, SchedClassifier::load)?;
+        make_callable(&mut ebpf, XDP_NEXT, NEXT_ODD, XDP_ODD)?;
+        make_callable(&mut ebpf, TC_NEXT, NEXT_ODD, TC_ODD)?;
+        for name in [XDP, TC, XDP_ODD, TC_ODD, SWEEP] {
             pin(&mut ebpf, pins, name)?;
         }
         Ok(Self { ebpf, translates: false })
@@ -72,11 +81,8 @@ impl Programs {
         }
         load_program::<Xdp>(&mut self.ebpf, XDP_TRANSLATE, Xdp::load)?;
         load_program::<SchedClassifier>(&mut self.ebpf, TC_TRANSLATE, SchedClassifier::load)?;
-        for (array, name) in TRANSLATIONS {
-            let program = self.ebpf.program(name).with_context(|| missing(name))?.fd()?.try_clone()?;
-            let map = self.ebpf.map_mut(array).with_context(|| missing(array))?;
-            let mut programs = ProgramArray::try_from(map)?;
-            programs.set(0, &program, 0).with_context(|| format!("the program {name} cannot be put where the others call it"))?;
+        for (array, name) in [(XDP_NEXT, XDP_TRANSLATE), (TC_NEXT, TC_TRANSLATE)] {
+            make_callable(&mut self.ebpf, array, NEXT_TRANSLATE, name)?;
             pin(&mut self.ebpf, pins, name)?;
         }
         self.translates = true;
@@ -121,6 +127,13 @@ impl Programs {
             .filter_map(|(name, program)| Some((name.to_owned(), program.info().ok()?.verified_instruction_count()?)))
             .collect()
     }
+}
+
+/// Puts a program where the others call it.
+fn make_callable(ebpf: &mut Ebpf, array: &str, place: u32, name: &str) -> anyhow::Result<()> {
+    let program = ebpf.program(name).with_context(|| missing(name))?.fd()?.try_clone()?;
+    let mut programs = ProgramArray::try_from(ebpf.map_mut(array).with_context(|| missing(array))?)?;
+    programs.set(place, &program, 0).with_context(|| format!("the program {name} cannot be put where the others call it"))
 }
 
 fn pin(ebpf: &mut Ebpf, pins: &Pins, name: &str) -> anyhow::Result<()> {

@@ -228,7 +228,7 @@ fn in_use(data: &MapData) -> Result<Vec<(u32, Server)>, Error> {
 
 /// Where a server's replies come from, if they pass the director.
 fn source(server: &Server) -> Option<IpAddr> {
-    let masqueraded = server.status != Status::Free as u8 && server.method == Method::Masquerade as u8;
+    let masqueraded = server.status != Status::Free as u8 && Method::translates(server.method);
     masqueraded.then(|| way::address(server.address, server.flags & flags::IPV6 != 0))
 }
 

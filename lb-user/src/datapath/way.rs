@@ -66,6 +66,9 @@ pub fn server(target: &Target, way: Option<&Way>) -> Server {
     if target.method == Method::Masquerade {
         server.method = server::Method::Masquerade as u8;
     }
+    if target.method == Method::FullNat {
+        server.method = server::Method::FullNat as u8;
+    }
     if let Method::Tunnel(tunnel) = target.method {
         server.method = server::Method::Tunnel as u8;
         let (kind, checksum) = match tunnel {
@@ -103,6 +106,9 @@ pub fn server(target: &Target, way: Option<&Way>) -> Server {
             server.outer_source = hop.preferred_source.map(words).unwrap_or_default();
         }
     }
+    if target.method == Method::FullNat {
+        server.outer_source = [target.pool, 0, 0, 0];
+    }
     server
 }
 
@@ -122,7 +128,7 @@ fn mtu(mtu: u32, target: &Target) -> u16 {
 fn overhead(target: &Target) -> u32 {
     let outer = if target.address.is_ipv6() { 40 } else { 20 };
     match target.method {
-        Method::Route | Method::Masquerade => 0,
+        Method::Route | Method::Masquerade | Method::FullNat => 0,
         Method::Tunnel(Tunnel::Ipip) => outer,
         Method::Tunnel(Tunnel::Gue { .. }) => outer + 8 + 4,
         Method::Tunnel(Tunnel::Gre { checksum: TunnelChecksum::Full }) => outer + 8,
@@ -162,7 +168,7 @@ mod tests {
     const IPV6: &str = "2001:db8::205";
 
     fn target(address: &str, method: Method) -> Target {
-        Target { address: address.parse().expect("an address"), port: 80, method }
+        Target { address: address.parse().expect("an address"), port: 80, method, pool: 0 }
     }
 
     fn hop(address: &str, mac: Option<[u8; 6]>) -> Way {

@@ -23,6 +23,7 @@
 
 mod indices;
 mod live;
+mod locals;
 pub mod model;
 pub mod rules;
 mod servers;
@@ -39,11 +40,12 @@ mod tests;
 use std::{
     collections::{BTreeMap, BTreeSet},
     hash::{BuildHasher as _, Hasher as _, RandomState},
+    net::IpAddr,
     path::Path,
     time::Instant,
 };
 
-use lb_common::{config::Config, server::Counters, service::Service as ServiceEntry, tcp};
+use lb_common::{config::Config, local::SHARED, server::Counters, service::Service as ServiceEntry, tcp};
 use tracing::warn;
 
 use self::{
@@ -70,6 +72,8 @@ pub struct Director<D> {
     datapath: D,
     config: Config,
     timeouts: Timeouts,
+    /// FULLNAT's local addresses for all services.
+    locals: Vec<IpAddr>,
     services: BTreeMap<ServiceId, Service>,
     trash: Trash,
     service_indices: Indices,
@@ -123,6 +127,7 @@ impl<D: Datapath> Director<D> {
         let mut director = Self {
             config,
             timeouts: Timeouts::default(),
+            locals: Vec::new(),
             services: BTreeMap::new(),
             trash: Trash::default(),
             service_indices: Indices::new(datapath.service_capacity()),
@@ -167,6 +172,7 @@ impl<D: Datapath> Director<D> {
             datapath,
             config,
             timeouts: state.timeouts,
+            locals: state.locals,
             services,
             trash,
             service_indices,
@@ -196,9 +202,14 @@ impl<D: Datapath> Director<D> {
         for removed in self.trash.iter() {
             self.datapath.retire_server(removed.index)?;
         }
+        self.datapath.set_pool(SHARED, &self.locals)?;
+        for service in self.services.values() {
+            self.datapath.set_pool(service.pool(), &service.locals)?;
+        }
         for service in self.services.values_mut() {
+            let pool = service.pool();
             for server in service.servers.iter_mut() {
-                self.datapath.set_server(server.index, &server.target())?;
+                self.datapath.set_server(server.index, &server.target(pool))?;
                 if !known_servers.contains(&server.index) {
                     server.joined = self.datapath.statistics(server.index)?.into();
                     server.zero = server.joined;
@@ -230,6 +241,12 @@ impl<D: Datapath> Director<D> {
             if !self.services.contains_key(&id) {
                 warn!("removing {id} from the datapath: the state file knows nothing of it");
                 self.datapath.remove_service(protocol, address, port)?;
+            }
+        }
+        let known: BTreeSet<u32> = self.services.values().map(Service::pool).collect();
+        for pool in self.datapath.pools()? {
+            if !known.contains(&pool) && (pool != SHARED || self.locals.is_empty()) {
+                self.datapath.set_pool(pool, &[])?;
             }
         }
         for index in self.datapath.servers()? {
@@ -273,6 +290,7 @@ impl<D: Datapath> Director<D> {
         State {
             netns_cookie: self.config.netns_cookie,
             timeouts: self.timeouts,
+            locals: self.locals.clone(),
             services: self.services.values().cloned().collect(),
             trash: self.trash.iter().cloned().collect(),
             next_incarnation: self.next_incarnation,
@@ -360,6 +378,8 @@ impl<D: Datapath> Director<D> {
                 rules::timeouts(timeouts, self.datapath.clock_rate())?;
                 Ok(self.set_timeouts(timeouts)?)
             }
+            Command::AddLocalAddress { address, service } => self.add_local(*address, service.as_ref()),
+            Command::RemoveLocalAddress { address, service } => self.remove_local(*address, service.as_ref()),
         }
     }
 
@@ -376,6 +396,11 @@ impl<D: Datapath> Director<D> {
                 format!("the service {id} cannot be added: it exists; edit it (`-E`), or remove it first (`-D`)"),
             );
         }
+        if let ServiceId::Address { address, .. } = id
+            && self.local_addresses().any(|(local, _)| local == address)
+        {
+            return Err(locals::is_virtual(address));
+        }
         let mut scheduler = scheduler(&id, config)?;
         scheduler.servers_changed(&[], Change::Started);
         let index = self.new_service_index(&id)?;
@@ -390,6 +415,7 @@ impl<D: Datapath> Director<D> {
             ahead: 0,
             stuck: false,
             lasts: None,
+            locals: Vec::new(),
             servers: Servers::default(),
             left_behind: Totals::default(),
             zero: Totals::default(),
@@ -441,6 +467,11 @@ impl<D: Datapath> Director<D> {
         pending.services.remove(id);
         pending.abandoned.push(index);
         if let Some(service) = self.services.remove(id) {
+            if !service.locals.is_empty()
+                && let Err(error) = self.datapath.set_pool(service.pool(), &[])
+            {
+                warn!("the local addresses of {id} keep their room: {error}");
+            }
             for server in &service.servers {
                 pending.retiring.insert(server.index);
                 self.trash.insert(removed(id, incarnation, server));
@@ -469,7 +500,8 @@ impl<D: Datapath> Director<D> {
         }
         rules::server_address(&id)?;
         rules::server_supported(&id, config)?;
-        let incarnation = service.incarnation;
+        locals::suffices(&self.locals, &service.locals, &id, config.method)?;
+        let (incarnation, pool) = (service.incarnation, service.pool());
         let back = self.trash.take(service_id, id);
         let index = match &back {
             Some(removed) => removed.index,
@@ -487,7 +519,7 @@ impl<D: Datapath> Director<D> {
             zero: Totals::default(),
             estimator: Estimator::default(),
         };
-        let outcome = self.datapath.set_server(index, &server.target()).and_then(|()| self.datapath.statistics(index));
+        let outcome = self.datapath.set_server(index, &server.target(pool)).and_then(|()| self.datapath.statistics(index));
         match outcome {
             Ok(statistics) => server.joined = statistics.into(),
             Err(error) => {
@@ -525,11 +557,12 @@ impl<D: Datapath> Director<D> {
         rules::server(service_id, id, config)?;
         let place = service.servers.position(id).ok_or_else(|| no_such_server(service_id, id))?;
         rules::server_supported(id, config)?;
+        locals::suffices(&self.locals, &service.locals, id, config.method)?;
         let mut server = service.servers[place].clone();
         let method = server.config.method;
         server.configure(config, self.datapath.counters(server.index));
         if method != config.method {
-            self.datapath.set_server(server.index, &server.target())?;
+            self.datapath.set_server(server.index, &server.target(service.pool()))?;
         }
         self.change_servers(service_id, position, pending, |servers| {
             servers[place] = server;
@@ -645,6 +678,7 @@ impl<D: Datapath> Director<D> {
     /// Makes a service again what it was before a list of commands.
     fn roll_back(&mut self, id: &ServiceId, before: Option<Service>, retiring: &mut BTreeSet<u32>, abandoned: &mut Vec<u32>) {
         let Some(after) = self.services.remove(id) else { return };
+        let pool = after.pool();
         let kept: BTreeMap<u32, &Server> = before.iter().flat_map(|service| &service.servers).map(|s| (s.index, s)).collect();
         for server in &after.servers {
             if !kept.contains_key(&server.index) {
@@ -655,12 +689,14 @@ impl<D: Datapath> Director<D> {
         for server in kept.values() {
             retiring.remove(&server.index);
             self.trash.take(*id, server.id);
-            if let Err(error) = self.datapath.set_server(server.index, &server.target()) {
+            if let Err(error) = self.datapath.set_server(server.index, &server.target(pool)) {
                 warn!("the real server {} could not be set back: {error}", server.id);
             }
         }
         match before {
-            Some(service) => {
+            Some(mut service) => {
+                // Local addresses are no part of the schedule that failed.
+                service.locals = after.locals;
                 if service.index != after.index {
                     abandoned.retain(|index| *index != service.index);
                     abandoned.push(after.index);
@@ -669,6 +705,64 @@ impl<D: Datapath> Director<D> {
             }
             None => abandoned.push(after.index),
         }
+    }
+
+    fn add_local(&mut self, address: IpAddr, service: Option<&ServiceId>) -> Result<(), Refusal> {
+        let is_virtual = |id: &ServiceId| matches!(id, ServiceId::Address { address: vip, .. } if *vip == address);
+        if self.services.keys().any(is_virtual) {
+            return Err(locals::is_virtual(address));
+        }
+        let (pool, addresses) = self.local_pool(service)?;
+        locals::may_add(address, service, addresses)?;
+        let mut wanted = addresses.clone();
+        wanted.push(address);
+        self.set_local_pool(service, pool, wanted)
+    }
+
+    fn remove_local(&mut self, address: IpAddr, service: Option<&ServiceId>) -> Result<(), Refusal> {
+        let (pool, addresses) = self.local_pool(service)?;
+        let mut wanted = addresses.clone();
+        let Some(place) = wanted.iter().position(|known| *known == address) else {
+            let owner = locals::owner(service);
+            let message =
+                format!("the local address {address} cannot be removed: {owner} has none of this name; see `bpfvs localaddr list`");
+            return refuse(RefusalKind::NoSuchLocalAddress, message);
+        };
+        wanted.remove(place);
+        match service.and_then(|id| self.services.get(id)) {
+            Some(service) => locals::may_remove(address, &self.locals, [(service, wanted.as_slice())])?,
+            None => {
+                let services = self.services.values().map(|service| (service, service.locals.as_slice()));
+                locals::may_remove(address, &wanted, services)?;
+            }
+        }
+        self.set_local_pool(service, pool, wanted)
+    }
+
+    /// A service's own local addresses, or those of all services, with the datapath's name for them.
+    fn local_pool(&self, service: Option<&ServiceId>) -> Result<(u32, &Vec<IpAddr>), Refusal> {
+        let Some(id) = service else { return Ok((SHARED, &self.locals)) };
+        let service = self.services.get(id).ok_or_else(|| no_such_service(id))?;
+        Ok((service.pool(), &service.locals))
+    }
+
+    fn set_local_pool(&mut self, service: Option<&ServiceId>, pool: u32, addresses: Vec<IpAddr>) -> Result<(), Refusal> {
+        self.datapath.set_pool(pool, &addresses)?;
+        match service {
+            None => self.locals = addresses,
+            Some(id) => {
+                if let Some(service) = self.services.get_mut(id) {
+                    service.locals = addresses;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// FULLNAT's local addresses, those of all services first.
+    pub fn local_addresses(&self) -> impl Iterator<Item = (IpAddr, Option<ServiceId>)> {
+        let own = self.services.values().flat_map(|service| service.locals.iter().map(|address| (*address, Some(service.id))));
+        self.locals.iter().map(|address| (*address, None)).chain(own)
     }
 
     fn zero(&mut self, id: &ServiceId) -> Result<(), Refusal> {

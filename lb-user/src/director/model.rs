@@ -185,6 +185,9 @@ pub enum Method {
     Tunnel(Tunnel),
     /// Network address translation (`-m`).
     Masquerade,
+    /// Translation of both addresses (`-m --fullnat`): the real server sees a local address of the director.
+    #[serde(rename = "fullnat")]
+    FullNat,
 }
 
 /// The kind of a tunnel.
@@ -310,6 +313,22 @@ pub enum Command {
     },
     /// Sets timeouts (`--set`).
     SetTimeouts(Timeouts),
+    /// Adds a local address for FULLNAT.
+    AddLocalAddress {
+        /// Which: an address of this host.
+        address: IpAddr,
+        /// For which service alone; nothing for all that have none of their own.
+        #[serde(default)]
+        service: Option<ServiceId>,
+    },
+    /// Removes a local address. New connections do not use it any more; those that exist keep it.
+    RemoveLocalAddress {
+        /// Which.
+        address: IpAddr,
+        /// Of which service alone; nothing for that of all.
+        #[serde(default)]
+        service: Option<ServiceId>,
+    },
 }
 
 /// Why a director refused a command.
@@ -320,6 +339,12 @@ pub enum RefusalKind {
     Failed,
     /// A real server's address is not unicast, or cannot be combined with the service. IPVS: EINVAL.
     Invalid,
+    /// The local address exists.
+    LocalAddressExists,
+    /// A FULLNAT server would have no local address.
+    NoLocalAddress,
+    /// There is no such local address.
+    NoSuchLocalAddress,
     /// There is no such real server. IPVS: ENOENT.
     NoSuchServer,
     /// There is no such service. IPVS: ESRCH.
@@ -454,6 +479,44 @@ pub struct EngineData {
     pub name: String,
     /// What it found in the packet, as text.
     pub data: String,
+}
+
+/// FULLNAT's local addresses, as listed.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+pub struct LocalAddresses {
+    /// The addresses, those of all services first.
+    pub addresses: Vec<LocalAddressView>,
+    /// Packets that would have begun a connection, but found no free port.
+    pub refused: u64,
+}
+
+/// A local address.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct LocalAddressView {
+    /// Which.
+    pub address: IpAddr,
+    /// The service that has it alone; nothing for all that have none of their own.
+    pub service: Option<ServiceId>,
+    /// Whether it is an address of this host, so that replies come here.
+    pub here: bool,
+    /// Connections from it.
+    #[serde(flatten)]
+    pub usage: LocalUsage,
+}
+
+/// How much of a local address is in use.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct LocalUsage {
+    /// Ports in use, over all real servers.
+    pub used: u64,
+    /// Ports that are left towards the real server that has the fewest: each has all ports to itself.
+    pub free: u32,
+}
+
+impl Default for LocalUsage {
+    fn default() -> Self {
+        Self { used: 0, free: lb_common::local::PORTS }
+    }
 }
 
 /// One reason counter.

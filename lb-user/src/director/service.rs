@@ -2,6 +2,8 @@
 //!
 //! Everything here is written to the state file, but for the moving averages.
 
+use std::net::IpAddr;
+
 use lb_common::server::Counters;
 use serde::{Deserialize, Serialize};
 
@@ -39,6 +41,9 @@ pub(super) struct Service {
     /// After how many picks the schedule has to be made anew; nothing if it repeats for ever.
     #[serde(skip)]
     pub(super) lasts: Option<u32>,
+    /// FULLNAT's local addresses, if it has any of its own.
+    #[serde(default)]
+    pub(super) locals: Vec<IpAddr>,
     /// The real servers, the newest first.
     pub(super) servers: Servers,
     /// Traffic of servers that have left.
@@ -65,6 +70,11 @@ impl Service {
             }
             self.base = cursor;
         }
+    }
+
+    /// The datapath's name for its pool of local addresses. Its index may change, this does not.
+    pub(super) const fn pool(&self) -> u32 {
+        self.incarnation as u32
     }
 
     /// The totals since it was added.
@@ -134,9 +144,9 @@ impl Server {
         overloaded(&self.config, self.live, self.overloaded)
     }
 
-    /// The server as the datapath sees it.
-    pub(super) fn target(&self) -> Target {
-        Target { address: self.id.address, port: self.id.port, method: self.config.method }
+    /// The server as the datapath sees it; `pool` is that of its service.
+    pub(super) fn target(&self, pool: u32) -> Target {
+        Target { address: self.id.address, port: self.id.port, method: self.config.method, pool }
     }
 }
 

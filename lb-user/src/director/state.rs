@@ -8,6 +8,7 @@ use std::{
     collections::BTreeSet,
     fs::{self, File},
     io::{self, Write},
+    net::IpAddr,
     path::{Path, PathBuf},
 };
 
@@ -24,6 +25,9 @@ pub struct State {
     /// The cookie of the network namespace that the state belongs to: inode numbers of namespaces are used again.
     pub netns_cookie: u64,
     pub(super) timeouts: Timeouts,
+    /// FULLNAT's local addresses for all services.
+    #[serde(default)]
+    pub(super) locals: Vec<IpAddr>,
     pub(super) services: Vec<Service>,
     pub(super) trash: Vec<Removed>,
     pub(super) next_incarnation: u64,

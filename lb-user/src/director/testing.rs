@@ -30,6 +30,8 @@ pub(crate) struct Memory {
     pub(crate) counters: BTreeMap<u32, Counters>,
     pub(crate) statistics: BTreeMap<u32, Statistics>,
     pub(crate) config: Option<Config>,
+    /// Local addresses, by pool.
+    pub(crate) pools: BTreeMap<u32, Vec<IpAddr>>,
     /// How often each service's schedule was published.
     pub(crate) published: BTreeMap<u32, usize>,
     /// Schedules with more picks than this do not fit; nothing for no limit.
@@ -144,6 +146,16 @@ impl Datapath for Memory {
     }
 
     fn clean_destinations(&mut self) {}
+
+    fn set_pool(&mut self, pool: u32, addresses: &[IpAddr]) -> Result<(), Error> {
+        self.pools.insert(pool, addresses.to_vec());
+        self.pools.retain(|_, addresses| !addresses.is_empty());
+        Ok(())
+    }
+
+    fn pools(&self) -> Result<Vec<u32>, Error> {
+        Ok(self.pools.keys().copied().collect())
+    }
 
     fn configure(&mut self, config: &Config) -> Result<(), Error> {
         self.config = Some(*config);

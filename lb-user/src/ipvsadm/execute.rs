@@ -156,6 +156,10 @@ fn refusal_text<'a>(refusal: &'a Refusal, command: &Command) -> &'a str {
         RefusalKind::SchedulerNotFound => "Scheduler or persistence engine not found",
         RefusalKind::ServerExists => "Destination already exists",
         RefusalKind::ServiceExists => "Service already exists",
-        RefusalKind::Failed | RefusalKind::Unsupported => &refusal.message,
+        RefusalKind::Failed
+        | RefusalKind::LocalAddressExists
+        | RefusalKind::NoLocalAddress
+        | RefusalKind::NoSuchLocalAddress
+        | RefusalKind::Unsupported => &refusal.message,
     }
 }

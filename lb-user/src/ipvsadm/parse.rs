@@ -251,7 +251,8 @@ impl Typed {
             | OptionName::TunnelInfo
             | OptionName::TunnelNoChecksum
             | OptionName::TunnelChecksum
-            | OptionName::TunnelRemoteChecksum => {}
+            | OptionName::TunnelRemoteChecksum
+            | OptionName::FullNat => {}
         }
         Ok(())
     }
@@ -378,7 +379,11 @@ impl Typed {
     /// The rules of `-a` and `-e`.
     fn server(&self) -> Result<(ServerId, ServerConfig), Complaint> {
         let mut server = self.server;
-        if self.mark.is_none() && self.method != Method::Masquerade {
+        let is_fullnat = self.given.has(OptionName::FullNat);
+        if is_fullnat && self.given.has(OptionName::ForwardingMethod) && self.method != Method::Masquerade {
+            return Err(Complaint::usage("FULLNAT conflicts with forward method"));
+        }
+        if self.mark.is_none() && self.method != Method::Masquerade && !is_fullnat {
             // Without address translation the packet keeps its port.
             server.port = self.port;
         }
@@ -398,7 +403,11 @@ impl Typed {
         }
         options::check_tunnel(self.given, &self.tunnel_type)?;
         let config = ServerConfig {
-            method: if is_tunnel { Method::Tunnel(self.tunnel()) } else { self.method },
+            method: match self.method {
+                _ if is_fullnat => Method::FullNat,
+                Method::Tunnel(_) => Method::Tunnel(self.tunnel()),
+                method => method,
+            },
             weight: self.weight,
             upper_threshold: self.upper_threshold,
             lower_threshold: self.lower_threshold,

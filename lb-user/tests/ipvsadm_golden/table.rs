@@ -65,6 +65,7 @@ impl FileTable {
                 self.service(service)?;
                 self.content.services.retain(|other| other.id != service);
             }
+            Command::AddLocalAddress { .. } | Command::RemoveLocalAddress { .. } => return Err(RefusalKind::Unsupported),
             Command::AddServer { service, server: id, config } => {
                 let service = self.service(service)?;
                 check_server(&config)?;

@@ -1,0 +1,136 @@
+//! Local addresses and ports: a FULLNAT connection gets one of its own before it begins.
+//!
+//! The entry for its replies is the claim: who inserts it has the port, towards this real server and in this protocol, until
+//! the entry is deleted with the connection. There is no other list of what is taken, so nothing can contradict it.
+//!
+//! Where to look first is drawn by lot, so that CPUs do not meet. A search ends after [`TRIES`], which finds a port as long as
+//! some 2 % are free. Once in a tenth of a second each CPU may go on through a whole address, so that the last port is found, too,
+//! but a flood at a full pool cannot have the processor.
+
+use aya_ebpf::{
+    cty::c_void,
+    helpers::generated::{bpf_get_prandom_u32, bpf_loop},
+};
+use lb_common::{
+    connection::ConnectionKey,
+    family::Address,
+    local::{Local, POOL_SIZE, PORTS, Pool, PoolKey, SHARED, Walk},
+    packet::transport::Ports,
+    reason::Reason,
+    reply::{self, Reply, flags},
+    server::{Method, Server},
+};
+
+use crate::{
+    maps::{Family, HZ, LOCALS, POOLS, SEARCHES, SERVERS},
+    track,
+};
+
+/// Tries of a common search.
+const TRIES: u32 = 256;
+const EEXIST: i32 = -17;
+
+/// Answer of [`claim`]: every port that was tried is taken, or there is no pool.
+const EXHAUSTED: u32 = 1 << 16;
+/// Answer of [`claim`]: the table of replies is full.
+const FULL: u32 = 2 << 16;
+
+/// The local address and port of a new connection to a real server; none if the server sees clients' own.
+#[inline(always)]
+pub fn of_new<F: Family>(key: &ConnectionKey<F::Address>, server: u32) -> Result<Local, Reason> {
+    if SERVERS.get(server).is_none_or(|entry| entry.method != Method::FullNat as u8) {
+        return Ok(Local::NONE);
+    }
+    match claim::<F>(key, server) {
+        EXHAUSTED => Err(Reason::LocalPorts),
+        FULL => Err(Reason::TableFull),
+        local => Ok(Local(local)),
+    }
+}
+
+/// The address that an index stands for.
+#[inline(always)]
+pub fn address<F: Family>(local: Local) -> Option<F::Address> {
+    LOCALS.get(local.address()).map(|entry| F::Address::from_words(&entry.address))
+}
+
+/// What a search would insert, for one CPU: too large for the stack.
+#[repr(C)]
+pub struct Claim<A> {
+    key: ConnectionKey<A>,
+    entry: Reply<A>,
+}
+
+/// A search for a free port.
+#[repr(C)]
+struct Search<A> {
+    claim: *mut Claim<A>,
+    pool: *const Pool,
+    walk: Walk,
+    /// An answer of [`claim`].
+    found: u32,
+    steps: u32,
+}
+
+/// Claims a local address and port by making the entry for the replies.
+#[inline(never)]
+fn claim<F: Family>(key: &ConnectionKey<F::Address>, server: u32) -> u32 {
+    let (Some(entry), Some(searched)) = (SERVERS.get(server), SEARCHES.get_ptr_mut(0)) else { return EXHAUSTED };
+    let (Some(pool), Some(claim)) = (pool::<F>(entry), F::claims().get_ptr_mut(0)) else { return EXHAUSTED };
+    // SAFETY: helpers without arguments; this CPU's own elements.
+    let (walk, idle) = unsafe {
+        (*claim).key = reply::key(key, entry, key.client, 0);
+        (*claim).entry = Reply::new(key, server, flags::LOCAL);
+        (Walk::new(bpf_get_prandom_u32(), bpf_get_prandom_u32()), track::jiffies().wrapping_sub(*searched))
+    };
+    let thorough = idle >= HZ.load() / 10;
+    let mut search = Search { claim, pool, walk, found: EXHAUSTED, steps: 0 };
+    let tries = if thorough { PORTS } else { TRIES };
+    // SAFETY: the callback takes the context that is handed over here; this CPU's own element.
+    unsafe {
+        bpf_loop(tries, attempt::<F> as *mut c_void, (&raw mut search).cast(), 0);
+        if thorough && search.steps >= TRIES {
+            *searched = track::jiffies();
+        }
+    }
+    search.found
+}
+
+/// The pool of a server's service: its own, or the shared one.
+#[inline(always)]
+fn pool<F: Family>(server: &Server) -> Option<*const Pool> {
+    let family = F::AF.into();
+    POOLS
+        .get_ptr(PoolKey { service: server.outer_source[0], family })
+        .or_else(|| POOLS.get_ptr(PoolKey { service: SHARED, family }))
+}
+
+/// Tries one address and port; 1 ends the search.
+unsafe extern "C" fn attempt<F: Family>(step: u32, search: *mut Search<F::Address>) -> i64 {
+    // SAFETY: the kernel hands over what `bpf_loop` was given; the pool is an element of the map.
+    unsafe {
+        let search = &mut *search;
+        search.steps = step;
+        let count = (*search.pool).count;
+        if count == 0 {
+            return 1;
+        }
+        let (place, port) = search.walk.step(step, count);
+        let index = (*search.pool).addresses[place as usize & (POOL_SIZE - 1)];
+        let local = Local::new(index, port.to_be());
+        let Some(address) = address::<F>(local) else { return 1 };
+        let claim = search.claim;
+        (*claim).key.vip = address;
+        (*claim).key.ports = Ports::new((*claim).key.ports.source(), local.port());
+        if F::replies().get_ptr(&(*claim).key).is_some() {
+            return 0;
+        }
+        match F::replies().insert(&(*claim).key, &(*claim).entry, 1 /* BPF_NOEXIST */) {
+            Ok(()) => search.found = local.0,
+            // Another CPU was faster.
+            Err(EEXIST) => return 0,
+            Err(_) => search.found = FULL,
+        }
+    }
+    1
+}
