@@ -94,6 +94,8 @@ pub mod flags {
     /// The real server is masqueraded, by NAT or FULLNAT: its replies have an entry of their own ([`crate::reply`]).
     #[doc(alias = "IP_VS_CONN_F_MASQ")]
     pub const MASQUERADED: u8 = 8;
+    /// The real server has still to be told who its client is ([`crate::toa`]): the connection is not settled before.
+    pub const UNNAMED: u8 = 16;
 }
 
 /// Which packet a fragment belongs to: the key of the table that leads later fragments after the first.

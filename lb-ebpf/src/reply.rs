@@ -20,12 +20,13 @@ use lb_common::{
     packet::{
         Fragment, Plain,
         ethernet::{self, Link},
+        protocol,
         transport::{self, Ports},
     },
     reason::Reason,
     reply::{self, Reply, flags},
-    server::{NextHop, Status},
-    tcp::Direction,
+    server::{NextHop, Status, flags as server_flags},
+    tcp::{self, Direction},
 };
 use lb_ebpf::packet::{Packet, Room, merged};
 
@@ -34,7 +35,7 @@ use crate::{
     maps::{CONFIG, DEVICES, Family, HZ, SERVERS},
     nat::{self, End, Ends},
     outcome::Outcome,
-    track,
+    toa, track,
 };
 
 /// Makes the entry for the replies of a new connection that has no local port. `false`: there is no room, and so no connection; the sweep will notice
@@ -169,6 +170,9 @@ fn translate<P: Packet, F: Family>(packet: &mut P, verdict: i32) -> Result<Outco
     if payload.fragment == Fragment::First {
         track::remember_first_fragment::<P, F>(packet.context(), header.offset as u32, key.ports);
     }
+    if names_clients(known.server) && payload.protocol == protocol::TCP && payload.fragment == Fragment::Whole {
+        toa::lower_segment_size::<P, F>(packet.context(), payload.offset as u32)?;
+    }
     // Without a local address, a reply's destination is the client already, and becomes what it is.
     let ends = Ends { source: &known.vip, destination: &known.client, ports: known.reply_ports() };
     nat::translate::<P, F>(packet.context(), &ends, false)?;
@@ -177,6 +181,12 @@ fn translate<P: Packet, F: Family>(packet: &mut P, verdict: i32) -> Result<Outco
     *packet = unsafe { P::view(packet.context()) };
     packet.address(&link, &known.hop, Room::NONE)?;
     Ok(Outcome::verdict(if verdict == NO_VERDICT { packet.send(&known.hop) } else { verdict }))
+}
+
+/// Whether a real server is told who its clients are.
+#[inline(always)]
+fn names_clients(server: u32) -> bool {
+    SERVERS.get(server).is_some_and(|server| server.flags & server_flags::TOA != 0)
 }
 
 /// In the place of an event: the packet is about a connection, but none that moves it.
@@ -234,12 +244,20 @@ fn move_on<F: Family>(key: &ConnectionKey<F::Address>, known: *mut Reply<F::Addr
         if SERVERS.get((*known).server).is_none_or(|server| server.status == Status::Removed as u8) {
             return true;
         }
-        let now = track::move_on(connection, protocol, Direction::Output, event as u8, connection_flags::MASQUERADED);
+        let side = connection_flags::MASQUERADED | still_unnamed(event as u8);
+        let now = track::move_on(connection, protocol, Direction::Output, event as u8, side);
         let settled = if now & connection_flags::SETTLED != 0 { flags::SETTLED } else { 0 };
         (*known).last_seen = track::jiffies();
         (*known).flags = (*known).flags & !flags::SETTLED | settled;
     }
     true
+}
+
+/// The flag stays while the real server's replies do not prove that it has been told: the first one after the handshake
+/// acknowledges a segment that named the client, because all of them did.
+#[inline(always)]
+const fn still_unnamed(event: u8) -> u8 {
+    if event & (tcp::flags::SYN | tcp::flags::RST) == 0 { 0 } else { connection_flags::UNNAMED }
 }
 
 /// Asks the kernel for the way to a client, and notes it. A verdict means that the kernel's neighbour code sends the packet.

@@ -16,7 +16,7 @@ use lb_common::{
     },
     reason::Reason,
     sctp,
-    server::{Counters, Method, Status},
+    server::{Counters, Method, Status, flags::TOA},
     service::ServiceKey,
     tcp::{self, Direction},
 };
@@ -54,6 +54,7 @@ pub fn connection<F: Family>(header: &IpHeader<F::Address>, protocol: u8, segmen
         }
         match attend::<F>(&key, known, idle, segment.event) {
             HELD => return Ok(leg),
+            HELD_UNNAMED => return Err(Reason::Unnamed),
             GONE => {}
             masqueraded => reply::forget::<F>(&key, Leg(masqueraded)),
         }
@@ -93,7 +94,8 @@ impl Standing {
     #[inline(always)]
     fn after(protocol: u8, direction: Direction, state: u8, event: u8, side: u8) -> Self {
         let word = after(protocol.into(), direction as u32, state.into(), event.into());
-        Self { state: word as u8, flags: (word >> 8) as u8 | side }
+        let settled = if side & flags::UNNAMED == 0 { flags::SETTLED } else { 0 };
+        Self { state: word as u8, flags: (word >> 8) as u8 & (flags::ACTIVE | settled) | side }
     }
 }
 
@@ -142,6 +144,8 @@ fn starts(protocol: u8, event: u8) -> bool {
 
 /// Answer of [`attend`]: the connection goes on.
 const HELD: u64 = u64::MAX;
+/// Answer of [`attend`]: the connection goes on, and the packet has to tell the real server who its client is.
+const HELD_UNNAMED: u64 = u64::MAX - 2;
 /// Answer of [`attend`]: the connection is gone.
 const GONE: u64 = u64::MAX - 1;
 
@@ -169,7 +173,8 @@ fn attend<F: Family>(key: &ConnectionKey<F::Address>, connection: *mut Connectio
     if !removed {
         move_on(connection, protocol, from_client(known.flags), event, SIDE);
     }
-    HELD
+    let names = known.flags & flags::UNNAMED != 0 && event & (tcp::flags::SYN | tcp::flags::RST) == 0;
+    if names { HELD_UNNAMED } else { HELD }
 }
 
 /// Moves a connection's state and time on after a packet. Of its flags that do not follow from the state, `side` stay.
@@ -190,7 +195,7 @@ pub fn move_on(connection: *mut Connection, protocol: u8, direction: Direction, 
 }
 
 /// Flags that do not follow from the state.
-const SIDE: u8 = flags::NO_OUTPUT | flags::MASQUERADED;
+const SIDE: u8 = flags::NO_OUTPUT | flags::MASQUERADED | flags::UNNAMED;
 
 /// Moves a connection between the active and the inactive ones of its real server.
 #[inline(always)]
@@ -269,8 +274,10 @@ fn schedule<F: Family>(key: &ConnectionKey<F::Address>, event: u8) -> Result<u32
 fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8, to: Leg) -> u64 {
     let protocol = key.protocol as u8;
     let (server, local) = (to.server(), to.local());
-    let masqueraded = SERVERS.get(server).is_some_and(|server| Method::translates(server.method));
-    let side = if masqueraded { flags::MASQUERADED } else { flags::NO_OUTPUT };
+    let (masqueraded, named) =
+        SERVERS.get(server).map_or((false, false), |server| (Method::translates(server.method), server.flags & TOA != 0));
+    let unnamed = if named && protocol == protocol::TCP { flags::UNNAMED } else { 0 };
+    let side = if masqueraded { flags::MASQUERADED | unnamed } else { flags::NO_OUTPUT };
     let Standing { state, flags } = Standing::after(protocol, from_client(side), 0, event, side);
     let connection = Connection { server, local, last_seen: jiffies(), state, flags, zero: [0; 2] };
     let inserted = F::connections().insert(key, &connection, 1 /* BPF_NOEXIST */);

@@ -11,11 +11,13 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use bpfvs_tests::{
-    bpfvs,
+    bpfvs::{self, Bpfvs},
     caller::Caller,
     control_group::ControlGroup,
+    lab::{Family, Lab, Layout, Offloads},
     needs, needs_bpfvs, needs_control_groups,
     netns::{self, Namespace, Process},
+    programs::{host, upload, url},
     wait,
 };
 use serde_json::Value;
@@ -58,11 +60,9 @@ impl Setup {
         Ok(Self { outside, server, group: ControlGroup::new()?, port: 1000 })
     }
 
-    /// `bpfvs realserver toa`; the exit code does not count.
+    /// `bpfvs realserver toa` for the control group.
     fn toa(&self, words: &str) -> Result<String> {
-        let mut command = Command::new(bpfvs::binary()?);
-        command.args(["realserver", "toa"]).args(words.split_whitespace()).arg("--cgroup").arg(self.group.path());
-        netns::run(&mut command)
+        toa(&self.group, &words.split_whitespace().collect::<Vec<_>>())
     }
 
     /// What the status says about the control group, if it is on.
@@ -89,21 +89,46 @@ impl Setup {
 
 impl Drop for Setup {
     fn drop(&mut self) {
-        // The file system of the pins does not go away with the namespaces.
-        if let Err(error) = self.toa("off") {
-            eprintln!("the programs of {} stay behind: {error:#}", self.group.path().display());
-        }
+        off(&self.group);
     }
 }
 
-/// nginx on port 80, for each family a socket of its own, and on 8080 with one for both.
+/// `bpfvs realserver toa` for a control group.
+fn toa(group: &ControlGroup, words: &[&str]) -> Result<String> {
+    netns::run(Command::new(bpfvs::binary()?).args(["realserver", "toa"]).args(words).arg("--cgroup").arg(group.path()))
+}
+
+/// What is pinned does not go away with namespaces and processes.
+fn off(group: &ControlGroup) {
+    if let Err(error) = toa(group, &["off"]) {
+        eprintln!("the programs of {} stay behind: {error:#}", group.path().display());
+    }
+}
+
+/// `toa on`, until it is dropped.
+struct Switch<'a>(&'a ControlGroup);
+
+impl<'a> Switch<'a> {
+    fn on(group: &'a ControlGroup, words: &[&str]) -> Result<Self> {
+        toa(group, &[&["on"], words].concat())?;
+        Ok(Self(group))
+    }
+}
+
+impl Drop for Switch<'_> {
+    fn drop(&mut self) {
+        off(self.0);
+    }
+}
+
+/// nginx on port 80, for each family a socket of its own, and on 8080 with one for both. `PUT` to `/upload` takes anything.
 struct Nginx {
     _process: Process,
     directory: TempDir,
 }
 
 impl Nginx {
-    fn start(setup: &Setup) -> Result<Self> {
+    fn start(group: &ControlGroup, server: &Namespace) -> Result<Self> {
         let directory = TempDir::new()?;
         let place = directory.path().display();
         let temporary =
@@ -113,17 +138,23 @@ impl Nginx {
              http {{
                  log_format peers '$remote_addr $remote_port';
                  access_log {place}/log peers;
+                 client_max_body_size 0;
                  {}
                  server {{
                      listen 80; listen [::]:80 ipv6only=on; listen [::]:8080 ipv6only=off;
                      location / {{ return 200 hello; }}
+                     location = /upload {{
+                         proxy_method GET; proxy_pass_request_body off; proxy_set_header Content-Length \"\";
+                         proxy_pass http://127.0.0.1:81/;
+                     }}
                  }}
+                 server {{ listen 127.0.0.1:81; access_log off; location / {{ return 200 taken; }} }}
              }}",
             temporary.concat()
         );
         let file = directory.path().join("nginx.conf");
         fs::write(&file, configuration)?;
-        let mut command = setup.group.command(&setup.server, "nginx");
+        let mut command = group.command(server, "nginx");
         command.arg("-p").arg(directory.path()).arg("-c").arg(&file).args(["-e", "stderr"]);
         let mut process = Process::spawn(&mut command)?;
         let pid = directory.path().join("pid");
@@ -132,15 +163,19 @@ impl Nginx {
         Ok(Self { _process: process, directory })
     }
 
+    /// The lines of the access log: address and port of who asked.
+    fn log(&self) -> Vec<String> {
+        let text = fs::read_to_string(self.directory.path().join("log")).unwrap_or_default();
+        text.lines().map(str::to_owned).collect()
+    }
+
     /// Asks for a page by a connection that is completed with these options, and returns who asked, says nginx's access log.
     fn visitor(&self, setup: &mut Setup, family: usize, port: u16, options: &[u8]) -> Result<(String, SocketAddr)> {
-        let log = self.directory.path().join("log");
-        let lines = || fs::read_to_string(&log).unwrap_or_default().lines().map(str::to_owned).collect::<Vec<_>>();
-        let before = lines().len();
+        let before = self.log().len();
         let (source, mut caller) = setup.dial(family, port)?;
         caller.say(options, b"")?;
         caller.say(&[], b"GET / HTTP/1.0\r\n\r\n")?;
-        let line = wait::for_some("a line in nginx's log", wait::SOON, || lines().get(before).cloned())?;
+        let line = wait::for_some("a line in nginx's log", wait::SOON, || self.log().get(before).cloned())?;
         Ok((line, source))
     }
 }
@@ -152,7 +187,7 @@ fn nginx_logs_the_client() -> Result<()> {
     needs_control_groups!();
     let mut setup = Setup::new()?;
     // It listens before anything is switched on: nothing has to be started again.
-    let nginx = Nginx::start(&setup)?;
+    let nginx = Nginx::start(&setup.group, &setup.server)?;
     let logged = |address: IpAddr, port: u16| format!("{address} {port}");
     let show = |nginx: &Nginx, setup: &mut Setup, expected_client: bool| -> Result<()> {
         for (family, client) in CLIENTS.iter().enumerate() {
@@ -291,4 +326,77 @@ fn refusals() -> Result<()> {
         ensure!(parts.iter().all(|part| said.contains(part)), "{words:?}: {said}");
     }
     Ok(())
+}
+
+/// The whole way: clients, a director with FULLNAT, and two nginx that know nothing of it.
+fn through_a_director(hook: &str, offloads: Offloads) -> Result<()> {
+    let lab = Lab::new(Layout::Masquerade, 2)?;
+    lab.set_offloads(offloads)?;
+    let _pass = if hook == "xdp" { Some(lab.prepare_for_xdp()?) } else { None };
+    let locals = ["10.0.0.230", "fd00:10::1:230"];
+    lab.director.ip(&format!("addr add {}/32 dev eth0\naddr add {}/128 dev eth0 nodad", locals[0], locals[1]))?;
+    let group = ControlGroup::new()?;
+    let _switch = Switch::on(&group, &["--from", locals[0], "--from", locals[1]])?;
+    let nginx = lab.servers.iter().map(|server| Nginx::start(&group, server)).collect::<Result<Vec<_>>>()?;
+    let bpfvs = Bpfvs::start(&lab.director, &["--hook", hook])?;
+    bpfvs.succeed(&["localaddr", "add", &locals.join(",")])?;
+    for family in Family::ALL {
+        let vip = host(lab.vip.of(family));
+        bpfvs.ipvsadm(&format!("-A -t {vip}:80 -s rr"))?;
+        for address in &lab.server_addresses {
+            bpfvs.ipvsadm(&format!("-a -t {vip}:80 -r {}:80 -m --fullnat --toa", host(address.of(family))))?;
+        }
+    }
+    bpfvs.wait_for_servers()?;
+    let (mut lines, mut expected) = (Vec::new(), Vec::new());
+    for family in Family::ALL {
+        let (client, page) = (lab.client_address.of(family), url(lab.vip.of(family), ""));
+        // Two requests by one connection each: the second comes when the connection has settled.
+        for _ in 0..4 {
+            let port = lab.client.run("curl", ["-s", "-f", "-g", "-m", "10", "-w", " %{local_port}\n", &page, &page])?;
+            let ports: Vec<_> = port.lines().map(str::to_owned).collect();
+            ensure!(ports.len() == 2 && ports[0] == ports[1], "{family:?}: curl made {ports:?}");
+            let port = ports[0].strip_prefix("hello ").with_context(|| format!("curl got {ports:?}"))?;
+            expected.extend([format!("{client} {port}"), format!("{client} {port}")]);
+        }
+        // Full-sized segments, also before the first answer.
+        upload(&lab.client, lab.vip.of(family)).with_context(|| format!("{family:?}: upload"))?;
+        wait::until("every line of both logs", wait::SOON, || {
+            lines = nginx.iter().flat_map(Nginx::log).collect();
+            lines.len() == expected.len() + 1
+        })
+        .with_context(|| format!("the logs say {lines:?}"))?;
+        let uploaded = lines.iter().find(|line| !expected.contains(line)).context("an upload has a port of its own")?;
+        ensure!(uploaded.starts_with(&format!("{client} ")), "{family:?}: {uploaded} has uploaded");
+        expected.push(uploaded.clone());
+        lines.sort();
+        expected.sort();
+        ensure!(lines == expected, "{family:?}: the logs say {lines:?}, and it was {expected:?}");
+    }
+    ensure!(bpfvs.reason("unnamed")? == 0, "segments were dropped that had no room for the option");
+    Ok(())
+}
+
+#[test]
+fn through_a_director_by_tc() -> Result<()> {
+    needs!(root, "nginx", "curl", "ethtool");
+    needs_bpfvs!();
+    needs_control_groups!();
+    through_a_director("auto", Offloads::On)
+}
+
+#[test]
+fn through_a_director_by_tc_without_offloads() -> Result<()> {
+    needs!(root, "nginx", "curl", "ethtool");
+    needs_bpfvs!();
+    needs_control_groups!();
+    through_a_director("auto", Offloads::Off)
+}
+
+#[test]
+fn through_a_director_by_xdp() -> Result<()> {
+    needs!(root, "nginx", "curl", "ethtool");
+    needs_bpfvs!();
+    needs_control_groups!();
+    through_a_director("xdp", Offloads::On)
 }

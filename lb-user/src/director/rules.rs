@@ -143,7 +143,7 @@ pub(super) fn server_supported(server: &ServerId, config: &ServerConfig) -> Resu
                 ),
             )
         }
-        Method::Route | Method::Masquerade | Method::FullNat | Method::Tunnel(_) => Ok(()),
+        Method::Route | Method::Masquerade | Method::FullNat { .. } | Method::Tunnel(_) => Ok(()),
     }
 }
 
