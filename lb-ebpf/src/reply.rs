@@ -26,7 +26,7 @@ use lb_common::{
     reason::Reason,
     reply::{self, Reply, flags},
     server::{NextHop, Status, flags as server_flags},
-    tcp::{self, Direction},
+    tcp::Direction,
 };
 use lb_ebpf::packet::{Packet, Room, merged};
 
@@ -171,7 +171,11 @@ fn translate<P: Packet, F: Family>(packet: &mut P, verdict: i32) -> Result<Outco
         track::remember_first_fragment::<P, F>(packet.context(), header.offset as u32, key.ports);
     }
     if names_clients(known.server) && payload.protocol == protocol::TCP && payload.fragment == Fragment::Whole {
-        toa::lower_segment_size::<P, F>(packet.context(), payload.offset as u32)?;
+        let end = (header.offset + header.length) as u32;
+        let acknowledged = (&raw const known.acknowledged).cast_mut();
+        if toa::reply::<P, F>(packet.context(), payload.offset as u32, end, acknowledged)? {
+            named::<F>(known, key.protocol);
+        }
     }
     // Without a local address, a reply's destination is the client already, and becomes what it is.
     let ends = Ends { source: &known.vip, destination: &known.client, ports: known.reply_ports() };
@@ -181,6 +185,15 @@ fn translate<P: Packet, F: Family>(packet: &mut P, verdict: i32) -> Result<Outco
     *packet = unsafe { P::view(packet.context()) };
     packet.address(&link, &known.hop, Room::NONE)?;
     Ok(Outcome::verdict(if verdict == NO_VERDICT { packet.send(&known.hop) } else { verdict }))
+}
+
+/// The real server has been told who the client of this connection is: its state may settle.
+#[inline(never)]
+fn named<F: Family>(known: &Reply<F::Address>, protocol: u32) {
+    if let Some(connection) = F::connections().get_ptr_mut(&known.connection(protocol)) {
+        // SAFETY: an element of the map, as in `plain`. Should it be another connection's by now, that one goes without the option.
+        unsafe { (*connection).flags &= !connection_flags::UNNAMED };
+    }
 }
 
 /// Whether a real server is told who its clients are.
@@ -244,20 +257,13 @@ fn move_on<F: Family>(key: &ConnectionKey<F::Address>, known: *mut Reply<F::Addr
         if SERVERS.get((*known).server).is_none_or(|server| server.status == Status::Removed as u8) {
             return true;
         }
-        let side = connection_flags::MASQUERADED | still_unnamed(event as u8);
+        let side = connection_flags::MASQUERADED | connection_flags::UNNAMED;
         let now = track::move_on(connection, protocol, Direction::Output, event as u8, side);
         let settled = if now & connection_flags::SETTLED != 0 { flags::SETTLED } else { 0 };
         (*known).last_seen = track::jiffies();
         (*known).flags = (*known).flags & !flags::SETTLED | settled;
     }
     true
-}
-
-/// The flag stays while the real server's replies do not prove that it has been told: the first one after the handshake
-/// acknowledges a segment that named the client, because all of them did.
-#[inline(always)]
-const fn still_unnamed(event: u8) -> u8 {
-    if event & (tcp::flags::SYN | tcp::flags::RST) == 0 { 0 } else { connection_flags::UNNAMED }
 }
 
 /// Asks the kernel for the way to a client, and notes it. A verdict means that the kernel's neighbour code sends the packet.

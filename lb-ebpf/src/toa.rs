@@ -1,7 +1,7 @@
 //! Telling a real server behind FULLNAT who its client is: [`lb_common::toa`].
 //!
-//! Every segment of the client names it, from the one that completes the handshake to the first that the server answers.
-//! Until then a connection is not settled, so the common packet never comes here. The option is inserted in front of all others,
+//! Every segment of the client names it, from the one that completes the handshake to the first that the server answers
+//! ([`reply`]). Until then a connection is not settled, so the common packet never comes here. The option is inserted in front of all others,
 //! so that a forged one is never the first; a segment that has no room for it is dropped, because it could complete the handshake with a
 //! forged one alone.
 //!
@@ -23,10 +23,12 @@ use lb_common::{
     tcp,
     toa::{self, KIND},
 };
-use lb_ebpf::packet::{Checksum, Packet, fixed, merged};
+use lb_ebpf::packet::{Checksum, Packet, REACH, fixed, merged};
 
 use crate::{account, forward, maps::Family, outcome::Outcome};
 
+/// Where the number of the next expected byte stands in the TCP header.
+const ACKNOWLEDGEMENT: usize = 8;
 /// The word of the TCP header with its length and the flags, and where its options begin.
 const LENGTH_FLAGS: usize = 12;
 const OPTIONS: usize = size_of::<TcpHeader>();
@@ -84,7 +86,7 @@ fn deliver<P: Packet, F: Family>(context: *mut c_void) -> Result<Outcome, Reason
 fn insert<P: Packet, F: Family>(context: *mut c_void, header: u32, transport: u32, length: u32, port: u16) -> Result<(), Reason> {
     // SAFETY: the context is the kernel's own.
     let packet = &mut unsafe { P::view(context) };
-    let (header, transport) = (header as usize & 0x1f, transport as usize & lb_ebpf::packet::REACH);
+    let (header, transport) = (header as usize & 0x1f, transport as usize & REACH);
     let client: F::Address = packet.read(fixed(header + F::ADDRESSES)).ok_or(Reason::Malformed)?;
     let room = toa::length::<F::Address>();
     let words = room / 4;
@@ -125,19 +127,38 @@ fn lengthen<P: Packet, F: Family>(packet: &mut P, header: usize, room: u16) -> R
     Ok(())
 }
 
-/// Lowers the segment size in a SYN of the real server, so that the client's segments have room for the option. The size has to be
-/// the first option, where all systems put it.
+/// Looks at a segment of a real server, which ends at `end`: whether it proves that the server has been told who the client is.
+///
+/// A server whose connection is complete sends data, or the end, or acknowledges more than its SYN did, which `acknowledged`
+/// remembers. Before that, it may repeat that acknowledgement, if the client sends something unexpected: this proves nothing.
 #[inline(never)]
-pub fn lower_segment_size<P: Packet, F: Family>(context: *mut c_void, transport: u32) -> Result<(), Reason> {
-    const SIZE: u32 = 2 << 24 | 4 << 16;
+pub fn reply<P: Packet, F: Family>(context: *mut c_void, transport: u32, end: u32, acknowledged: *mut u16) -> Result<bool, Reason> {
     // SAFETY: the context is the kernel's own.
     let packet = &mut unsafe { P::view(context) };
-    let transport = transport as usize & lb_ebpf::packet::REACH;
-    let flags: u16 = packet.read(fixed(transport + LENGTH_FLAGS)).ok_or(Reason::Malformed)?;
-    let flags = u16::from_be(flags);
-    if flags & u16::from(tcp::flags::SYN) == 0 || usize::from(flags >> 12) <= OPTIONS / 4 {
-        return Ok(());
+    let transport = transport as usize & REACH;
+    let word: u16 = packet.read(fixed(transport + LENGTH_FLAGS)).ok_or(Reason::Malformed)?;
+    let number: u32 = packet.read(fixed(transport + ACKNOWLEDGEMENT)).ok_or(Reason::Malformed)?;
+    let (word, number) = (u16::from_be(word), u32::from_be(number) as u16);
+    let (words, event) = (usize::from(word >> 12), word as u8);
+    if event & tcp::flags::SYN == 0 {
+        let has_data = end as usize > transport + words * 4;
+        // SAFETY: a field of an element of the map.
+        let more = number != unsafe { *acknowledged };
+        return Ok(event & tcp::flags::RST == 0 && (has_data || more || event & tcp::flags::FIN != 0));
     }
+    // SAFETY: a field of an element of the map.
+    unsafe { *acknowledged = number };
+    if words > OPTIONS / 4 {
+        lower_segment_size::<P, F>(packet, transport)?;
+    }
+    Ok(false)
+}
+
+/// Lowers the segment size in a SYN of the real server, so that the client's segments have room for the option. The size has to be
+/// the first option, where all systems put it.
+#[inline(always)]
+fn lower_segment_size<P: Packet, F: Family>(packet: &mut P, transport: usize) -> Result<(), Reason> {
+    const SIZE: u32 = 2 << 24 | 4 << 16;
     let at = fixed(transport + OPTIONS);
     let old: u32 = packet.read(at).ok_or(Reason::Malformed)?;
     let (kind, size) = (u32::from_be(old) & 0xffff_0000, u32::from_be(old) & 0xffff);

@@ -61,6 +61,14 @@ impl<'a> Conversation<'a> {
         option(self.client)
     }
 
+    /// A segment from the real server that acknowledges this number.
+    fn answer(&self, acknowledgement: u32, data: &[u8]) -> Result<()> {
+        let transport = Transport::Segment { flags: ACK, sequence: 2002, acknowledgement, options: TIMESTAMPS.to_vec() };
+        let frame = Frame { payload: data.to_vec(), ..Frame::new(self.server, self.local, transport) };
+        let outside = Frame { source: self.vip, destination: self.client, ttl: frame.ttl - 1, ..frame.clone() };
+        same(&self.sent(&frame, ROUTER_MAC)?, &outside.packet())
+    }
+
     fn frame(&self, source: SocketAddr, destination: SocketAddr, segment: &Segment) -> Frame {
         let Segment { flags, options, data, odd } = segment.clone();
         let transport = Transport::Segment { flags, sequence: 1001, acknowledgement: 2002, options };
@@ -183,7 +191,11 @@ fn segments_name_the_client_until_the_first_answer() -> Result<()> {
             let run = talk.run(&talk.frame(talk.client, talk.vip, &data(longest + 1)))?;
             ensure!(ip(&run.frame)?.len() != usize::from(MTU), "one byte too many goes to the server");
 
-            talk.reply(&data(7)).context("the first answer")?;
+            // Repeated by a server whose connection is not complete yet, for segments that it did not expect.
+            talk.answer(2002, b"").context("an acknowledgement of nothing")?;
+            talk.request(&acknowledgement, &option).context("after an answer that proves nothing")?;
+            let (number, said) = if talk.client.port() % 2 == 0 { (2003, &b""[..]) } else { (2002, &b"hello"[..]) };
+            talk.answer(number, said).context("the first answer")?;
             for segment in [&acknowledgement, &data(100), &full, &forged] {
                 talk.request(segment, &[]).context("answered")?;
             }
