@@ -26,7 +26,7 @@ pub struct ConnectionKey<A> {
 /// value they can leave behind is a legal one, and the counters that depend on them are recounted by the sweep.
 #[doc(alias = "ip_vs_conn")]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-#[repr(C)]
+#[repr(C, align(8))]
 pub struct Connection {
     /// Index of the real server.
     pub server: u32,
@@ -96,6 +96,8 @@ pub mod flags {
     pub const MASQUERADED: u8 = 8;
     /// The real server has still to be told who its client is ([`crate::toa`]): the connection is not settled before.
     pub const UNNAMED: u8 = 16;
+    /// The connection is over: it makes way for a new one of the same client as soon as that has a real server.
+    pub const LEAVING: u8 = 32;
 }
 
 /// Which packet a fragment belongs to: the key of the table that leads later fragments after the first.

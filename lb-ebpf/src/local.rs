@@ -5,14 +5,15 @@
 //!
 //! Where to look first is drawn by lot, so that CPUs do not meet. A search ends after [`TRIES`], which finds a port as long as
 //! some 2 % are free. Once in a tenth of a second each CPU may go on through a whole address, so that the last port is found, too,
-//! but a flood at a full pool cannot have the processor.
+//! but a flood at a full pool cannot have the processor. Such a search also takes back what was never given back: when two CPUs
+//! end and begin the same connection at once, a claim may be left without one.
 
 use aya_ebpf::{
     cty::c_void,
     helpers::generated::{bpf_get_prandom_u32, bpf_loop},
 };
 use lb_common::{
-    connection::ConnectionKey,
+    connection::{Connection, ConnectionKey},
     family::Address,
     local::{Local, POOL_SIZE, PORTS, Pool, PoolKey, SHARED, Walk},
     packet::transport::Ports,
@@ -22,7 +23,8 @@ use lb_common::{
 };
 
 use crate::{
-    maps::{Family, HZ, LOCALS, POOLS, SEARCHES, SERVERS},
+    atomic,
+    maps::{Family, HZ, LOCALS, POOLS, SEARCHES, SERVERS, TAKING_BACK},
     track,
 };
 
@@ -70,6 +72,7 @@ struct Search<A> {
     /// An answer of [`claim`].
     found: u32,
     steps: u32,
+    thorough: u64,
 }
 
 /// Claims a local address and port by making the entry for the replies.
@@ -81,10 +84,11 @@ fn claim<F: Family>(key: &ConnectionKey<F::Address>, server: u32) -> u32 {
     let (walk, idle) = unsafe {
         (*claim).key = reply::key(key, entry, key.client, 0);
         (*claim).entry = Reply::new(key, server, flags::LOCAL);
+        (*claim).entry.last_seen = track::jiffies();
         (Walk::new(bpf_get_prandom_u32(), bpf_get_prandom_u32()), track::jiffies().wrapping_sub(*searched))
     };
     let thorough = idle >= HZ.load() / 10;
-    let mut search = Search { claim, pool, walk, found: EXHAUSTED, steps: 0 };
+    let mut search = Search { claim, pool, walk, found: EXHAUSTED, steps: 0, thorough: thorough.into() };
     let tries = if thorough { PORTS } else { TRIES };
     // SAFETY: the callback takes the context that is handed over here; this CPU's own element.
     unsafe {
@@ -105,6 +109,32 @@ fn pool<F: Family>(server: &Server) -> Option<*const Pool> {
         .or_else(|| POOLS.get_ptr(PoolKey { service: SHARED, family }))
 }
 
+/// Whether a claim is a second old or more, and nobody's.
+#[inline(always)]
+fn is_left_over<F: Family>(taken: *const Reply<F::Address>, protocol: u32, local: Local) -> bool {
+    // SAFETY: elements of the maps; they may become others' under our hands, but they stay memory.
+    unsafe {
+        let idle = track::jiffies().wrapping_sub((*taken).last_seen);
+        let of_connection = |known: *const Connection| (*known).local == local;
+        idle >= HZ.load() && !F::connections().get_ptr(&(*taken).connection(protocol)).is_some_and(of_connection)
+    }
+}
+
+/// Deletes a claim that is left over. One CPU at a time: else one could delete what the other has just claimed.
+#[inline(always)]
+fn take_back<F: Family>(claim: *const Claim<F::Address>, local: Local) -> bool {
+    let Some(busy) = TAKING_BACK.get_ptr_mut(0) else { return false };
+    // SAFETY: elements of maps.
+    unsafe {
+        let key = &(*claim).key;
+        let alone = atomic::fetch_add(busy, 1) == 0;
+        let left_over = |taken| is_left_over::<F>(taken, key.protocol, local);
+        let deleted = alone && F::replies().get_ptr(key).is_some_and(left_over) && F::replies().remove(key).is_ok();
+        atomic::add(busy, 1_u64.wrapping_neg());
+        deleted
+    }
+}
+
 /// Tries one address and port; 1 ends the search.
 unsafe extern "C" fn attempt<F: Family>(step: u32, search: *mut Search<F::Address>) -> i64 {
     // SAFETY: the kernel hands over what `bpf_loop` was given; the pool is an element of the map.
@@ -122,7 +152,9 @@ unsafe extern "C" fn attempt<F: Family>(step: u32, search: *mut Search<F::Addres
         let claim = search.claim;
         (*claim).key.vip = address;
         (*claim).key.ports = Ports::new((*claim).key.ports.source(), local.port());
-        if F::replies().get_ptr(&(*claim).key).is_some() {
+        if let Some(taken) = F::replies().get_ptr(&(*claim).key)
+            && (search.thorough == 0 || !is_left_over::<F>(taken, (*claim).key.protocol, local) || !take_back::<F>(claim, local))
+        {
             return 0;
         }
         match F::replies().insert(&(*claim).key, &(*claim).entry, 1 /* BPF_NOEXIST */) {

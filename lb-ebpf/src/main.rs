@@ -90,7 +90,7 @@ fn next_xdp(context: &XdpContext, verdict: i32) -> u32 {
         Outcome::NEXT_ODD => unsafe { XDP_NEXT.tail_call(context, next::ODD) },
         Outcome::NEXT_TRANSLATE => unsafe { XDP_NEXT.tail_call(context, next::TRANSLATE) },
         _ => return verdict as u32,
-    };
+    }
     // There is no such program as long as no real server needs it.
     account::leave::<XdpFrame>(Reason::NotOurs) as u32
 }
@@ -125,7 +125,7 @@ fn next_tc(context: &TcContext, verdict: i32) -> i32 {
         Outcome::NEXT_ODD => unsafe { TC_NEXT.tail_call(context, next::ODD) },
         Outcome::NEXT_TRANSLATE => unsafe { TC_NEXT.tail_call(context, next::TRANSLATE) },
         _ => return verdict,
-    };
+    }
     account::leave::<TcBuffer>(Reason::NotOurs)
 }
 

@@ -110,6 +110,11 @@ pub static NEXT_HOPS: Array<NextHop> = Array::with_max_entries(SERVER_COUNT, 0);
 #[map]
 pub static COUNTERS: Array<u64> = Array::with_max_entries(SERVER_COUNT, MMAPABLE);
 
+/// How many connections a real server had in the moment when one took the place of another. Such changes of connections
+/// write, userspace takes it out (0: none).
+#[map]
+pub static PEAKS: Array<u64> = Array::with_max_entries(SERVER_COUNT, MMAPABLE);
+
 /// Whether the daemon sleeps until `COUNTERS` or `CURSORS` change: 1 or 0. Userspace sets it, the first change clears it.
 #[map]
 pub static SLEEPING: Array<u64> = Array::with_max_entries(1, MMAPABLE);
@@ -160,6 +165,10 @@ pub static POOLS: HashMap<PoolKey, Pool> = HashMap::with_max_entries(SERVICE_COU
 /// When this CPU last searched long for a local port, in jiffies.
 #[map]
 pub static SEARCHES: PerCpuArray<u32> = PerCpuArray::with_max_entries(1, 0);
+
+/// How many CPUs would take a claim back that was left over.
+#[map]
+pub static TAKING_BACK: Array<u64> = Array::with_max_entries(1, 0);
 
 /// What this CPU tries to claim.
 #[map]
@@ -296,7 +305,7 @@ impl Family for V4 {
                 return Err(Reason::TtlExpired);
             }
             let checksum = checksum::gain((old >> 16) as u16, gained + LOST_ONE);
-            word.write((u32::from(checksum) << 16 | (old & 0xffff) - 1).to_le());
+            word.write(((u32::from(checksum) << 16) | ((old & 0xffff) - 1)).to_le());
         }
         Ok(())
     }

@@ -54,7 +54,8 @@ unsafe extern "C" fn visit<F: Family>(
         let known = *connection;
         let idle = ((*report).jiffies as u32).wrapping_sub(known.last_seen);
         // A connection that was seen after the sweep began has a negative idle time.
-        if (idle as i32) >= 0 && idle >= track::lifetime(config, (*key).protocol as u8, known.state) {
+        let over = (idle as i32) >= 0 && idle >= track::lifetime(config, (*key).protocol as u8, known.state);
+        if over || known.flags & flags::LEAVING != 0 {
             if F::connections().remove(&*key).is_ok() {
                 track::forget(&known);
                 if known.flags & flags::MASQUERADED != 0 {

@@ -15,6 +15,7 @@ use lb_common::{
         transport::{self, Ports, Segment},
     },
     reason::Reason,
+    schedule::NOBODY,
     sctp,
     server::{Counters, Method, Status, flags::TOA},
     service::ServiceKey,
@@ -24,7 +25,7 @@ use lb_ebpf::packet::{Packet, REACH, merged};
 
 use crate::{
     account, atomic, bell, local,
-    maps::{CONFIG, COUNTERS, Family, HZ, SERVERS},
+    maps::{CONFIG, COUNTERS, Family, HZ, PEAKS, SERVERS},
     pick, reply,
 };
 
@@ -61,12 +62,15 @@ pub fn connection<F: Family>(header: &IpHeader<F::Address>, protocol: u8, segmen
     }
     let server = schedule::<F>(&key, segment.event)?;
     let local = local::of_new::<F>(&key, server)?;
-    let leg = begin::<F>(&key, segment.event, Leg::new(server, local));
-    if leg & (EXPECTS | FULL) == 0 {
-        return Ok(Leg(leg));
+    match begin::<F>(&key, segment.event, Leg::new(server, local)) {
+        NO_SERVER => Err(Reason::NoServer),
+        FULL => Err(Reason::TableFull),
+        leg if leg & EXPECTS == 0 => Ok(Leg(leg)),
+        leg => {
+            let leg = Leg(leg & !EXPECTS);
+            if reply::expect::<F>(&key, leg.server()) { Ok(leg) } else { Err(Reason::TableFull) }
+        }
     }
-    let leg = Leg(leg & !EXPECTS);
-    if leg.0 & FULL == 0 && reply::expect::<F>(&key, leg.server()) { Ok(leg) } else { Err(Reason::TableFull) }
 }
 
 /// Where the packets of a connection go: one read of eight bytes.
@@ -79,8 +83,10 @@ fn leg(connection: *const Connection) -> Leg {
 /// Bit of a real server's index that [`begin`] returns: the new connection's replies are to be expected. Not its own business,
 /// for the sake of the stack.
 const EXPECTS: u64 = 1 << 31;
-/// Bit of the same: there is no connection, because the table is full.
-const FULL: u64 = 1 << 30;
+/// Answer of [`begin`]: no real server takes the connection.
+const NO_SERVER: u64 = u64::MAX;
+/// Answer of [`begin`]: the table is full.
+const FULL: u64 = u64::MAX - 1;
 
 /// State and flags of a connection.
 #[derive(Clone, Copy)]
@@ -146,27 +152,29 @@ fn starts(protocol: u8, event: u8) -> bool {
 const HELD: u64 = u64::MAX;
 /// Answer of [`attend`]: the connection goes on, and the packet has to tell the real server who its client is.
 const HELD_UNNAMED: u64 = u64::MAX - 2;
-/// Answer of [`attend`]: the connection is gone.
+/// Answer of [`attend`]: the connection is gone, or to make way for another.
 const GONE: u64 = u64::MAX - 1;
 
 /// Looks closely at a connection: it was idle for a second or more, is not settled yet, or its packet begins or ends
-/// something. If it was over and is gone, and masqueraded, the answer is the [`Leg`] whose replies are to be forgotten.
+/// something. If it was over, and masqueraded, the answer is the [`Leg`] whose replies are to be forgotten.
 #[inline(never)]
 fn attend<F: Family>(key: &ConnectionKey<F::Address>, connection: *mut Connection, idle: u32, event: u8) -> u64 {
     let Some(config) = CONFIG.get(0) else { return HELD };
     // SAFETY: an element of the map, as in `connection`.
     let known = unsafe { *connection };
     let protocol = key.protocol as u8;
-    if idle >= lifetime(config, protocol, known.state)
-        || (starts(protocol, event) && is_reusable(config.connection_reuse, protocol, &known))
-    {
-        if F::connections().remove(key).is_ok() {
-            forget(&known);
-            if known.flags & flags::MASQUERADED != 0 {
-                return known.leg().0;
-            }
+    let replies = if known.flags & flags::MASQUERADED != 0 { known.leg().0 } else { GONE };
+    if known.flags & flags::LEAVING != 0 || idle >= lifetime(config, protocol, known.state) {
+        if F::connections().remove(key).is_err() {
+            return GONE;
         }
-        return GONE;
+        forget(&known);
+        return replies;
+    }
+    if starts(protocol, event) && is_reusable(config.connection_reuse, protocol, &known) {
+        // SAFETY: as above.
+        unsafe { (*connection).flags = known.flags | flags::LEAVING };
+        return replies;
     }
     // A removed server's connections are left to die: neither their state nor their time moves on.
     let removed = SERVERS.get(known.server).is_none_or(|server| server.status == Status::Removed as u8);
@@ -175,6 +183,28 @@ fn attend<F: Family>(key: &ConnectionKey<F::Address>, connection: *mut Connectio
     }
     let names = known.flags & flags::UNNAMED != 0 && event & (tcp::flags::SYN | tcp::flags::RST) == 0;
     if names { HELD_UNNAMED } else { HELD }
+}
+
+/// Deletes the connection that is to make way for a new one, whose server is picked now. `false`: there is none.
+///
+/// Not before: for IPVS the old connection is there until its timer runs, soon after. So schedulers count it, and if both
+/// have the same server, its upper threshold may be reached for that moment. Userspace, which could not see it, is told.
+#[inline(never)]
+fn make_way<F: Family>(key: &ConnectionKey<F::Address>, picked: u32) -> bool {
+    let Some(known) = F::connections().get_ptr(key) else { return false };
+    // SAFETY: an element of the map, as in `connection`.
+    let known = unsafe { *known };
+    if known.flags & flags::LEAVING == 0 || F::connections().remove(key).is_err() {
+        return false;
+    }
+    if known.server == picked
+        && let (Some(counter), Some(peak)) = (COUNTERS.get_ptr(picked), PEAKS.get_ptr_mut(picked))
+    {
+        // SAFETY: elements of the arrays.
+        unsafe { peak.write_volatile(u64::from(Counters::from_word(counter.read_volatile()).total) + 1) };
+    }
+    forget(&known);
+    true
 }
 
 /// Moves a connection's state and time on after a packet. Of its flags that do not follow from the state, `side` stay.
@@ -252,7 +282,7 @@ pub fn forget(connection: &Connection) {
     }
 }
 
-/// Finds the service for a packet without a connection, and picks a real server.
+/// Finds the service for a packet without a connection, and picks a real server, or [`NOBODY`].
 #[inline(never)]
 fn schedule<F: Family>(key: &ConnectionKey<F::Address>, event: u8) -> Result<u32, Reason> {
     let protocol = key.protocol as u8;
@@ -262,25 +292,33 @@ fn schedule<F: Family>(key: &ConnectionKey<F::Address>, event: u8) -> Result<u32
     if !may_begin(protocol, event, sloppy) || key.ports.source() == FTP_DATA.to_be() {
         return Err(Reason::NoConnection);
     }
-    pick::pick::<F>(service, &key.client, key.ports.source(), &key.vip).ok_or_else(|| {
+    Ok(pick::pick::<F>(service, &key.client, key.ports.source(), &key.vip).unwrap_or_else(|| {
         // The cursor has moved, and that the forecast says "nobody" may be out of date.
         bell::ring();
-        Reason::NoServer
-    })
+        NOBODY
+    }))
 }
 
-/// Begins a connection to a real server: makes the entry. Returns where its packets go, as a [`Leg`], or [`FULL`].
+/// Begins a connection to a real server, if there is one: makes the entry. Returns where its packets go, as a [`Leg`].
 #[inline(never)]
 fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8, to: Leg) -> u64 {
-    let protocol = key.protocol as u8;
     let (server, local) = (to.server(), to.local());
+    if server == NOBODY {
+        make_way::<F>(key, NOBODY);
+        return NO_SERVER;
+    }
+    let protocol = key.protocol as u8;
     let (masqueraded, named) =
         SERVERS.get(server).map_or((false, false), |server| (Method::translates(server.method), server.flags & TOA != 0));
     let unnamed = if named && protocol == protocol::TCP { flags::UNNAMED } else { 0 };
     let side = if masqueraded { flags::MASQUERADED | unnamed } else { flags::NO_OUTPUT };
     let Standing { state, flags } = Standing::after(protocol, from_client(side), 0, event, side);
     let connection = Connection { server, local, last_seen: jiffies(), state, flags, zero: [0; 2] };
-    let inserted = F::connections().insert(key, &connection, 1 /* BPF_NOEXIST */);
+    let insert = || F::connections().insert(key, &connection, 1 /* BPF_NOEXIST */);
+    let inserted = match insert() {
+        Err(EEXIST) if make_way::<F>(key, server) => insert(),
+        outcome => outcome,
+    };
     if inserted.is_err() && local.is_some() {
         reply::forget::<F>(key, to);
     }

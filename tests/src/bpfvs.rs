@@ -17,7 +17,7 @@
 use std::{
     env, fs,
     fs::File,
-    io::{BufRead, BufReader, Read, Write},
+    io::{BufRead, BufReader, Read, Seek, Write},
     os::unix::{fs::symlink, net::UnixStream},
     path::{Path, PathBuf},
     process::{Command, ExitStatus, Output, Stdio},
@@ -223,18 +223,12 @@ impl Bpfvs {
         printed("ipvsadm", &arguments, &self.command("ipvsadm").args(&arguments).output()?)
     }
 
-    /// Feeds `ipvsadm -R` with lines.
+    /// Feeds `ipvsadm -R` with lines, as from a file.
     pub fn restore(&self, lines: &str) -> Result<()> {
-        let mut command = self.command("ipvsadm");
-        let mut child = command
-            .arg("-R")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .context("start ipvsadm -R")?;
-        child.stdin.take().context("the pipe was just made")?.write_all(lines.as_bytes())?;
-        printed("ipvsadm", &["-R"], &child.wait_with_output()?).map(|_| ())
+        let mut rules = tempfile::tempfile().context("make a file of rules")?;
+        rules.write_all(lines.as_bytes())?;
+        rules.rewind()?;
+        printed("ipvsadm", &["-R"], &self.command("ipvsadm").arg("-R").stdin(rules).output()?).map(|_| ())
     }
 
     /// Asks the API.

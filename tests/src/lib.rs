@@ -15,7 +15,7 @@
 //! | a TCP client, segment by segment | [`caller`] |
 //! | control groups, and processes in them | [`control_group`] |
 //! | pinned programs, run on one frame | [`test_run`], with a director to do it on: [`mod@bench`] |
-//! | connections that begin and end on it, for schedulers | [`arrivals`] |
+//! | connections that begin and end on it, for schedulers | [`arrivals`], and who should get them: [`book`] |
 //! | nanoseconds per packet | [`speed`] |
 //! | a program for the far end of a veth pair | [`pass`] |
 //! | other kernels | [`vm`] |
@@ -29,6 +29,7 @@
 pub mod arrivals;
 pub mod balanced;
 pub mod bench;
+pub mod book;
 pub mod bpfvs;
 pub mod caller;
 pub mod control_group;

@@ -38,7 +38,8 @@ use lb_common::{
     packet::transport::Ports,
     reason::Reason,
     reply::Reply,
-    server::Counters,
+    schedule::{Pair, Pointer},
+    server::{Counters, Server, Status},
     service::{Service, ServiceKey},
     statistics::Statistics,
 };
@@ -163,10 +164,28 @@ impl Pinned {
         Ok(total)
     }
 
+    /// How many real servers packets can be sent to. For many real servers quicker than the API.
+    pub fn ready_servers(&self) -> Result<usize> {
+        let map: Array<MapData, Server> = self.map("SERVERS", Map::Array)?;
+        let ready = map.iter().filter(|server| server.as_ref().is_ok_and(|server| server.status == Status::Ready as u8));
+        Ok(ready.count())
+    }
+
     /// Connections of the real server with this index.
     pub fn counters(&self, server: u32) -> Result<Counters> {
         let map: Array<MapData, u64> = self.map("COUNTERS", Map::Array)?;
         Ok(Counters::from_word(map.get(&server, 0)?))
+    }
+
+    /// Whether the daemon sleeps, and the forecast of the service with this index is for the connections from now on.
+    pub fn is_at_rest(&self, service: u32) -> Result<bool> {
+        let sleeping: Array<MapData, u64> = self.map("SLEEPING", Map::Array)?;
+        let cursors: Array<MapData, u64> = self.map("CURSORS", Map::Array)?;
+        let schedules: Array<MapData, Pointer> = self.map("SCHEDULES", Map::Array)?;
+        let runs: Array<MapData, Pair> = self.map("RUNS", Map::Array)?;
+        let run = schedules.get(&service, 0)?;
+        let [base, _] = runs.get(&run.offset, 0)?;
+        Ok(sleeping.get(&0, 0)? == 1 && cursors.get(&service, 0)? as u32 == base)
     }
 
     /// The TCP connection of an IPv4 client to a virtual address, if there is one.
@@ -266,6 +285,11 @@ impl Pinned {
         clear::<ConnectionKey<Ipv6>, Connection>(&mut self.map("CONNECTIONS_V6", Map::HashMap)?)?;
         clear::<ConnectionKey<Ipv4>, Reply<Ipv4>>(&mut self.map("REPLIES_V4", Map::HashMap)?)?;
         clear::<ConnectionKey<Ipv6>, Reply<Ipv6>>(&mut self.map("REPLIES_V6", Map::HashMap)?)
+    }
+
+    /// Takes the connections out alone, and leaves the entries for their replies: as nothing should, but two CPUs at once may.
+    pub fn lose_connections(&self) -> Result<()> {
+        clear::<ConnectionKey<Ipv4>, Connection>(&mut self.map("CONNECTIONS_V4", Map::HashMap)?)
     }
 
     /// Forgets which packets' first fragments were seen.

@@ -413,6 +413,37 @@ const CASES: &[Case] = &[
         },
     },
     Case {
+        name: "a masqueraded connection takes the place of another, at the same real server and then elsewhere",
+        commands: |world| {
+            let mut commands = world.masqueraded("tcp");
+            commands.push(world.server("tcp", world.addresses.servers[1], "-g -w 0"));
+            commands
+        },
+        steps: |world| {
+            let segment = |flags| Frame::tcp(world.client(), world.vip(), flags);
+            let [vip, masked, other] = [world.addresses.vip, world.addresses.servers[0], world.addresses.servers[1]].map(bracketed);
+            let weigh = |options: &str| Step::Command(format!("-e -t {vip}:80 -r {options}"));
+            let late = Frame { source: world.masked(), destination: world.client(), ..segment(ACK) };
+            Ok(vec![
+                world.request(&segment(SYN), true),
+                world.request(&segment(ACK), false),
+                // CLOSE: from here on a SYN begins anew.
+                world.request(&segment(RST), false),
+                Step::Connections { active: 0, total: 1 },
+                world.request(&segment(SYN), true),
+                Step::Connections { active: 1, total: 1 },
+                world.reply(&segment(SYN | ACK)),
+                world.request(&segment(ACK), false),
+                world.request(&segment(RST), false),
+                weigh(&format!("{masked}:8080 -m -w 0")),
+                weigh(&format!("{other}:80 -g -w 1")),
+                step(&segment(SYN), Outcome::Routed { server: 1, new: true }),
+                Step::Connections { active: 0, total: 0 },
+                step(&late, Outcome::Passed(Reason::NotOurs)),
+            ])
+        },
+    },
+    Case {
         name: "a masqueraded UDP conversation is translated both ways",
         commands: |world| world.masqueraded("udp"),
         steps: |world| {

@@ -334,8 +334,12 @@ fn every_port_is_used_once_and_the_next_connection_is_refused() -> Result<()> {
     bench.bpfvs.wait_for_servers()?;
     ensure!(bench.director.enter(|| begun(80_000, &mut buffer))?.is_some(), "another real server's ports are taken, too");
 
-    // With the server its connections go, and with them their claims.
-    bench.bpfvs.ipvsadm("-C")?;
-    bench.bpfvs.succeed(&["localaddr", "list"])?;
-    Ok(())
+    // A claim that was left without its connection is taken back.
+    bench.bpfvs.ipvsadm(&format!("-d -u {vip}:80 -r {other}:80"))?;
+    bench.bpfvs.ipvsadm(&format!("-e -u {vip}:80 -r {}:80 -m --fullnat -w 1", Addresses::of(family).servers[0]))?;
+    bench.bpfvs.wait_for_servers()?;
+    bench.pinned.lose_connections()?;
+    bench.director.enter(|| {
+        wait::until("a port to be taken back", wait::SOON, || begun(90_000, &mut buffer).is_ok_and(|port| port.is_some()))
+    })
 }

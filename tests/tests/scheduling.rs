@@ -6,7 +6,6 @@
 //! `BPFVS_SCHEDULING_SEED` chooses the script of opens and closes.
 
 use std::{
-    cmp::Reverse,
     collections::BTreeMap,
     env, fs,
     net::Ipv4Addr,
@@ -22,6 +21,7 @@ use anyhow::{Context, Result, bail, ensure};
 use bpfvs_tests::{
     arrivals::{self, Arrivals, Connection},
     bench::Bench,
+    book::{Entry, choice},
     needs, needs_bpfvs,
 };
 use fastrand::Rng;
@@ -43,10 +43,7 @@ fn turn() -> MutexGuard<'static, ()> {
 struct Server {
     address: Ipv4Addr,
     index: u32,
-    weight: u32,
-    upper_threshold: u32,
-    active: u32,
-    total: u32,
+    entry: Entry,
 }
 
 /// A service with real servers of these weights and upper thresholds, the newest first. Servers that were there before come
@@ -58,36 +55,10 @@ fn service(bench: &Bench, scheduler: &str, first: u16, servers: &[(u32, u32)]) -
     for (&address, &(weight, upper_threshold)) in addresses.iter().zip(servers) {
         bench.bpfvs.ipvsadm(&format!("-a {SERVICE} -r {address} -g -w {weight} -x {upper_threshold}"))?;
         let index = bench.server_index(&address.to_string())?;
-        newest_first.insert(0, Server { address, index, weight, upper_threshold, active: 0, total: 0 });
+        newest_first.insert(0, Server { address, index, entry: Entry { weight, upper_threshold, ..Entry::default() } });
     }
     bench.bpfvs.wait_for_servers()?;
     Ok(newest_first)
-}
-
-/// IPVS's rule in few words: the position of the server that takes the next connection.
-fn choice(scheduler: &str, servers: &[Server]) -> Option<usize> {
-    let takes = |server: &Server| server.weight > 0 && (server.upper_threshold == 0 || server.total < server.upper_threshold);
-    let load = |server: &Server| u64::from(server.active * 256 + server.total);
-    let delay = |server: &Server| u64::from(server.active + 1);
-    let mut able = servers.iter().enumerate().filter(|(_, server)| takes(server));
-    let least = |able: &mut dyn Iterator<Item = (usize, &Server)>, burden: &dyn Fn(&Server) -> u64| {
-        let crosswise = |one: &Server, other: &Server| burden(one) * u64::from(other.weight);
-        able.min_by(|(_, one), (_, other)| crosswise(one, other).cmp(&crosswise(other, one))).map(|(position, _)| position)
-    };
-    match scheduler {
-        "lc" => able.min_by_key(|(_, server)| load(server)).map(|(position, _)| position),
-        "wlc" => least(&mut able, &load),
-        "sed" => least(&mut able, &delay),
-        "nq" => {
-            able.clone().find(|(_, server)| server.active == 0).map(|(position, _)| position).or_else(|| least(&mut able, &delay))
-        }
-        "fo" => able.min_by_key(|(_, server)| Reverse(server.weight)).map(|(position, _)| position),
-        "ovf" => able
-            .filter(|(_, server)| server.active <= server.weight)
-            .min_by_key(|(_, server)| Reverse(server.weight))
-            .map(|(position, _)| position),
-        other => unreachable!("{other} is not in the test"),
-    }
 }
 
 #[test]
@@ -124,12 +95,12 @@ fn script(bench: &Bench, scheduler: &str, mut servers: Vec<Server>, random: &mut
             let connection = open.swap_remove(random.usize(..open.len()));
             arrivals.finish(&connection)?;
             let server = servers.iter_mut().find(|server| Some(server.index) == connection.server);
-            server.context("only connections with a server end")?.active -= 1;
+            server.context("only connections with a server end")?.entry.active -= 1;
             happened.push(None);
             continue;
         }
         let connection = arrivals.open()?;
-        let expected = choice(scheduler, &servers);
+        let expected = choice(scheduler, servers.iter().map(|server| &server.entry));
         let got = servers.iter().position(|server| Some(server.index) == connection.server);
         happened.push(Some(got));
         ensure!(
@@ -137,8 +108,8 @@ fn script(bench: &Bench, scheduler: &str, mut servers: Vec<Server>, random: &mut
             "step {step}: number {got:?} instead of {expected:?} of {servers:#?}; who got the connections (None: one ended): {happened:?}"
         );
         if let Some(position) = got {
-            servers[position].active += 1;
-            servers[position].total += 1;
+            servers[position].entry.active += 1;
+            servers[position].entry.total += 1;
             open.push(connection);
         }
     }
@@ -195,8 +166,8 @@ fn without_a_daemon_the_last_run_goes_on() -> Result<()> {
     bench.bpfvs.kill9()?;
     let shares = shares(&open(&bench, 800)?);
     for server in &servers {
-        let (share, wanted) = (shares.get(&Some(server.index)).copied().unwrap_or_default(), server.weight as usize * 100);
-        ensure!(share.abs_diff(wanted) <= wanted / 4, "weight {} got {share} of 800: {shares:?}", server.weight);
+        let (share, wanted) = (shares.get(&Some(server.index)).copied().unwrap_or_default(), server.entry.weight as usize * 100);
+        ensure!(share.abs_diff(wanted) <= wanted / 4, "weight {} got {share} of 800: {shares:?}", server.entry.weight);
     }
     bench.bpfvs.serve()
 }

@@ -222,6 +222,21 @@ bpfvs stop --detach
 const VLAN_OUTPUT: &str = "the port alone: rs2 rs1 rs2 rs1 \nConnection refused\nport and VLAN: rs2 rs1 rs2 rs1 \n\
 the VLAN alone: rs2 rs1 rs2 rs1 \nuntagged real servers: rs2 rs1 rs2 rs1 \n";
 
+/// FULLNAT, by a director and real servers in the segment of their clients: nobody needs a route.
+const FULLNAT: &str = r#"
+ip addr add 10.0.0.230/32 dev eth0
+ip addr add fd00:10::230/128 dev eth0 nodad preferred_lft 0
+bpfvs localaddr add 10.0.0.230,fd00:10::230
+services -m --fullnat
+echo "fullnat ipv4 $(ask 10.0.0.200 4)"
+echo "fullnat ipv6 $(ask '[fd00:10::200]' 4)"
+bpfvs localaddr list | awk '{ print $1, $3 }'
+bpfvs stop --detach
+"#;
+
+const FULLNAT_OUTPUT: &str =
+    "fullnat ipv4 rs2 rs1 rs2 rs1 \nfullnat ipv6 rs2 rs1 rs2 rs1 \nADDRESS USED\n10.0.0.230 4\nfd00:10::230 4\n";
+
 /// Instead of bpfvs, for the kernel's own IPVS: there is nothing to serve and nothing to detach.
 const STAND_IN: &str = r#"
 bpfvs() {
@@ -270,6 +285,16 @@ fn direct_routing_on_the_oldest_kernel() -> Result<()> {
     needs_bpfvs!();
     for hook in ["tc", "xdp"] {
         assert_output(Version::V6_1, hook, &[DIRECTOR, DIRECT_ROUTING], DIRECT_ROUTING_OUTPUT)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn fullnat_on_the_oldest_kernel() -> Result<()> {
+    needs_machines!();
+    needs_bpfvs!();
+    for hook in ["tc", "xdp"] {
+        assert_output(Version::V6_1, hook, &[DIRECTOR, FULLNAT], FULLNAT_OUTPUT)?;
     }
     Ok(())
 }

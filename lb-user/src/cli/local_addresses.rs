@@ -19,7 +19,7 @@ use crate::director::model::{Command, LocalAddresses as Listed, Outcome};
 pub(super) enum LocalAddresses {
     /// Add local addresses; they must be addresses of this host that nothing else uses
     Add {
-        /// The addresses: 10.0.0.230 or 10.0.0.230,10.0.0.231,2001:db8:2::230
+        /// The addresses: `10.0.0.230,2001:db8:2::230`
         #[arg(required = true, value_delimiter = ',')]
         addresses: Vec<IpAddr>,
         /// For this service alone: `tcp://10.0.0.200:80` [default: for all that have none of their own]

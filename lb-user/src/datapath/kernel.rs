@@ -100,6 +100,7 @@ pub struct KernelDatapath {
     destinations: Destinations,
     locals: Locals,
     counters: Words,
+    peaks: Words,
     /// Something once it is started.
     bell: Option<Bell>,
     swept: Words,
@@ -166,6 +167,7 @@ impl KernelDatapath {
             destinations: Destinations::open(&pins)?,
             locals: Locals::open(&pins)?,
             counters: words("COUNTERS")?,
+            peaks: words("PEAKS")?,
             bell: None,
             swept: words("SWEPT")?,
             statistics: pins.typed("STATISTICS")?,
@@ -457,6 +459,10 @@ impl Datapath for KernelDatapath {
 
     fn counters(&self, index: u32) -> Counters {
         Counters::from_word(self.counters.load(index))
+    }
+
+    fn take_peak(&self, index: u32) -> u32 {
+        self.peaks.take(index) as u32
     }
 
     fn statistics(&self, index: u32) -> Result<Statistics, Error> {

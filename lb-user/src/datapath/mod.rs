@@ -94,6 +94,10 @@ pub trait Datapath {
     /// The live connection counters of a real server.
     fn counters(&self, index: u32) -> Counters;
 
+    /// How many connections a real server had in the moment when one of its own took the place of another, if there was such
+    /// a moment since this was last asked; else 0.
+    fn take_peak(&self, index: u32) -> u32;
+
     /// The traffic of a real server since it was made known, over all CPUs.
     fn statistics(&self, index: u32) -> Result<Statistics, Error>;
 

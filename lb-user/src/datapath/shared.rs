@@ -77,6 +77,13 @@ impl Words {
         self.word(index).map_or(0, |word| word.load(Ordering::Acquire))
     }
 
+    /// Reads a word that is zero as a rule, and makes it so.
+    pub fn take(&self, index: u32) -> u64 {
+        // To write costs more than to read.
+        let word = self.word(index).filter(|word| word.load(Ordering::Relaxed) != 0);
+        word.map_or(0, |word| word.swap(0, Ordering::AcqRel))
+    }
+
     /// Writes a word, after everything that was written before; nothing happens if the index is out of range.
     pub fn store(&self, index: u32, value: u64) {
         if let Some(word) = self.word(index) {

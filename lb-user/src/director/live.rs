@@ -41,11 +41,15 @@ impl Service {
     /// Reads the live counters. Returns where the cursor stands, and whether a counter is not what it was.
     fn read(&mut self, datapath: &impl Datapath) -> (u32, bool) {
         let (mut cursor, mut changed) = (datapath.cursor(self.index), false);
+        self.servers.iter_mut().for_each(|server| server.peak = 0);
         for _ in 0..ATTEMPTS {
             for server in self.servers.iter_mut() {
                 let live = datapath.counters(server.index);
                 changed |= live != server.live;
                 server.live = live;
+                if server.config.upper_threshold > 0 {
+                    server.peak = server.peak.max(datapath.take_peak(server.index));
+                }
             }
             let before = std::mem::replace(&mut cursor, datapath.cursor(self.index));
             if before == cursor {

@@ -514,6 +514,7 @@ impl<D: Datapath> Director<D> {
             last_weight: 0,
             overloaded: back.as_ref().is_some_and(|removed| removed.overloaded),
             live: Counters::default(),
+            peak: 0,
             at_rest: None,
             joined: Totals::default(),
             zero: Totals::default(),
@@ -536,7 +537,7 @@ impl<D: Datapath> Director<D> {
             _ => server.joined,
         };
         server.estimator = Estimator::from(server.joined);
-        server.configure(config, self.datapath.counters(index));
+        server.configure(config, &self.datapath);
         let touched = self.touch(&service_id, position, pending);
         touched.untold += 1;
         if let Some(service) = self.services.get_mut(&service_id) {
@@ -560,7 +561,7 @@ impl<D: Datapath> Director<D> {
         locals::suffices(&self.locals, &service.locals, id, config.method)?;
         let mut server = service.servers[place].clone();
         let method = server.config.method;
-        server.configure(config, self.datapath.counters(server.index));
+        server.configure(config, &self.datapath);
         if method != config.method {
             self.datapath.set_server(server.index, &server.target(service.pool()))?;
         }
@@ -729,12 +730,11 @@ impl<D: Datapath> Director<D> {
             return refuse(RefusalKind::NoSuchLocalAddress, message);
         };
         wanted.remove(place);
-        match service.and_then(|id| self.services.get(id)) {
-            Some(service) => locals::may_remove(address, &self.locals, [(service, wanted.as_slice())])?,
-            None => {
-                let services = self.services.values().map(|service| (service, service.locals.as_slice()));
-                locals::may_remove(address, &wanted, services)?;
-            }
+        if let Some(service) = service.and_then(|id| self.services.get(id)) {
+            locals::may_remove(address, &self.locals, [(service, wanted.as_slice())])?;
+        } else {
+            let services = self.services.values().map(|service| (service, service.locals.as_slice()));
+            locals::may_remove(address, &wanted, services)?;
         }
         self.set_local_pool(service, pool, wanted)
     }

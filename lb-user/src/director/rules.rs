@@ -72,6 +72,15 @@ pub(super) fn service_supported(service: &ServiceId, config: &ServiceConfig) -> 
 
 /// IPVS's rules about a server that stands by itself: before it is looked for among the others.
 pub(super) fn server(service: &ServiceId, server: &ServerId, config: &ServerConfig) -> Result<(), Refusal> {
+    if service.family() != Family::of(server.address) && config.method == Method::FullNat {
+        return refuse(
+            RefusalKind::Unsupported,
+            format!(
+                "the real server {server} cannot serve {service}: this version of bpfvs does not translate between IPv4 and IPv6; name \
+                 the server's address of the service's family, or use the method tunnel (`-i`)"
+            ),
+        );
+    }
     if service.family() != Family::of(server.address) && !matches!(config.method, Method::Tunnel(_)) {
         return refuse(
             RefusalKind::Invalid,

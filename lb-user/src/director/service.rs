@@ -13,7 +13,7 @@ use super::{
     traffic::Estimator,
 };
 use crate::{
-    datapath::Target,
+    datapath::{Datapath, Target},
     scheduler::{Candidate, Scheduler},
 };
 
@@ -101,6 +101,9 @@ pub(super) struct Server {
     /// Its connections when they were last read.
     #[serde(skip)]
     pub(super) live: Counters,
+    /// How many connections it had for a moment before they were last read; 0: no more than then.
+    #[serde(skip)]
+    pub(super) peak: u32,
     /// Its totals since it has had no connections.
     #[serde(skip)]
     pub(super) at_rest: Option<Totals>,
@@ -129,19 +132,22 @@ impl Server {
         }
     }
 
-    /// Gives it another configuration.
-    pub(super) fn configure(&mut self, config: &ServerConfig, counters: Counters) {
+    /// Gives it another configuration. What was before does not count.
+    pub(super) fn configure(&mut self, config: &ServerConfig, datapath: &impl Datapath) {
         self.config = *config;
         if config.weight > 0 {
             self.last_weight = config.weight;
         }
-        self.live = counters;
+        self.live = datapath.counters(self.index);
+        datapath.take_peak(self.index);
+        self.peak = 0;
         self.overloaded = self.is_overloaded();
     }
 
     /// Whether it has too many connections, as far as they are known.
     pub(super) fn is_overloaded(&self) -> bool {
-        overloaded(&self.config, self.live, self.overloaded)
+        let peak = self.peak.max(self.live.total);
+        overloaded(&self.config, self.live.total, overloaded(&self.config, peak, self.overloaded))
     }
 
     /// The server as the datapath sees it; `pool` is that of its service.
@@ -150,15 +156,15 @@ impl Server {
     }
 }
 
-/// Whether a server has too many connections, if it was (not) `overloaded` so far. IPVS sets the flag when the upper
+/// Whether a server with a total of so many connections has too many, if it was (not) `overloaded` so far. IPVS sets the flag when the upper
 /// threshold is reached, and clears it below the lower one, which is three quarters of the upper one if there is none.
-fn overloaded(config: &ServerConfig, counters: Counters, overloaded: bool) -> bool {
+fn overloaded(config: &ServerConfig, total: u32, overloaded: bool) -> bool {
     let upper = config.upper_threshold;
     let lower = if config.lower_threshold == 0 { upper - (upper >> 2) } else { config.lower_threshold };
-    match counters.total {
+    match total {
         _ if upper == 0 => false,
-        total if total >= upper => true,
-        total if total >= lower => overloaded,
+        _ if total >= upper => true,
+        _ if total >= lower => overloaded,
         _ => false,
     }
 }
@@ -173,7 +179,7 @@ mod tests {
         let config = ServerConfig { method: Method::Route, weight: 1, upper_threshold, lower_threshold };
         let mut flag = false;
         let step = |&total| {
-            flag = overloaded(&config, Counters { active: 0, total }, flag);
+            flag = overloaded(&config, total, flag);
             flag
         };
         totals.iter().map(step).collect()

@@ -1,6 +1,7 @@
 //! A datapath in memory: what the director told it, and counters for tests to turn.
 
 use std::{
+    cell::RefCell,
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
 };
@@ -28,6 +29,7 @@ pub(crate) struct Memory {
     pub(crate) servers: BTreeMap<u32, Target>,
     pub(crate) retired: BTreeSet<u32>,
     pub(crate) counters: BTreeMap<u32, Counters>,
+    pub(crate) peaks: RefCell<BTreeMap<u32, u32>>,
     pub(crate) statistics: BTreeMap<u32, Statistics>,
     pub(crate) config: Option<Config>,
     /// Local addresses, by pool.
@@ -131,6 +133,10 @@ impl Datapath for Memory {
 
     fn counters(&self, index: u32) -> Counters {
         self.counters.get(&index).copied().unwrap_or_default()
+    }
+
+    fn take_peak(&self, index: u32) -> u32 {
+        self.peaks.borrow_mut().remove(&index).unwrap_or_default()
     }
 
     fn statistics(&self, index: u32) -> Result<Statistics, Error> {

@@ -317,6 +317,33 @@ fn an_overloaded_server_gets_nothing_until_it_has_room() {
 }
 
 #[test]
+fn a_threshold_is_reached_while_one_connection_takes_the_place_of_another() {
+    let mut director = with_servers("rr", &[1]);
+    let limited = ServerConfig { upper_threshold: 5, lower_threshold: 3, ..weight(1) };
+    accept(&mut director, &[Command::AddServer { service: service(), server: server(2), config: limited }]);
+    let index = index_of(&director, 2);
+    let mut reach = |peak| {
+        set_connections(&mut director, index, 4);
+        director.datapath_mut().peaks.get_mut().insert(index, peak);
+        director.refresh();
+        picks(&mut director, 2)
+    };
+    assert!(reach(4).contains(&2), "nothing is reached");
+    assert_eq!(reach(5), [1, 1]);
+    set_connections(&mut director, index, 3);
+    director.refresh();
+    assert_eq!(picks(&mut director, 2), [1, 1], "the lower threshold decides");
+    set_connections(&mut director, index, 2);
+    director.refresh();
+    assert!(picks(&mut director, 2).contains(&2));
+    // What was before an edit is past.
+    director.datapath_mut().peaks.get_mut().insert(index, 5);
+    accept(&mut director, &[Command::EditServer { service: service(), server: server(2), config: limited }]);
+    director.refresh();
+    assert!(picks(&mut director, 2).contains(&2));
+}
+
+#[test]
 fn a_forecast_follows_connections() {
     let mut director = with_servers("wlc", &[1, 2]);
     assert!(director.is_live());
@@ -542,4 +569,91 @@ fn a_month_is_not_too_long_for_a_clock_of_250_ticks() {
     let limit = i32::MAX.cast_unsigned() / 250;
     let too_long = Command::SetTimeouts(Timeouts { tcp: limit + 1, tcp_fin: 0, udp: 0 });
     assert_eq!(refused(&mut director, too_long), RefusalKind::Invalid);
+}
+
+const LOCAL: [u8; 4] = [10, 0, 0, 230];
+
+fn fullnat() -> ServerConfig {
+    ServerConfig { method: Method::FullNat, ..weight(1) }
+}
+
+fn add_local(address: impl Into<IpAddr>, service: Option<ServiceId>) -> Command {
+    Command::AddLocalAddress { address: address.into(), service }
+}
+
+fn remove_local(address: impl Into<IpAddr>, service: Option<ServiceId>) -> Command {
+    Command::RemoveLocalAddress { address: address.into(), service }
+}
+
+#[test]
+fn a_fullnat_server_always_has_a_local_address() {
+    use RefusalKind::*;
+    let other = [10, 0, 0, 231];
+    let add = || Command::AddServer { service: service(), server: server(1), config: fullnat() };
+    let mut director = with_servers("rr", &[2]);
+    assert_eq!(refused(&mut director, add()), NoLocalAddress);
+    let edit = Command::EditServer { service: service(), server: server(2), config: fullnat() };
+    assert_eq!(refused(&mut director, edit), NoLocalAddress);
+    accept(&mut director, &[add_local("2001:db8::230".parse::<IpAddr>().expect("an address"), None)]);
+    assert_eq!(refused(&mut director, add()), NoLocalAddress, "it is of the other family");
+    accept(&mut director, &[add_local(LOCAL, None), add()]);
+    assert_eq!(refused(&mut director, remove_local(LOCAL, None)), Invalid, "the server needs it");
+    accept(&mut director, &[add_local(other, Some(service())), remove_local(LOCAL, None)]);
+    assert_eq!(refused(&mut director, remove_local(other, Some(service()))), Invalid, "the server needs it");
+    accept(&mut director, &[remove_server(1), remove_local(other, Some(service()))]);
+    assert_eq!(director.local_addresses().count(), 1);
+}
+
+#[test]
+fn local_addresses_that_cannot_be_are_refused() {
+    use RefusalKind::*;
+    let mut director = with_servers("rr", &[]);
+    accept(&mut director, &[add_local(LOCAL, None)]);
+    let other = ServiceId::Address { protocol: Protocol::Udp, address: Ipv4Addr::new(10, 0, 0, 200).into(), port: 80 };
+    let virtual_local = ServiceId::Address { protocol: Protocol::Tcp, address: LOCAL.into(), port: 80 };
+    for (command, kind) in [
+        (add_local(LOCAL, None), LocalAddressExists),
+        (add_local(LOCAL, Some(other)), NoSuchService),
+        (add_local([0, 0, 0, 0], None), Invalid),
+        (add_local([127, 0, 0, 1], None), Invalid),
+        (add_local([224, 0, 0, 1], None), Invalid),
+        (add_local("fe80::1".parse::<IpAddr>().expect("an address"), None), Invalid),
+        (add_local([10, 0, 0, 200], None), Invalid),
+        (Command::AddService { service: virtual_local, config: scheduled("rr") }, Invalid),
+        (remove_local([10, 0, 0, 231], None), NoSuchLocalAddress),
+        (remove_local(LOCAL, Some(service())), NoSuchLocalAddress),
+    ] {
+        let text = format!("{command:?}");
+        assert_eq!(refused(&mut director, command), kind, "{text}");
+    }
+    let full: Vec<_> = (1..64).map(|last| add_local([10, 0, 1, last], None)).collect();
+    accept(&mut director, &full);
+    assert_eq!(refused(&mut director, add_local([10, 0, 1, 64], None)), NoRoom);
+}
+
+/// The pools of the datapath follow the model: when a director comes back, when a service goes, and when the state is lost.
+#[test]
+fn pools_follow_the_model() {
+    let own = [10, 0, 0, 231];
+    let mut director = with_servers("rr", &[]);
+    let add = Command::AddServer { service: service(), server: server(1), config: fullnat() };
+    accept(&mut director, &[add_local(LOCAL, None), add_local(own, Some(service())), add]);
+    let pool = director.services[&service()].pool();
+    let index = index_of(&director, 1);
+    assert_eq!(director.datapath().servers[&index].pool, pool);
+    let pools = director.datapath().pools.clone();
+    assert_eq!(pools, [(pool, vec![IpAddr::from(own)]), (SHARED, vec![IpAddr::from(LOCAL)])].into());
+    // Another mode gives the service another index, but not another pool.
+    accept(&mut director, &[Command::EditService { service: service(), config: scheduled("sh") }]);
+    assert_eq!(director.datapath().pools, pools);
+
+    let state = serde_json::to_string(&director.state()).expect("it can be written");
+    let state = serde_json::from_str(&state).expect("it can be read");
+    let mut director = Director::adopt(Memory::default(), Config::DEFAULT, state, Path::new("state.json")).expect("it fits");
+    assert_eq!(director.datapath().pools, pools);
+    accept(&mut director, &[Command::RemoveService { service: service() }]);
+    assert_eq!(director.datapath().pools.keys().copied().collect::<Vec<_>>(), [SHARED]);
+
+    let director = Director::new(director.into_datapath(), Config::DEFAULT).expect("memory refuses nothing");
+    assert!(director.datapath().pools.is_empty(), "nobody knows of them any more");
 }

@@ -61,7 +61,7 @@ fn main() -> Result<()> {
         notes: NOTES,
         cases: Vec::new(),
         picks: Vec::new(),
-        staleness: None,
+        staleness: Vec::new(),
     };
     println!("{report}");
     report.cases = packets(&options, sizes, rounds, max_connections, cpu)?;
@@ -71,9 +71,12 @@ fn main() -> Result<()> {
         report.picks.iter().for_each(|line| println!("{line}"));
     }
     if "staleness".starts_with(&options.only) {
-        let staleness = staleness::measure()?;
-        println!("\n{staleness}");
-        report.staleness = Some(staleness);
+        println!("\n{}", staleness::HEADING);
+        for scheduler in staleness::SCHEDULERS {
+            let line = staleness::measure(scheduler)?;
+            println!("{line}");
+            report.staleness.push(line);
+        }
     }
     if let Some(file) = &options.json {
         let text = serde_json::to_string_pretty(&report)? + "\n";

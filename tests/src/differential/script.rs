@@ -246,9 +246,6 @@ struct Writer {
     weights: [u32; 2],
     /// Whether this script's servers have thresholds.
     thresholds: bool,
-    /// Whether connections that are over may be replaced by new ones. IPVS counts the old one beside the new one until its
-    /// timer has run; bpfvs puts one in the other's place before it looks at thresholds, and before lblc(r) choose.
-    replaces: bool,
     present: Vec<Server>,
     absent: Vec<u8>,
     connections: Vec<(SocketAddr, Phase)>,
@@ -276,14 +273,12 @@ impl Writer {
         absent.truncate(KNOWN_SERVERS);
         let weights = [[1, 1], [7, 7], [0, 3], [0, 6], [1, 5], [1, 100]][random.usize(..6)];
         let thresholds = scheduler != RANDOM && random.u8(..4) == 0;
-        let replaces = !thresholds && !scheduler.starts_with("lblc");
         let script = Script { seed, scheduler, protocol, vip: SocketAddr::new(vip, PORT), rounds: Vec::new() };
         Self {
             random,
             script,
             weights,
             thresholds,
-            replaces,
             present: Vec::new(),
             absent,
             connections: Vec::new(),
@@ -295,8 +290,8 @@ impl Writer {
     fn write(mut self) -> Script {
         let mut first = Round::default();
         first.edits.push(Edit::AddService(self.script.scheduler, self.flags(self.script.scheduler)));
-        // Few servers as often as many.
-        let most = self.random.usize(1..=SERVERS);
+        // Few servers as often as many; but many would never reach their thresholds.
+        let most = if self.thresholds { SERVERS / 4 } else { self.random.usize(1..=SERVERS) };
         for _ in 0..self.random.usize(1..=most) {
             first.edits.extend(self.add_server());
         }
@@ -333,13 +328,13 @@ impl Writer {
         match self.random.u8(..100) {
             0..5 => {}
             5..10 if !begun.is_empty() => drop(self.one_of(&begun, Event::End, round)),
-            10..24 if !established.is_empty() => drop(self.one_of(&established, Event::End, round)),
+            10..20 if !established.is_empty() => drop(self.one_of(&established, Event::End, round)),
             // What was aborted is forgotten after ten seconds; it is replaced long before.
-            24..28 if !established.is_empty() && self.replaces && !before_farewell => {
+            20..28 if !established.is_empty() && !before_farewell => {
                 self.aborted = Some(self.one_of(&established, Event::Abort, round));
             }
             28..32 if !established.is_empty() => drop(self.one_of(&established, Event::Continue, round)),
-            32..38 if !ended.is_empty() && self.replaces => {
+            32..38 if !ended.is_empty() => {
                 let number = ended[self.random.usize(..ended.len())];
                 self.begin(round, number);
             }
@@ -426,8 +421,7 @@ impl Writer {
                 Some(Edit::RemoveServer(removed.number))
             }
             4 if !random_scheduler => {
-                let others: Vec<_> =
-                    SCHEDULERS.into_iter().filter(|name| *name != RANDOM && !(self.replaces && name.starts_with("lblc"))).collect();
+                let others: Vec<_> = SCHEDULERS.into_iter().filter(|name| *name != RANDOM).collect();
                 let scheduler = others[self.random.usize(..others.len())];
                 Some(Edit::EditService(scheduler, self.flags(scheduler)))
             }

@@ -55,6 +55,10 @@ pub enum Path {
     Masqueraded,
     /// The same, from the real server to the client.
     Replied,
+    /// Of a known connection, from the client to a real server that sees a local address.
+    FullNat,
+    /// The same, from the real server to the client.
+    FullNatReplied,
     /// The first of a connection.
     New,
 }
@@ -63,10 +67,27 @@ impl Path {
     /// What to measure at a hook.
     pub const fn all(hook: Hook) -> &'static [Self] {
         match hook {
-            Hook::Xdp => {
-                &[Self::NotOurs, Self::Routed, Self::RoutedElsewhere, Self::Tunnelled, Self::New, Self::Masqueraded, Self::Replied]
-            }
-            Hook::Tc => &[Self::NotOurs, Self::Routed, Self::Tunnelled, Self::New, Self::Masqueraded, Self::Replied],
+            Hook::Xdp => &[
+                Self::NotOurs,
+                Self::Routed,
+                Self::RoutedElsewhere,
+                Self::Tunnelled,
+                Self::New,
+                Self::Masqueraded,
+                Self::Replied,
+                Self::FullNat,
+                Self::FullNatReplied,
+            ],
+            Hook::Tc => &[
+                Self::NotOurs,
+                Self::Routed,
+                Self::Tunnelled,
+                Self::New,
+                Self::Masqueraded,
+                Self::Replied,
+                Self::FullNat,
+                Self::FullNatReplied,
+            ],
         }
     }
 
@@ -79,15 +100,22 @@ impl Path {
             Self::Tunnelled => "established, TUN (IPIP)",
             Self::Masqueraded => "established, NAT, request",
             Self::Replied => "established, NAT, reply",
+            Self::FullNat => "established, FULLNAT, request",
+            Self::FullNatReplied => "established, FULLNAT, reply",
             Self::New => "new connection",
         }
     }
 }
 
 impl Path {
-    /// Whether both halves of the connection's packets go through the director.
-    pub const fn is_masqueraded(self) -> bool {
-        matches!(self, Self::Masqueraded | Self::Replied)
+    /// How the connections are forwarded that the tables must hold for it: those of the first are as good for all whose replies
+    /// do not pass the director.
+    pub const fn connections(self) -> Self {
+        match self {
+            Self::Masqueraded | Self::Replied => Self::Masqueraded,
+            Self::FullNat | Self::FullNatReplied => Self::FullNat,
+            Self::NotOurs | Self::Routed | Self::RoutedElsewhere | Self::Tunnelled | Self::New => Self::Routed,
+        }
     }
 
     /// Whether the packet is of a connection that is in the table.

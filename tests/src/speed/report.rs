@@ -32,7 +32,7 @@ pub struct Report {
     /// New connections by scheduler and number of real servers.
     pub picks: Vec<PickCost>,
     /// How far schedules stray from IPVS's choices.
-    pub staleness: Option<Staleness>,
+    pub staleness: Vec<Staleness>,
 }
 
 impl Display for Report {

@@ -9,7 +9,7 @@
 //! Packets come in by `lo`, as in every test run. Out of the device that they came in by they go when the entry names
 //! `lo` as the device; the daemon would never write that.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context, Result, ensure};
 use aya::{
@@ -21,6 +21,7 @@ use lb_common::{
     family::{Address, Ipv4, Ipv6, ipv4, ipv6},
     floor::Round,
     hop::Device,
+    local::Local,
     packet::transport::Ports,
     reply::Reply,
     server::Server,
@@ -45,16 +46,23 @@ use crate::{
 const ROUTED: u16 = 80;
 const TUNNELLED: u16 = 81;
 const MASQUERADED: u16 = 82;
+const FULLNAT: u16 = 83;
 /// The interface by which a test run's packets come in: `lo`.
 pub(super) const INGRESS: u32 = 1;
 /// Clients of the flows that are in the table, and of those that never were.
 const KNOWN: u32 = 0x0a10_0000;
 const UNKNOWN: u32 = 0x0a20_0000;
+/// The first local address (IPv6: its last word). A known client has the local address and port that are as far from the first
+/// as its own are from those of the first client, so that replies can be made up without asking.
+const LOCAL: u32 = 0x0a30_0000;
+/// How many there are: with 2^14 ports each, enough for a million flows.
+const LOCALS: u32 = 64;
 /// Connections that begin in one sample.
 pub const NEW: u32 = 1 << 16;
 
 /// The services: port, which of the two real servers, and how it is reached.
-const METHODS: [(u16, usize, &str); 3] = [(ROUTED, 0, "-g"), (TUNNELLED, 1, "-i"), (MASQUERADED, 0, "-m")];
+const METHODS: [(u16, usize, &str); 4] =
+    [(ROUTED, 0, "-g"), (TUNNELLED, 1, "-i"), (MASQUERADED, 0, "-m"), (FULLNAT, 0, "-m --fullnat")];
 
 /// The programs whose speed is compared.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -78,10 +86,24 @@ pub struct Stage {
 }
 
 /// Known connections.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
 struct Flows {
     count: u64,
-    are_masqueraded: bool,
+    /// A value of [`Path::connections`].
+    path: Path,
+}
+
+impl Flows {
+    const NONE: Self = Self { count: 0, path: Path::Routed };
+
+    /// The port of the real server, where replies come from; nothing if they do not pass the director.
+    const fn server_port(self) -> Option<u16> {
+        match self.path {
+            Path::Masqueraded => Some(MASQUERADED),
+            Path::FullNat => Some(FULLNAT),
+            _ => None,
+        }
+    }
 }
 
 /// A family's real servers.
@@ -92,6 +114,7 @@ struct Entries {
     routed: Server,
     tunnelled: Server,
     masqueraded: Server,
+    fullnat: Server,
 }
 
 impl Stage {
@@ -101,6 +124,8 @@ impl Stage {
         // The way to the IPv4 clients; those of IPv6 are of the bench's own net.
         bench.director.ip("route add 10.16.0.0/12 via 10.1.0.254")?;
         for family in Family::ALL {
+            let all = (0..LOCALS).map(|number| local_of(family, LOCAL + number).map(|address| address.to_string()));
+            bench.bpfvs.succeed(&["localaddr", "add", &all.collect::<Result<Vec<_>>>()?.join(",")])?;
             let addresses = Addresses::of(family);
             let vip = bracketed(addresses.vip);
             for (port, server, method) in METHODS.map(|(port, server, method)| (port, addresses.servers[server], method)) {
@@ -113,10 +138,11 @@ impl Stage {
         let indices = Family::ALL.map(|family| METHODS.map(|method| index(family, method)));
         bench.bpfvs.kill9()?;
         let servers: Array<MapData, Server> = Array::try_from(Map::Array(open(&bench, "SERVERS")?))?;
-        let [four, six] = indices.map(|[routed, tunnelled, masqueraded]| -> Result<_> {
+        let [four, six] = indices.map(|[routed, tunnelled, masqueraded, fullnat]| -> Result<_> {
             let entry = |index| servers.get(&index, 0);
             let index = routed?;
-            Ok(Entries { index, routed: entry(index)?, tunnelled: entry(tunnelled?)?, masqueraded: entry(masqueraded?)? })
+            let (masqueraded, fullnat) = (entry(masqueraded?)?, entry(fullnat?)?);
+            Ok(Entries { index, routed: entry(index)?, tunnelled: entry(tunnelled?)?, masqueraded, fullnat })
         });
         // Replies, too, shall leave by the device that they come in by.
         let mut devices: HashMap<MapData, u32, Device> = HashMap::try_from(Map::HashMap(open(&bench, "DEVICES")?))?;
@@ -124,7 +150,7 @@ impl Stage {
             devices.insert(ifindex, Device { port_ifindex: INGRESS, ..device }, 0)?;
         }
         let harness = Harness::load(max_connections)?;
-        Ok(Self { bench, harness, entries: [four?, six?], servers, flows: [Flows::default(); 2] })
+        Ok(Self { bench, harness, entries: [four?, six?], servers, flows: [Flows::NONE; 2] })
     }
 
     /// Does something in a thread that is bound to one CPU and lives in the director's namespace, as test runs must.
@@ -158,9 +184,9 @@ pub struct Act<'a> {
 impl Act<'_> {
     /// Makes ready for a path of a family, with so many flows in the tables: a power of two.
     pub fn set(&mut self, family: Family, path: Path, flows: u64) -> Result<()> {
-        let wanted = Flows { count: flows, are_masqueraded: path.is_masqueraded() };
+        let wanted = Flows { count: flows, path: path.connections() };
         if self.flows[family as usize] != wanted {
-            self.direct(family, if wanted.are_masqueraded { Path::Masqueraded } else { Path::Routed })?;
+            self.direct(family, wanted.path)?;
             self.fill(family, wanted)?;
         }
         self.direct(family, path)
@@ -183,10 +209,11 @@ impl Act<'_> {
 
     /// What real-server entry the connections of a family lead to.
     fn direct(&mut self, family: Family, path: Path) -> Result<()> {
-        let Entries { index, routed, tunnelled, masqueraded } = self.entries[family as usize];
+        let Entries { index, routed, tunnelled, masqueraded, fullnat } = self.entries[family as usize];
         let mut server = match path {
             Path::Tunnelled => tunnelled,
             Path::Masqueraded | Path::Replied => masqueraded,
+            Path::FullNat | Path::FullNatReplied => fullnat,
             Path::NotOurs | Path::Routed | Path::RoutedElsewhere | Path::New => routed,
         };
         if path != Path::RoutedElsewhere {
@@ -200,12 +227,12 @@ impl Act<'_> {
     /// Makes connections until so many are in the tables, or begins anew if there are more, or others.
     fn fill(&mut self, family: Family, wanted: Flows) -> Result<()> {
         let present = self.flows[family as usize];
-        if present.count > wanted.count || present.are_masqueraded != wanted.are_masqueraded {
+        if present.count > wanted.count || present.path != wanted.path {
             self.forget(family, KNOWN, present.count, Program::Director)?;
             self.forget(family, KNOWN, present.count, Program::Floor)?;
         }
         let (syn, ack) = (Packets::request(SYN, KNOWN, wanted.count), Packets::request(ACK, KNOWN, wanted.count));
-        let reply = Packets { are_replies: true, ..ack };
+        let reply = ack.replies(wanted.path);
         let laps = [
             (Program::Director, syn),
             (Program::Director, ack),
@@ -213,12 +240,16 @@ impl Act<'_> {
             (Program::Floor, ack),
             (Program::Floor, reply),
         ];
-        for (program, packets) in laps.into_iter().filter(|(_, packets)| wanted.are_masqueraded || !packets.are_replies) {
+        let pass = |packets: &Packets| wanted.server_port().is_some() || packets.replies.is_none();
+        for (lap, (program, packets)) in laps.into_iter().enumerate().filter(|(_, (_, packets))| pass(packets)) {
             let (frame, round) = packets.template(family);
             self.test(Hook::Xdp, program)?;
             self.harness.begin(&round)?;
             let sent = self.harness.run(Hook::Xdp, &frame, wanted.count as u32)?.return_value;
             ensure!(sent == 3, "filling the tables ended with verdict {sent} of {program:?} instead of XDP_TX");
+            if lap == 0 && wanted.path == Path::FullNat {
+                self.relocate(family, present.count, wanted.count)?;
+            }
         }
         self.flows[family as usize] = wanted;
         Ok(())
@@ -235,22 +266,68 @@ impl Act<'_> {
         let clients = (0..flows).map(|flow| round.client(flow));
         match family {
             Family::Ipv4 => {
-                let keys = Keys { vip: ipv4(addresses.vip.parse()?), server: ipv4(addresses.servers[0].parse()?) };
+                let keys =
+                    Keys { vip: ipv4(addresses.vip.parse()?), server: ipv4(addresses.servers[0].parse()?), address: |word| word };
                 self.remove::<Ipv4>(family, program, clients, &keys)
             }
             Family::Ipv6 => {
-                let keys = Keys { vip: ipv6(addresses.vip.parse()?), server: ipv6(addresses.servers[0].parse()?) };
-                let [a, b, c, _] = ipv6(addresses.client.parse()?);
-                self.remove::<Ipv6>(family, program, clients.map(|(client, ports)| ([a, b, c, client], ports)), &keys)
+                let (vip, server) = (ipv6(addresses.vip.parse()?), ipv6(addresses.servers[0].parse()?));
+                self.remove::<Ipv6>(family, program, clients, &Keys { vip, server, address: client_v6 })
             }
         }
+    }
+
+    /// Gives the FULLNAT connections of some flows the local addresses and ports that replies are made up for.
+    fn relocate(&self, family: Family, from: u64, to: u64) -> Result<()> {
+        let addresses = Addresses::of(family);
+        let (_, round) = Packets::request(SYN, KNOWN, to).template(family);
+        let clients = (from..to).map(|flow| round.client(flow));
+        match family {
+            Family::Ipv4 => {
+                let keys =
+                    Keys { vip: ipv4(addresses.vip.parse()?), server: ipv4(addresses.servers[0].parse()?), address: |word| word };
+                self.relocate_of::<Ipv4>(family, clients, &keys)
+            }
+            Family::Ipv6 => {
+                let (vip, server) = (ipv6(addresses.vip.parse()?), ipv6(addresses.servers[0].parse()?));
+                self.relocate_of::<Ipv6>(family, clients, &Keys { vip, server, address: client_v6 })
+            }
+        }
+    }
+
+    fn relocate_of<A>(&self, family: Family, clients: impl Iterator<Item = (u32, Ports)>, keys: &Keys<A>) -> Result<()>
+    where
+        A: Address,
+        ConnectionKey<A>: Pod,
+        Reply<A>: Pod,
+    {
+        let mut connections = self.table::<ConnectionKey<A>, Connection>("CONNECTIONS", family)?;
+        let mut replies = self.table::<ConnectionKey<A>, Reply<A>>("REPLIES", family)?;
+        // IPv4's were added first.
+        let first = if family == Family::Ipv4 { 0 } else { LOCALS };
+        let mut moved = Vec::new();
+        for (client, ports) in clients {
+            let key = keys.request(client, ports);
+            let connection = connections.get(&key, 0).context("a connection that was just made")?;
+            let old = keys.reply(LOCAL.wrapping_add(connection.local.address() - first).to_be(), FULLNAT, connection.local.port());
+            let reply = replies.get(&old, 0).context("the entry for the replies of a connection that was just made")?;
+            replies.remove(&old)?;
+            let address = first + u32::from_be(client).wrapping_sub(KNOWN);
+            let local = Local::new(u16::try_from(address)?, ports.source());
+            connections.insert(key, Connection { local, ..connection }, 0)?;
+            moved.push((keys.reply(local_word(client), FULLNAT, ports.source()), reply));
+        }
+        for (key, reply) in moved {
+            replies.insert(key, reply, 0)?;
+        }
+        Ok(())
     }
 
     fn remove<A>(
         &mut self,
         family: Family,
         program: Program,
-        clients: impl Iterator<Item = (A, Ports)> + Clone,
+        clients: impl Iterator<Item = (u32, Ports)> + Clone,
         keys: &Keys<A>,
     ) -> Result<()>
     where
@@ -258,12 +335,11 @@ impl Act<'_> {
         ConnectionKey<A>: Pod,
         Reply<A>: Pod,
     {
-        let &Keys { vip, server } = keys;
-        let requests = clients.clone().map(|(client, ports)| ConnectionKey { client, vip, ports, protocol: TCP });
-        let are_masqueraded = self.flows[family as usize].are_masqueraded;
-        let replies = clients.filter(|_| are_masqueraded).map(|(client, ports)| {
-            let ports = Ports::new(MASQUERADED.to_be(), ports.source());
-            ConnectionKey { client: server, vip: client, ports, protocol: TCP }
+        let requests = clients.clone().map(|(client, ports)| keys.request(client, ports));
+        let flows = self.flows[family as usize];
+        let replies = flows.server_port().into_iter().flat_map(|port| {
+            let to = move |client| if flows.path == Path::FullNat { local_word(client) } else { client };
+            clients.clone().map(move |(client, ports)| keys.reply(to(client), port, ports.source()))
         });
         match program {
             Program::Nothing | Program::Grown => Ok(()),
@@ -288,6 +364,40 @@ impl Act<'_> {
 struct Keys<A> {
     vip: A,
     server: A,
+    /// The address of a client, or a local one, of which this is the (last) word.
+    address: fn(u32) -> A,
+}
+
+impl<A: Copy> Keys<A> {
+    fn request(&self, client: u32, ports: Ports) -> ConnectionKey<A> {
+        ConnectionKey { client: (self.address)(client), vip: self.vip, ports, protocol: TCP }
+    }
+
+    /// The key of replies to an address and a port in network order.
+    fn reply(&self, to: u32, server_port: u16, port: u16) -> ConnectionKey<A> {
+        let ports = Ports::new(server_port.to_be(), port);
+        ConnectionKey { client: self.server, vip: (self.address)(to), ports, protocol: TCP }
+    }
+}
+
+/// The IPv6 address of a client, by its last word.
+fn client_v6(word: u32) -> Ipv6 {
+    let [a, b, c, _] = ipv6(Addresses::of(Family::Ipv6).client.parse().expect("the bench's addresses are well-formed"));
+    [a, b, c, word]
+}
+
+/// The local address of a known client, by their (last) words in network order.
+const fn local_word(client: u32) -> u32 {
+    u32::from_be(client).wrapping_sub(KNOWN).wrapping_add(LOCAL).to_be()
+}
+
+/// A local address, by its (last) word in host order.
+fn local_of(family: Family, word: u32) -> Result<IpAddr> {
+    let client: IpAddr = Addresses::of(family).client.parse()?;
+    Ok(match client {
+        IpAddr::V4(_) => IpAddr::V4(word.into()),
+        IpAddr::V6(client) => IpAddr::V6((client.to_bits() >> 32 << 32 | u128::from(word)).into()),
+    })
 }
 
 pub(super) const TCP: u32 = 6;
@@ -316,8 +426,8 @@ pub fn template(family: Family, path: Path, flows: u64) -> (Vec<u8>, Round) {
     match path {
         Path::New => Packets::request(SYN, UNKNOWN, u64::from(NEW)),
         Path::NotOurs => Packets { are_foreign: true, ..known },
-        Path::Replied => Packets { are_replies: true, ..known },
-        Path::Routed | Path::RoutedElsewhere | Path::Tunnelled | Path::Masqueraded => known,
+        Path::Replied | Path::FullNatReplied => known.replies(path.connections()),
+        Path::Routed | Path::RoutedElsewhere | Path::Tunnelled | Path::Masqueraded | Path::FullNat => known,
     }
     .template(family)
 }
@@ -337,21 +447,27 @@ struct Packets {
     port: u16,
     /// They go to an address that nobody balances.
     are_foreign: bool,
-    /// They come from the masqueraded real server.
-    are_replies: bool,
+    /// They come from the real server, with this method.
+    replies: Option<Path>,
 }
 
 impl Packets {
     const fn request(flags: u8, first_client: u32, flows: u64) -> Self {
-        Self { flags, first_client, flows, port: ROUTED, are_foreign: false, are_replies: false }
+        Self { flags, first_client, flows, port: ROUTED, are_foreign: false, replies: None }
+    }
+
+    /// The replies to these packets.
+    const fn replies(self, path: Path) -> Self {
+        Self { replies: Some(path), ..self }
     }
 
     fn template(self, family: Family) -> (Vec<u8>, Round) {
         let addresses = Addresses::of(family);
         let socket = |address: &str, port| SocketAddr::new(address.parse().expect("the bench's addresses are well-formed"), port);
         let client = socket(addresses.client, 1);
-        let (source, destination, port) = if self.are_replies {
-            (socket(addresses.servers[0], MASQUERADED), client, MASQUERADED)
+        let (source, destination, port) = if let Some(path) = self.replies {
+            let port = if path == Path::FullNat { FULLNAT } else { MASQUERADED };
+            (socket(addresses.servers[0], port), client, port)
         } else {
             (client, socket(if self.are_foreign { addresses.foreign } else { addresses.vip }, self.port), self.port)
         };
@@ -360,10 +476,10 @@ impl Packets {
         let round = Round {
             length: frame.len() as u32,
             is_v6: u16::from(family == Family::Ipv6),
-            is_reply: u16::from(self.are_replies),
+            is_reply: u16::from(self.replies.is_some()),
             flow: 0,
             flows: self.flows,
-            first_client: self.first_client,
+            first_client: if self.replies == Some(Path::FullNat) { LOCAL } else { self.first_client },
             port: port.to_be(),
             start: u16::from_ne_bytes([frame[0], frame[1]]),
             headers: std::array::from_fn(|at| word(2 + 4 * at)),

@@ -1,8 +1,8 @@
 //! How far schedules stray from IPVS's choices when connections come faster than the daemon can look.
 //!
 //! 20,000 connections begin in a second, and each ends a tenth of a second later. A real server is stopped (weight 0) and
-//! started again. Beside the director a book is kept in which every connection goes where IPVS's wlc would send it at that
-//! moment, with the counters of the book. The figure is the difference between the director's active connections and the
+//! started again. Beside the director a [`book`](crate::book) is kept in which every connection goes where IPVS would send it at
+//! that moment, with the counters of the book. The figure is the difference between the director's active connections and the
 //! book's, for the server where it is largest.
 //!
 //! ```text
@@ -10,6 +10,9 @@
 //! FIN number 7      director: server 2 has one less, book: server 3 has one less
 //! each millisecond  the largest difference over all servers
 //! ```
+//!
+//! Of the schedulers that go by connections, those take part that spread them. fo and ovf fill one server after the other.
+//! twos draws lots. lblc and lblcr go by the live counters, and where they do not they are wlc.
 
 use std::{
     collections::VecDeque,
@@ -26,13 +29,19 @@ use serde_json::json;
 use crate::{
     arrivals::{self, Arrivals, Connection},
     bench::Bench,
+    book::{Entry, choice},
 };
 
+/// The schedulers that are measured.
+pub const SCHEDULERS: [&str; 4] = ["lc", "wlc", "sed", "nq"];
+/// What the lines are about.
+pub const HEADING: &str = "how far active connections differ from IPVS's while one server is stopped and started";
+
 const SERVICE: &str = "-t 10.99.0.1:80";
-/// Weights of the real servers in the order in which they are added.
-const WEIGHTS: [u32; 4] = [4, 3, 2, 1];
+/// Weights of the real servers, the newest first.
+const WEIGHTS: [u32; 4] = [1, 2, 3, 4];
 /// The one that is stopped and started.
-const STOPPED: usize = 1;
+const STOPPED: usize = 2;
 /// New connections in a second.
 const RATE: u32 = 20_000;
 /// How many connections are open at a time.
@@ -46,6 +55,8 @@ const START: Duration = Duration::from_secs(4);
 /// How far the active connections of the director were from those of IPVS.
 #[derive(Clone, Debug, Serialize)]
 pub struct Staleness {
+    /// The service's scheduler.
+    pub scheduler: &'static str,
     /// New connections in a second.
     pub rate: u32,
     /// The mean over time of the largest difference of a server.
@@ -60,20 +71,13 @@ pub struct Staleness {
 
 impl Display for Staleness {
     fn fmt(&self, formatter: &mut Formatter<'_>) -> fmt::Result {
-        let Self { rate, mean, most_moments, largest, active } = self;
+        let Self { scheduler, rate, mean, most_moments, largest, active } = self;
         write!(
             formatter,
-            "staleness: at {rate} new connections a second (wlc, {OPEN} open, one server stopped and started) active connections differ from \
-             IPVS's by {mean:.1} in the mean, {most_moments} in 99 of 100 moments, {largest} at most, of {active}"
+            "{scheduler:<5} {rate:>6} new connections a second, {OPEN} open: by {mean:.1} in the mean, {most_moments} in 99 of 100 \
+             moments, {largest} at most, of {active}"
         )
     }
-}
-
-/// A real server in the book.
-struct Entry {
-    weight: u32,
-    active: u32,
-    total: u32,
 }
 
 /// A connection of the director, and where the book has it.
@@ -83,16 +87,16 @@ struct Pair {
 }
 
 /// Runs the script.
-pub fn measure() -> Result<Staleness> {
+pub fn measure(scheduler: &'static str) -> Result<Staleness> {
     let bench = Bench::new(&[])?;
     let addresses = arrivals::servers(&bench, 0..WEIGHTS.len() as u16)?;
-    bench.bpfvs.ipvsadm(&format!("-A {SERVICE} -s wlc"))?;
-    for (address, weight) in addresses.iter().zip(WEIGHTS) {
+    bench.bpfvs.ipvsadm(&format!("-A {SERVICE} -s {scheduler}"))?;
+    for (address, weight) in addresses.iter().zip(WEIGHTS).rev() {
         bench.bpfvs.ipvsadm(&format!("-a {SERVICE} -r {address} -g -w {weight}"))?;
     }
     bench.bpfvs.wait_for_servers()?;
     let indices = addresses.iter().map(|address| bench.server_index(&address.to_string())).collect::<Result<Vec<_>>>()?;
-    bench.director.enter(|| run(&bench, &indices, addresses[STOPPED]))
+    bench.director.enter(|| run(&bench, scheduler, &indices, addresses[STOPPED]))
 }
 
 /// Gives the real server that is stopped and started another weight.
@@ -105,9 +109,9 @@ fn weigh(bench: &Bench, address: Ipv4Addr, weight: u32) -> Result<()> {
     Ok(())
 }
 
-fn run(bench: &Bench, indices: &[u32], stopped: Ipv4Addr) -> Result<Staleness> {
+fn run(bench: &Bench, scheduler: &'static str, indices: &[u32], stopped: Ipv4Addr) -> Result<Staleness> {
     let mut arrivals = Arrivals::new(bench)?;
-    let mut book: Vec<_> = WEIGHTS.iter().map(|&weight| Entry { weight, active: 0, total: 0 }).collect();
+    let mut book: Vec<_> = WEIGHTS.iter().map(|&weight| Entry { weight, ..Entry::default() }).collect();
     let mut open: VecDeque<Pair> = VecDeque::new();
     let (mut differences, mut most_active) = (Vec::new(), 0);
     let mut commands = VecDeque::from([(STOP, 0), (START, WEIGHTS[STOPPED])]);
@@ -129,7 +133,7 @@ fn run(bench: &Bench, indices: &[u32], stopped: Ipv4Addr) -> Result<Staleness> {
         }
         while begun < due {
             begun += 1;
-            let entry = wlc(&book).context("some server takes connections")?;
+            let entry = choice(scheduler, book.iter()).context("some server takes connections")?;
             let client = arrivals.begin()?;
             book[entry].active += 1;
             book[entry].total += 1;
@@ -153,18 +157,11 @@ fn run(bench: &Bench, indices: &[u32], stopped: Ipv4Addr) -> Result<Staleness> {
     }
     differences.sort_unstable();
     Ok(Staleness {
+        scheduler,
         rate: (u128::from(begun) * 1_000_000 / begin.elapsed().as_micros()) as u32,
         mean: f64::from(differences.iter().sum::<u32>()) / f64::from(differences.len() as u32),
         most_moments: differences.get(differences.len() * 99 / 100).copied().unwrap_or_default(),
         largest: differences.last().copied().unwrap_or_default(),
         active: most_active,
     })
-}
-
-/// IPVS's choice: the newest of those that have the least to do for their weight.
-fn wlc(book: &[Entry]) -> Option<usize> {
-    let load = |entry: &Entry| u64::from(entry.active * 256 + entry.total);
-    let crosswise = |one: &Entry, other: &Entry| load(one) * u64::from(other.weight);
-    let able = book.iter().enumerate().rev().filter(|(_, entry)| entry.weight > 0);
-    able.min_by(|(_, one), (_, other)| crosswise(one, other).cmp(&crosswise(other, one))).map(|(position, _)| position)
 }
