@@ -72,7 +72,7 @@ pub(super) fn service_supported(service: &ServiceId, config: &ServiceConfig) -> 
 
 /// IPVS's rules about a server that stands by itself: before it is looked for among the others.
 pub(super) fn server(service: &ServiceId, server: &ServerId, config: &ServerConfig) -> Result<(), Refusal> {
-    if service.family() != Family::of(server.address) && config.method == Method::FullNat {
+    if service.family() != Family::of(server.address) && matches!(config.method, Method::FullNat { .. }) {
         return refuse(
             RefusalKind::Unsupported,
             format!(

@@ -574,7 +574,7 @@ fn a_month_is_not_too_long_for_a_clock_of_250_ticks() {
 const LOCAL: [u8; 4] = [10, 0, 0, 230];
 
 fn fullnat() -> ServerConfig {
-    ServerConfig { method: Method::FullNat, ..weight(1) }
+    ServerConfig { method: Method::FullNat { toa: false }, ..weight(1) }
 }
 
 fn add_local(address: impl Into<IpAddr>, service: Option<ServiceId>) -> Command {
