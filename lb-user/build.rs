@@ -20,8 +20,12 @@ use toolchain::{TARGET, Toolchain};
 mod toolchain;
 
 /// The objects, and where their sources begin. One whose source does not exist is left empty.
-const OBJECTS: [(&str, &str); 3] =
-    [("director", "lb-ebpf/src/main.rs"), ("decap", "lb-ebpf/src/bin/decap.rs"), ("floor", "lb-ebpf/src/bin/floor.rs")];
+const OBJECTS: [(&str, &str); 4] = [
+    ("director", "lb-ebpf/src/main.rs"),
+    ("decap", "lb-ebpf/src/bin/decap.rs"),
+    ("toa", "lb-ebpf/src/bin/toa.rs"),
+    ("floor", "lb-ebpf/src/bin/floor.rs"),
+];
 
 const RUSTFLAGS: [&str; 5] = [
     "-Cdebuginfo=2", // bpf-linker makes BTF of it

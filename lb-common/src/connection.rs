@@ -96,6 +96,8 @@ pub mod flags {
     pub const MASQUERADED: u8 = 8;
     /// A template chose the real server, and lives as long as the connection does ([`crate::template`]).
     pub const CONTROLLED: u8 = 16;
+    /// The real server has still to be told who its client is ([`crate::toa`]): the connection is not settled before.
+    pub const UNNAMED: u8 = 64;
     /// The connection is over: it makes way for a new one of the same client as soon as that has a real server.
     pub const LEAVING: u8 = 32;
 }

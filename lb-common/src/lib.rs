@@ -15,6 +15,7 @@
 //! | protocol state machines | [`tcp`], [`sctp`] |
 //! | the "may be ours" filter | [`filter`] |
 //! | mark rules for networks | [`mark`] |
+//! | the client's address in a TCP option | [`toa`] |
 //! | what the datapath must do with a frame (on the host only) | `model` |
 //!
 //! Byte order: a field that mirrors a header is in network order and its documentation says so; all others are in host order.
@@ -49,6 +50,7 @@ pub mod service;
 pub mod statistics;
 pub mod tcp;
 pub mod template;
+pub mod toa;
 mod wire;
 
 pub use wire::Plain;

@@ -84,6 +84,8 @@ reasons! {
     TooBig = "too-big", Answered, "larger than the way to the real server allows";
     /// The time to live ended here.
     TtlExpired = "ttl-expired", Answered, "the time to live ended here";
+    /// The real server has still to be told who the client is, and the packet has no room for it.
+    Unnamed = "unnamed", Dropped, "no room for the client's address, which the FULLNAT server has still to be told";
     /// XDP left it to tc, because only the kernel's neighbour code can send it now.
     Unresolved = "unresolved", Passed, "left to tc: the real server's MAC address is not known yet";
     /// XDP left it to tc or to the VLAN's own device.

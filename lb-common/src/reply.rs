@@ -27,8 +27,11 @@ pub struct Reply<A> {
     pub client: A,
     /// The client's port (as source) and the virtual port (as destination).
     pub ports: Ports,
+    /// What the real server's SYN has acknowledged: the low 16 bits, in host order. Noted for servers that are told who
+    /// their clients are ([`crate::toa`]).
+    pub acknowledged: u16,
     /// Always zero.
-    pub zero: [u8; 3],
+    pub zero: u8,
     /// Bits of [`flags`].
     pub flags: u8,
     /// Index of the real server.
@@ -79,7 +82,8 @@ impl<A: Address> Reply<A> {
             vip: connection.vip,
             client: connection.client,
             ports: connection.ports,
-            zero: [0; 3],
+            acknowledged: 0,
+            zero: 0,
             flags,
             server,
             last_seen: 0,

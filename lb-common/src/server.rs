@@ -98,6 +98,8 @@ pub mod flags {
     pub const CHECKSUM: u8 = 2;
     /// XDP can send frames out of the hop's port that came in by another one.
     pub const REDIRECT: u8 = 4;
+    /// FULLNAT: the server is told who its TCP clients are ([`crate::toa`]).
+    pub const TOA: u8 = 8;
 }
 
 /// Where an unresolved server's packets go: what the kernel's neighbour code has to resolve. Read only on that way.

@@ -37,6 +37,7 @@ mod pick;
 mod reply;
 mod sweep;
 mod template;
+mod toa;
 mod track;
 
 use aya_ebpf::{
@@ -206,6 +207,7 @@ fn deliver<P: Packet, F: Family>(
     let mut mtu = 0;
     match to_server::<P, F>(packet, link, header, plain, leg, &mut mtu) {
         Ok(outcome) => outcome,
+        Err(Reason::Unnamed) => Outcome::name::<F>(),
         // An address that looks like a virtual one to the filter may be that of a client.
         Err(Reason::NoService) if classify::may_be_reply(&header.source) => Outcome::reply::<F>(),
         // It was an exception to the filter, and for nobody.

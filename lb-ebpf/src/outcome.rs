@@ -9,6 +9,7 @@
 //! reply     nothing, or, with bit 57, 0..31 the verdict
 //! wrap      0..31 the real server's index, 32..36 length of the Ethernet header, 37..48 outer VLAN
 //! translate 0..23 the real server's index, 24..55 the local address and port
+//! name      nothing: bits 58 and 59
 //! answer    0..15 MTU, 16..31 length of the IP packet, 32..36 length of the Ethernet header, 40..47 the reason
 //! bit 60: IPv6    bits 57..59, 61..63: which of them (61: the packet is odd, which is all)
 //! ```
@@ -24,7 +25,7 @@ use lb_ebpf::packet::Packet;
 use crate::{
     account, answer, forward,
     maps::{DEFERRED, Family},
-    reply,
+    reply, toa,
 };
 
 /// What is left to do with a packet.
@@ -35,6 +36,7 @@ impl Outcome {
     const ATTENDED: u64 = 1 << 57;
     const REPLY: u64 = 1 << 58;
     const TRANSLATE: u64 = 1 << 59;
+    const NAME: u64 = Self::REPLY | Self::TRANSLATE;
     /// Nothing is decided: the packet needs a closer look.
     pub const ODD: Self = Self(1 << 61);
     const WRAP: u64 = 1 << 62;
@@ -70,6 +72,12 @@ impl Outcome {
     pub const fn translate<F: Family>(leg: Leg) -> Self {
         let word = leg.server() as u64 & 0xff_ffff | (leg.local().0 as u64) << 24;
         Self(Self::TRANSLATE | Self::family::<F>() | word)
+    }
+
+    /// The packet is to be translated for a real server that has still to be told who its client is.
+    #[inline(always)]
+    pub const fn name<F: Family>() -> Self {
+        Self(Self::NAME | Self::family::<F>())
     }
 
     /// Where a packet goes that is to be translated.
@@ -136,18 +144,29 @@ impl Outcome {
         let Some(word) = DEFERRED.get_ptr(0) else { return P::PASS };
         // SAFETY: this CPU's own element.
         let mut outcome = Self(unsafe { *word });
+        if outcome.0 & Self::NAME == Self::NAME {
+            // As below.
+            outcome.0 = packet.opaque(outcome.named::<P>(packet).0 as usize) as u64;
+        }
         if outcome.0 & Self::TRANSLATE != 0 {
             let (context, leg) = (packet.context(), outcome.leg());
             let is_v6 = outcome.0 & Self::IS_V6 != 0;
             return if is_v6 { forward::translate::<P, V6>(context, leg) } else { forward::translate::<P, V4>(context, leg) };
         }
-        outcome = if outcome.0 & Self::IS_V6 != 0 { Self::reply_of::<P, V6>(packet) } else { Self::reply_of::<P, V4>(packet) };
+        if outcome.0 & Self::REPLY != 0 {
+            outcome = if outcome.0 & Self::IS_V6 != 0 { Self::reply_of::<P, V6>(packet) } else { Self::reply_of::<P, V4>(packet) };
+        }
         if outcome.0 & Self::ANSWER == 0 {
             return outcome.0 as i32;
         }
         // However it came about: the verifier shall follow what is left to do once.
         outcome.0 = packet.opaque(outcome.0 as usize) as u64;
         if outcome.0 & Self::IS_V6 != 0 { outcome.answer::<P, V6>(packet) } else { outcome.answer::<P, V4>(packet) }
+    }
+
+    #[inline(always)]
+    fn named<P: Packet>(self, packet: &P) -> Self {
+        if self.0 & Self::IS_V6 != 0 { toa::request::<P, V6>(packet.context()) } else { toa::request::<P, V4>(packet.context()) }
     }
 
     #[inline(always)]

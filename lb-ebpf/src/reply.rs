@@ -25,7 +25,7 @@ use lb_common::{
     },
     reason::Reason,
     reply::{self, Reply, flags},
-    server::{NextHop, Status},
+    server::{NextHop, Status, flags as server_flags},
     tcp::Direction,
 };
 use lb_ebpf::packet::{Packet, Room, merged};
@@ -35,7 +35,7 @@ use crate::{
     maps::{CONFIG, DEVICES, Family, HZ, SERVERS},
     nat::{self, End, Ends},
     outcome::Outcome,
-    template, track,
+    template, toa, track,
 };
 
 /// Makes the entry for the replies of a new connection that has no local port. `false`: there is no room, and so no connection; the sweep will notice
@@ -173,6 +173,13 @@ fn translate<P: Packet, F: Family>(packet: &mut P, verdict: i32) -> Result<Outco
     if payload.fragment == Fragment::First {
         track::remember_first_fragment::<P, F>(packet.context(), header.offset as u32, key.ports);
     }
+    if names_clients(known.server) && payload.protocol == protocol::TCP && payload.fragment == Fragment::Whole {
+        let end = (header.offset + header.length) as u32;
+        let acknowledged = (&raw const known.acknowledged).cast_mut();
+        if toa::reply::<P, F>(packet.context(), payload.offset as u32, end, acknowledged)? {
+            named::<F>(known, key.protocol);
+        }
+    }
     // Without a local address, a reply's destination is the client already, and becomes what it is.
     let ends = Ends { source: &known.vip, destination: &known.client, ports: known.reply_ports() };
     nat::translate::<P, F>(packet.context(), &ends, false)?;
@@ -181,6 +188,21 @@ fn translate<P: Packet, F: Family>(packet: &mut P, verdict: i32) -> Result<Outco
     *packet = unsafe { P::view(packet.context()) };
     packet.address(&link, &known.hop, Room::NONE)?;
     Ok(Outcome::verdict(if verdict == NO_VERDICT { packet.send(&known.hop) } else { verdict }))
+}
+
+/// The real server has been told who the client of this connection is: its state may settle.
+#[inline(never)]
+fn named<F: Family>(known: &Reply<F::Address>, protocol: u32) {
+    if let Some(connection) = F::connections().get_ptr_mut(&known.connection(protocol)) {
+        // SAFETY: an element of the map, as in `plain`. Should it be another connection's by now, that one goes without the option.
+        unsafe { (*connection).flags &= !connection_flags::UNNAMED };
+    }
+}
+
+/// Whether a real server is told who its clients are.
+#[inline(always)]
+fn names_clients(server: u32) -> bool {
+    SERVERS.get(server).is_some_and(|server| server.flags & server_flags::TOA != 0)
 }
 
 /// In the place of an event: the packet is about a connection, but none that moves it.

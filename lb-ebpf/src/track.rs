@@ -17,7 +17,7 @@ use lb_common::{
     reason::Reason,
     schedule::NOBODY,
     sctp,
-    server::{Counters, Method, Status},
+    server::{Counters, Method, Status, flags::TOA},
     service::{Service, flags as service_flags},
     tcp::{self, Direction},
 };
@@ -60,6 +60,7 @@ pub fn connection<P: Packet, F: Family>(
         }
         match attend::<F>(&key, known, idle, segment.event) {
             HELD => return Ok(leg),
+            HELD_UNNAMED => return Err(Reason::Unnamed),
             GONE => {}
             masqueraded => reply::forget::<F>(&key, Leg(masqueraded)),
         }
@@ -110,7 +111,8 @@ impl Standing {
     #[inline(always)]
     fn after(protocol: u8, direction: Direction, state: u8, event: u8, side: u8) -> Self {
         let word = after(protocol.into(), direction as u32, state.into(), event.into());
-        Self { state: word as u8, flags: (word >> 8) as u8 | side }
+        let settled = if side & flags::UNNAMED == 0 { flags::SETTLED } else { 0 };
+        Self { state: word as u8, flags: (word >> 8) as u8 & (flags::ACTIVE | settled) | side }
     }
 }
 
@@ -159,6 +161,8 @@ fn starts(protocol: u8, event: u8) -> bool {
 
 /// Answer of [`attend`]: the connection goes on.
 const HELD: u64 = u64::MAX;
+/// Answer of [`attend`]: the connection goes on, and the packet has to tell the real server who its client is.
+const HELD_UNNAMED: u64 = u64::MAX - 2;
 /// Answer of [`attend`]: the connection is gone, or to make way for another.
 const GONE: u64 = u64::MAX - 1;
 
@@ -192,7 +196,8 @@ fn attend<F: Family>(key: &ConnectionKey<F::Address>, connection: *mut Connectio
             template::assure::<F>(key, known.server);
         }
     }
-    HELD
+    let names = known.flags & flags::UNNAMED != 0 && event & (tcp::flags::SYN | tcp::flags::RST) == 0;
+    if names { HELD_UNNAMED } else { HELD }
 }
 
 /// Whether a packet has established a connection that a template is to know of.
@@ -248,7 +253,7 @@ pub fn move_on(connection: *mut Connection, protocol: u8, direction: Direction, 
 }
 
 /// Flags that do not follow from the state.
-pub const SIDE: u8 = flags::NO_OUTPUT | flags::MASQUERADED | flags::CONTROLLED;
+pub const SIDE: u8 = flags::NO_OUTPUT | flags::MASQUERADED | flags::CONTROLLED | flags::UNNAMED;
 
 /// Moves a connection between the active and the inactive ones of its real server.
 #[inline(always)]
@@ -365,9 +370,11 @@ fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8, to: Leg) -> u64 
         account::connection(server);
         return to.0;
     }
-    let masqueraded = SERVERS.get(server).is_some_and(|server| Method::translates(server.method));
+    let (masqueraded, named) =
+        SERVERS.get(server).map_or((false, false), |server| (Method::translates(server.method), server.flags & TOA != 0));
     let controlled = if picked & CONTROLLED != 0 { flags::CONTROLLED } else { 0 };
-    let side = controlled | if masqueraded { flags::MASQUERADED } else { flags::NO_OUTPUT };
+    let unnamed = if named && protocol == protocol::TCP { flags::UNNAMED } else { 0 };
+    let side = controlled | if masqueraded { flags::MASQUERADED | unnamed } else { flags::NO_OUTPUT };
     let Standing { state, flags } = Standing::after(protocol, from_client(side), 0, event, side);
     let connection = Connection { server, local, last_seen: jiffies(), state, flags, zero: [0; 2] };
     let insert = || F::connections().insert(key, &connection, 1 /* BPF_NOEXIST */);

@@ -70,6 +70,17 @@ pub enum Transport {
         /// Bits of the flags byte.
         flags: u8,
     },
+    /// TCP, as a part of a conversation.
+    Segment {
+        /// Bits of the flags byte.
+        flags: u8,
+        /// The number of its first byte.
+        sequence: u32,
+        /// The number of the next byte that is expected.
+        acknowledgement: u32,
+        /// Options, a multiple of four bytes, at most 40.
+        options: Vec<u8>,
+    },
     /// UDP.
     Udp,
     /// SCTP with one chunk of this type.
@@ -200,7 +211,7 @@ impl Frame {
     /// The IP protocol of the transport.
     fn protocol(&self) -> u8 {
         match self.transport {
-            Transport::Tcp { .. } => protocol::TCP,
+            Transport::Tcp { .. } | Transport::Segment { .. } => protocol::TCP,
             Transport::Udp => protocol::UDP,
             Transport::Sctp { .. } => protocol::SCTP,
             Transport::Icmp { .. } if self.destination.is_ipv4() => protocol::ICMP,
@@ -212,10 +223,15 @@ impl Frame {
     /// Transport header and payload.
     fn segment(&self) -> Vec<u8> {
         let ports = [self.source.port().to_be_bytes(), self.destination.port().to_be_bytes()].concat();
-        let (mut segment, checksum_at) = match self.transport {
+        let (mut segment, checksum_at) = match &self.transport {
             Transport::Tcp { flags } => {
-                let header = [&ports[..], &1000_u32.to_be_bytes(), &[0; 4], &[0x50, flags, 0xff, 0xff], &[0; 4]].concat();
+                let header = [&ports[..], &1000_u32.to_be_bytes(), &[0; 4], &[0x50, *flags, 0xff, 0xff], &[0; 4]].concat();
                 (header, Some(16))
+            }
+            Transport::Segment { flags, sequence, acknowledgement, options } => {
+                let numbers = [sequence.to_be_bytes(), acknowledgement.to_be_bytes()].concat();
+                let length = ((20 + options.len()) / 4) as u8;
+                ([&ports[..], &numbers, &[length << 4, *flags, 0xff, 0xff], &[0; 4], options].concat(), Some(16))
             }
             Transport::Udp => {
                 let length = (8 + self.payload.len()) as u16;
@@ -224,9 +240,9 @@ impl Frame {
             Transport::Sctp { chunk } => {
                 let length = (4 + self.payload.len()) as u16;
                 let [high, low] = length.to_be_bytes();
-                ([&ports[..], &[0, 0, 0, 1], &[0; 4], &[chunk, 0, high, low]].concat(), None)
+                ([&ports[..], &[0, 0, 0, 1], &[0; 4], &[*chunk, 0, high, low]].concat(), None)
             }
-            Transport::Icmp { kind, code, rest } => ([&[kind, code, 0, 0], &rest.to_be_bytes()[..]].concat(), Some(2)),
+            Transport::Icmp { kind, code, rest } => ([&[*kind, *code, 0, 0], &rest.to_be_bytes()[..]].concat(), Some(2)),
             Transport::Raw { .. } => (Vec::new(), None),
         };
         segment.extend(&self.payload);

@@ -12,6 +12,8 @@
 //! | nginx, curl, socat, dnsmasq, iperf3, tcpdump | [`programs`] |
 //! | bpfvs itself | [`bpfvs`] |
 //! | frames, byte by byte | [`frame`] |
+//! | a TCP client, segment by segment | [`caller`] |
+//! | control groups, and processes in them | [`control_group`] |
 //! | pinned programs, run on one frame | [`test_run`], with a director to do it on: [`mod@bench`] |
 //! | connections that begin and end on it, for schedulers | [`arrivals`], and who should get them: [`book`] |
 //! | nanoseconds per packet | [`speed`] |
@@ -30,6 +32,8 @@ pub mod balanced;
 pub mod bench;
 pub mod book;
 pub mod bpfvs;
+pub mod caller;
+pub mod control_group;
 pub mod differential;
 pub mod frame;
 pub mod lab;

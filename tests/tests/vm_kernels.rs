@@ -227,15 +227,18 @@ const FULLNAT: &str = r#"
 ip addr add 10.0.0.230/32 dev eth0
 ip addr add fd00:10::230/128 dev eth0 nodad preferred_lft 0
 bpfvs localaddr add 10.0.0.230,fd00:10::230
-services -m --fullnat
+mount -t cgroup2 none /sys/fs/cgroup
+bpfvs realserver toa on --from 10.0.0.230 --from fd00:10::230 >/dev/null
+services -m --fullnat --toa
 echo "fullnat ipv4 $(ask 10.0.0.200 4)"
 echo "fullnat ipv6 $(ask '[fd00:10::200]' 4)"
 bpfvs localaddr list | awk '{ print $1, $3 }'
+bpfvs realserver toa status | sed -n 's/.*shown: \([0-9]*\);.*/clients shown: \1/p'
 bpfvs stop --detach
 "#;
 
 const FULLNAT_OUTPUT: &str =
-    "fullnat ipv4 rs2 rs1 rs2 rs1 \nfullnat ipv6 rs2 rs1 rs2 rs1 \nADDRESS USED\n10.0.0.230 4\nfd00:10::230 4\n";
+    "fullnat ipv4 rs2 rs1 rs2 rs1 \nfullnat ipv6 rs2 rs1 rs2 rs1 \nADDRESS USED\n10.0.0.230 4\nfd00:10::230 4\nclients shown: 8\n";
 
 /// Instead of bpfvs, for the kernel's own IPVS: there is nothing to serve and nothing to detach.
 const STAND_IN: &str = r#"

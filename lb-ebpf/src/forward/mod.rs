@@ -28,6 +28,12 @@ pub struct Reachable {
 }
 
 impl Reachable {
+    /// The largest packet that its way takes, counted from the IP header.
+    #[inline(always)]
+    pub const fn mtu(&self) -> u16 {
+        self.entry.hop.mtu
+    }
+
     /// Sends a packet that is addressed already.
     #[inline(always)]
     fn send<P: Packet>(&self, packet: &P) -> Result<i32, Reason> {
@@ -136,4 +142,4 @@ pub fn translate<P: Packet, F: Family>(context: *mut c_void, leg: Leg) -> i32 {
 }
 
 /// Bytes of a TCP header with the options that segments usually carry (timestamps).
-const SEGMENT_HEADERS: usize = 32;
+pub const SEGMENT_HEADERS: usize = 32;

@@ -120,6 +120,9 @@ pub trait Packet: Bytes {
     /// between; the Ethernet header has to be written again.
     fn reshape(&mut self, link: usize, keep: usize, grow: usize) -> Result<(), Reason>;
 
+    /// Makes `bytes` bytes of room at `offset`, which is even. They hold anything.
+    fn insert(&mut self, offset: usize, bytes: usize) -> Result<(), Reason>;
+
     /// Sends the packet back out of the device that it came in by.
     fn bounce(&self) -> i32;
 }

@@ -6,13 +6,13 @@
 use aya_ebpf::{
     bindings::{
         __sk_buff, BPF_F_ADJ_ROOM_ENCAP_L3_IPV4, BPF_F_ADJ_ROOM_ENCAP_L3_IPV6, BPF_F_ADJ_ROOM_ENCAP_L4_GRE,
-        BPF_F_ADJ_ROOM_ENCAP_L4_UDP, BPF_F_ADJ_ROOM_FIXED_GSO, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT,
-        bpf_adj_room_mode::BPF_ADJ_ROOM_MAC, bpf_redir_neigh,
+        BPF_F_ADJ_ROOM_ENCAP_L4_UDP, BPF_F_ADJ_ROOM_FIXED_GSO, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM,
+        TC_ACT_SHOT, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC, bpf_redir_neigh,
     },
     cty::c_void,
     helpers::generated::{
-        bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_pull_data,
-        bpf_skb_vlan_pop,
+        bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_load_bytes,
+        bpf_skb_pull_data, bpf_skb_store_bytes, bpf_skb_vlan_pop,
     },
 };
 use lb_common::{
@@ -241,9 +241,55 @@ impl Packet for TcBuffer {
         Ok(())
     }
 
+    /// Moves what stands behind the room to the end: an unfinished checksum begins at a place that is counted from the front.
+    #[inline(always)]
+    fn insert(&mut self, offset: usize, bytes: usize) -> Result<(), Reason> {
+        if !move_to_end(self.context, offset as u32, bytes as u32) {
+            return Err(Reason::Failed);
+        }
+        self.reload();
+        Ok(())
+    }
+
     #[inline(always)]
     fn bounce(&self) -> i32 {
         // SAFETY: the context is the kernel's.
         unsafe { bpf_redirect((*self.context).ingress_ifindex, 0) as i32 }
+    }
+}
+
+/// Bytes that are moved at once.
+const CHUNK: usize = 128;
+/// Enough for frames of 9000 bytes.
+const CHUNKS: usize = 72;
+
+/// Makes a buffer longer, and moves all bytes from `offset` on by that much. `false`: the kernel refused. In a function of its
+/// own, for the sake of the stack.
+#[inline(never)]
+fn move_to_end(context: *mut __sk_buff, offset: u32, bytes: u32) -> bool {
+    // SAFETY: the context is the kernel's; what is refused leaves a packet that is dropped.
+    unsafe {
+        let mut end = (*context).len;
+        if bpf_skb_change_tail(context, end + bytes, 0) != 0 {
+            return false;
+        }
+        let mut chunk = [0_u8; CHUNK];
+        let place = (&raw mut chunk).cast::<c_void>();
+        for _ in 0..CHUNKS {
+            if end <= offset {
+                return true;
+            }
+            let length = super::fixed((end - offset).min(CHUNK as u32) as usize) as u32;
+            if length == 0 || length > CHUNK as u32 {
+                return false;
+            }
+            end -= length;
+            if bpf_skb_load_bytes(context.cast(), end, place, length) != 0
+                || bpf_skb_store_bytes(context, end + bytes, place, length, u64::from(BPF_F_RECOMPUTE_CSUM)) != 0
+            {
+                return false;
+            }
+        }
+        end <= offset
     }
 }

@@ -60,6 +60,9 @@ pub(super) struct Settings {
     /// GUE, GRE: the outer checksum [default: none]
     #[arg(long, value_enum, requires = "tunnel")]
     tunnel_checksum: Option<ChecksumName>,
+    /// Fullnat: tells the real server the addresses of TCP clients, in a TCP option (see `bpfvs realserver toa`)
+    #[arg(long)]
+    toa: bool,
     /// Its share of connections; 0 for no new ones [default: 1]
     #[arg(long, short)]
     weight: Option<u32>,
@@ -132,15 +135,20 @@ impl Settings {
             // clap asks for the port of a GUE tunnel.
             (Some(TunnelName::Gue) | None, None) => None,
         };
+        let fullnat = self.method == Some(MethodName::FullNat) || (self.method.is_none() && matches!(old, Method::FullNat { .. }));
+        if self.toa && !fullnat {
+            return Err(anyhow!("--toa cannot be used: only FULLNAT hides clients; use --method fullnat"));
+        }
         match (self.method, tunnel, old) {
             (None | Some(MethodName::Tunnel), Some(tunnel), _) => Ok(Method::Tunnel(tunnel)),
             (Some(_), Some(_), _) => Err(anyhow!("--tunnel cannot be used: the method is no tunnel; use --method tunnel")),
+            (None, None, Method::FullNat { toa }) => Ok(Method::FullNat { toa: toa || self.toa }),
             (None, None, old) => Ok(old),
             (Some(MethodName::Tunnel), None, Method::Tunnel(old)) => Ok(Method::Tunnel(old)),
             (Some(MethodName::Tunnel), None, _) => Ok(Method::Tunnel(Tunnel::Ipip)),
             (Some(MethodName::Route), None, _) => Ok(Method::Route),
             (Some(MethodName::Masquerade), None, _) => Ok(Method::Masquerade),
-            (Some(MethodName::FullNat), None, _) => Ok(Method::FullNat),
+            (Some(MethodName::FullNat), None, _) => Ok(Method::FullNat { toa: self.toa }),
         }
     }
 }
@@ -209,7 +217,8 @@ fn method(method: Method) -> String {
     match method {
         Method::Route => "route".to_owned(),
         Method::Masquerade => "masquerade".to_owned(),
-        Method::FullNat => "fullnat".to_owned(),
+        Method::FullNat { toa: false } => "fullnat".to_owned(),
+        Method::FullNat { toa: true } => "fullnat toa".to_owned(),
         Method::Tunnel(Tunnel::Ipip) => "tunnel ipip".to_owned(),
         Method::Tunnel(Tunnel::Gue { port, checksum }) => format!("tunnel gue:{port}{}", checksum_suffix(checksum)),
         Method::Tunnel(Tunnel::Gre { checksum }) => format!("tunnel gre{}", checksum_suffix(checksum)),

@@ -424,7 +424,7 @@ impl Datapath for KernelDatapath {
     }
 
     fn set_server(&mut self, index: u32, target: &Target) -> Result<(), Error> {
-        if matches!(target.method, Method::Masquerade | Method::FullNat) {
+        if matches!(target.method, Method::Masquerade | Method::FullNat { .. }) {
             lock(&self.attachments)
                 .translate()
                 .map_err(|error| kernel_error("the programs for masquerading cannot be loaded".to_owned(), format!("{error:#}")))?;

@@ -241,7 +241,7 @@ fn same_target(one: &Server, other: &Server) -> bool {
         (
             server.method,
             server.tunnel,
-            server.flags & (flags::IPV6 | flags::CHECKSUM),
+            server.flags & (flags::IPV6 | flags::CHECKSUM | flags::TOA),
             server.address,
             server.port,
             server.tunnel_port,

@@ -66,8 +66,11 @@ pub fn server(target: &Target, way: Option<&Way>) -> Server {
     if target.method == Method::Masquerade {
         server.method = server::Method::Masquerade as u8;
     }
-    if target.method == Method::FullNat {
+    if let Method::FullNat { toa } = target.method {
         server.method = server::Method::FullNat as u8;
+        if toa {
+            server.flags |= flags::TOA;
+        }
     }
     if let Method::Tunnel(tunnel) = target.method {
         server.method = server::Method::Tunnel as u8;
@@ -106,7 +109,7 @@ pub fn server(target: &Target, way: Option<&Way>) -> Server {
             server.outer_source = hop.preferred_source.map(words).unwrap_or_default();
         }
     }
-    if target.method == Method::FullNat {
+    if matches!(target.method, Method::FullNat { .. }) {
         server.outer_source = [target.pool, 0, 0, 0];
     }
     server
@@ -128,7 +131,7 @@ fn mtu(mtu: u32, target: &Target) -> u16 {
 fn overhead(target: &Target) -> u32 {
     let outer = if target.address.is_ipv6() { 40 } else { 20 };
     match target.method {
-        Method::Route | Method::Masquerade | Method::FullNat => 0,
+        Method::Route | Method::Masquerade | Method::FullNat { .. } => 0,
         Method::Tunnel(Tunnel::Ipip) => outer,
         Method::Tunnel(Tunnel::Gue { .. }) => outer + 8 + 4,
         Method::Tunnel(Tunnel::Gre { checksum: TunnelChecksum::Full }) => outer + 8,

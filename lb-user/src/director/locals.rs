@@ -68,7 +68,7 @@ pub(super) fn is_virtual(address: IpAddr) -> Refusal {
 pub(super) fn suffices(shared: &[IpAddr], own: &[IpAddr], server: &ServerId, method: Method) -> Result<(), Refusal> {
     let family = Family::of(server.address);
     let found = of_family(own, family).chain(of_family(shared, family)).next().is_some();
-    if method != Method::FullNat || found {
+    if found || !matches!(method, Method::FullNat { .. }) {
         return Ok(());
     }
     let name = match family {

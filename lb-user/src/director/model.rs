@@ -328,7 +328,11 @@ pub enum Method {
     Masquerade,
     /// Translation of both addresses (`-m --fullnat`): the real server sees a local address of the director.
     #[serde(rename = "fullnat")]
-    FullNat,
+    FullNat {
+        /// Whether the real server is told who its TCP clients are, in a TCP option (`--toa`).
+        #[serde(default)]
+        toa: bool,
+    },
 }
 
 /// The kind of a tunnel.

@@ -87,7 +87,7 @@ pub(super) fn service(service: &ServiceId, config: &ServiceConfig) -> Result<(),
 
 /// IPVS's rules about a server that stands by itself: before it is looked for among the others.
 pub(super) fn server(service: &ServiceId, server: &ServerId, config: &ServerConfig) -> Result<(), Refusal> {
-    if service.family() != Family::of(server.address) && config.method == Method::FullNat {
+    if service.family() != Family::of(server.address) && matches!(config.method, Method::FullNat { .. }) {
         return refuse(
             RefusalKind::Unsupported,
             format!(
@@ -167,7 +167,7 @@ pub(super) fn server_supported(server: &ServerId, config: &ServerConfig) -> Resu
                 ),
             )
         }
-        Method::Route | Method::Masquerade | Method::FullNat | Method::Tunnel(_) => Ok(()),
+        Method::Route | Method::Masquerade | Method::FullNat { .. } | Method::Tunnel(_) => Ok(()),
     }
 }
 

@@ -661,7 +661,7 @@ fn templates_are_counted_flushed_and_keep_removed_servers() {
 const LOCAL: [u8; 4] = [10, 0, 0, 230];
 
 fn fullnat() -> ServerConfig {
-    ServerConfig { method: Method::FullNat, ..weight(1) }
+    ServerConfig { method: Method::FullNat { toa: false }, ..weight(1) }
 }
 
 fn add_local(address: impl Into<IpAddr>, service: Option<ServiceId>) -> Command {

@@ -105,7 +105,7 @@ pub(super) const fn method(method: Method) -> &'static str {
         Method::Route => "Route",
         Method::Tunnel(_) => "Tunnel",
         Method::Masquerade => "Masq",
-        Method::FullNat => "FullNat",
+        Method::FullNat { .. } => "FullNat",
     }
 }
 
@@ -117,7 +117,7 @@ pub(super) fn tunnel(method: Method) -> String {
         TunnelChecksum::Remote => "r+c",
     };
     match method {
-        Method::Route | Method::Masquerade | Method::FullNat => "n/a".to_owned(),
+        Method::Route | Method::Masquerade | Method::FullNat { .. } => "n/a".to_owned(),
         Method::Tunnel(Tunnel::Ipip) => "ipip".to_owned(),
         Method::Tunnel(Tunnel::Gue { port, checksum }) => format!("gue:{port}:{}", sign(checksum)),
         Method::Tunnel(Tunnel::Gre { checksum }) => format!("gre:{}", sign(checksum)),

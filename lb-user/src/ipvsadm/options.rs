@@ -95,6 +95,7 @@ pub(super) enum OptionName {
     TunnelChecksum,
     TunnelRemoteChecksum,
     FullNat,
+    Toa,
 }
 
 /// What a switch means to [`super::parse`]. An option with a single switch needs no more than [`Meaning::Option`].
@@ -195,7 +196,7 @@ const fn value(letters: &'static str, word: &'static str) -> Switch {
 
 /// The table.
 #[rustfmt::skip]
-pub(super) static OPTIONS: [Definition; 35] = [
+pub(super) static OPTIONS: [Definition; 36] = [
     //                                                          AEDCLadesSSRSZ  (set, start, stop)
     row(OptionName::Numeric,              "numeric",           "----o-------o-", &[flag("n", "numeric")]),
     row(OptionName::Connection,           "connection",        "----1---------", &[flag("c", "connection")]),
@@ -242,8 +243,9 @@ pub(super) static OPTIONS: [Definition; 35] = [
     row(OptionName::TunnelNoChecksum,     "tun-nocsum",        "-----o-o------", &[flag("", "tun-nocsum")]),
     row(OptionName::TunnelChecksum,       "tun-csum",          "-----o-o------", &[flag("", "tun-csum")]),
     row(OptionName::TunnelRemoteChecksum, "tun-remcsum",       "-----o-o------", &[flag("", "tun-remcsum")]),
-    // Not an option of the original's.
+    // Not options of the original's.
     row(OptionName::FullNat,              "fullnat",           "-----o-o------", &[flag("", "fullnat")]),
+    row(OptionName::Toa,                  "toa",               "-----o-o------", &[flag("", "toa")]),
 ];
 
 const fn command(letters: &'static str, word: &'static str, argument: Argument, name: CommandName) -> Switch {

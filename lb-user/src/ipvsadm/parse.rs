@@ -252,7 +252,8 @@ impl Typed {
             | OptionName::TunnelNoChecksum
             | OptionName::TunnelChecksum
             | OptionName::TunnelRemoteChecksum
-            | OptionName::FullNat => {}
+            | OptionName::FullNat
+            | OptionName::Toa => {}
         }
         Ok(())
     }
@@ -383,6 +384,10 @@ impl Typed {
         if is_fullnat && self.given.has(OptionName::ForwardingMethod) && self.method != Method::Masquerade {
             return Err(Complaint::usage("FULLNAT conflicts with forward method"));
         }
+        let toa = self.given.has(OptionName::Toa);
+        if toa && !is_fullnat {
+            return Err(Complaint::usage("TOA is for FULLNAT only"));
+        }
         if self.mark.is_none() && self.method != Method::Masquerade && !is_fullnat {
             // Without address translation the packet keeps its port.
             server.port = self.port;
@@ -404,7 +409,7 @@ impl Typed {
         options::check_tunnel(self.given, &self.tunnel_type)?;
         let config = ServerConfig {
             method: match self.method {
-                _ if is_fullnat => Method::FullNat,
+                _ if is_fullnat => Method::FullNat { toa },
                 Method::Tunnel(_) => Method::Tunnel(self.tunnel()),
                 method => method,
             },

@@ -61,7 +61,8 @@ fn server_line(server: &ServerView, service: &ServiceView, option: &str, names: 
     let (method, tunnel) = match server.config.method {
         Method::Route => ("-g", String::new()),
         Method::Masquerade => ("-m", String::new()),
-        Method::FullNat => ("-m --fullnat", String::new()),
+        Method::FullNat { toa: false } => ("-m --fullnat", String::new()),
+        Method::FullNat { toa: true } => ("-m --fullnat --toa", String::new()),
         Method::Tunnel(Tunnel::Ipip) => ("-i", " --tun-type ipip".to_owned()),
         Method::Tunnel(Tunnel::Gue { port, checksum: sum }) => {
             ("-i", format!(" --tun-type gue --tun-port {port} {}", checksum(sum)))

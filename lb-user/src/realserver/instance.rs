@@ -60,6 +60,11 @@ impl Instance {
     }
 }
 
+/// Where the programs of control groups are pinned: one place for all namespaces, which control groups know nothing of.
+pub(super) fn control_group_pins() -> PathBuf {
+    Path::new(PINS).join("toa")
+}
+
 /// Removes the directories of the pins as far as they are empty: the instance's and bpfvs's own.
 pub(super) fn remove_empty_directories(pins: &Path) {
     for directory in pins.ancestors().take_while(|directory| directory.starts_with(PINS)) {

@@ -16,12 +16,16 @@
 //! down in the [`state`] file before it is made, so that a crash in between loses nothing. No daemon is needed, and none runs:
 //! addresses, settings, devices and the pinned [`decap`] program stay by themselves until teardown or reboot.
 //!
+//! `bpfvs realserver toa` is for another kind of real server: one behind FULLNAT, which needs no address and no route, but whose
+//! programs would take the director for their client. See [`toa`].
+//!
 //! What is not done: firewall rules, the service itself, and anything that survives a reboot (run `setup` at boot: it
 //! changes only what is missing). IPv6 needs no settings against answering for the VIP: Linux answers neighbour
 //! solicitations only for addresses of the interface where they arrive, never for those of `lo`.
 
 mod apply;
 mod check;
+mod control_group;
 mod decap;
 mod instance;
 mod network;
@@ -29,6 +33,7 @@ mod plan;
 mod report;
 mod state;
 mod sysctl;
+mod toa;
 mod undo;
 
 use std::{net::IpAddr, process::ExitCode, thread};
@@ -40,6 +45,7 @@ use serde::{Deserialize, Serialize};
 use instance::Instance;
 use network::Network;
 pub use report::{Finding, Level, Report};
+pub use toa::Watched;
 
 /// Sets up this machine as a real server, checks it, or takes the set-up back.
 #[derive(Clone, Debug, clap::Args)]
@@ -56,6 +62,8 @@ enum Command {
     Teardown(TeardownArgs),
     /// Says what keeps this real server from serving its virtual addresses. Exit code 1 if there is anything.
     Check(CheckArgs),
+    /// Lets programs on this machine see the addresses of clients behind FULLNAT.
+    Toa(toa::Args),
 }
 
 /// What `setup` is told.
@@ -180,6 +188,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         Command::Setup(setup) => setup.common.json,
         Command::Teardown(teardown) => teardown.common.json,
         Command::Check(check) => check.common.json,
+        Command::Toa(toa) => toa.json(),
     };
     let report = execute(args)?;
     if json {
@@ -210,6 +219,7 @@ pub fn execute(args: Args) -> Result<Report> {
                     let instance = Instance::enter(teardown.common.netns.as_deref())?;
                     runtime.block_on(async { undo::teardown(&instance, &Network::connect()?, &teardown.vips).await })
                 }
+                Command::Toa(toa) => toa::run(&toa),
                 Command::Check(check) => {
                     let instance = Instance::enter(check.common.netns.as_deref())?;
                     runtime.block_on(async { check::check(&instance, &Network::connect()?, &check).await })

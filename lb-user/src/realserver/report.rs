@@ -4,9 +4,14 @@ use std::fmt;
 
 use serde::Serialize;
 
+use super::toa::Watched;
+
 /// The outcome of a command.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Report {
+    /// Whose programs see clients behind FULLNAT, if that was asked.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub toa: Vec<Watched>,
     /// What was changed.
     pub changes: Vec<String>,
     /// What was found.
@@ -38,6 +43,9 @@ impl Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for watched in &self.toa {
+            writeln!(formatter, "{watched}")?;
+        }
         for change in &self.changes {
             writeln!(formatter, "{change}")?;
         }
@@ -48,7 +56,7 @@ impl fmt::Display for Report {
             };
             writeln!(formatter, "{level}: {}\n    {}", finding.text, finding.advice)?;
         }
-        if self.changes.is_empty() && self.is_ok() {
+        if self.toa.is_empty() && self.changes.is_empty() && self.is_ok() {
             writeln!(formatter, "{}", self.otherwise)?;
         }
         Ok(())
