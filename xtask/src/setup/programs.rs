@@ -22,7 +22,7 @@ pub(crate) enum Purpose {
 }
 
 /// A program, the Debian package that brings it, and the first purpose that needs it.
-const PROGRAMS: [(&str, &str, Purpose); 19] = [
+const PROGRAMS: [(&str, &str, Purpose); 21] = [
     ("curl", "curl", Purpose::Demo),
     ("ip", "iproute2", Purpose::Demo),
     ("nginx", "nginx-light", Purpose::Demo),
