@@ -226,10 +226,11 @@ impl Act<'_> {
 
     /// Makes connections until so many are in the tables, or begins anew if there are more, or others.
     fn fill(&mut self, family: Family, wanted: Flows) -> Result<()> {
-        let present = self.flows[family as usize];
+        let mut present = self.flows[family as usize];
         if present.count > wanted.count || present.path != wanted.path {
             self.forget(family, KNOWN, present.count, Program::Director)?;
             self.forget(family, KNOWN, present.count, Program::Floor)?;
+            present.count = 0;
         }
         let (syn, ack) = (Packets::request(SYN, KNOWN, wanted.count), Packets::request(ACK, KNOWN, wanted.count));
         let reply = ack.replies(wanted.path);
