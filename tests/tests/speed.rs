@@ -17,12 +17,16 @@ use bpfvs_tests::{
 };
 
 /// What the director may cost, in floors.
-const LIMITS: [(Hook, Path, f64); 5] = [
+const LIMITS: [(Hook, Path, f64); 9] = [
     (Hook::Xdp, Path::Routed, 1.3),
     (Hook::Xdp, Path::Masqueraded, 1.4),
     (Hook::Xdp, Path::Replied, 1.4),
     (Hook::Tc, Path::Masqueraded, 1.4),
     (Hook::Tc, Path::Replied, 1.4),
+    (Hook::Xdp, Path::FullNat, 1.4),
+    (Hook::Xdp, Path::FullNatReplied, 1.4),
+    (Hook::Tc, Path::FullNat, 1.4),
+    (Hook::Tc, Path::FullNatReplied, 1.4),
 ];
 /// How often to try.
 const ATTEMPTS: usize = 10;

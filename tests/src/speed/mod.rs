@@ -110,6 +110,7 @@ impl Path {
 impl Path {
     /// How the connections are forwarded that the tables must hold for it: those of the first are as good for all whose replies
     /// do not pass the director.
+    #[must_use]
     pub const fn connections(self) -> Self {
         match self {
             Self::Masqueraded | Self::Replied => Self::Masqueraded,

@@ -246,7 +246,7 @@ impl Act<'_> {
             self.test(Hook::Xdp, program)?;
             self.harness.begin(&round)?;
             let sent = self.harness.run(Hook::Xdp, &frame, wanted.count as u32)?.return_value;
-            ensure!(sent == 3, "filling the tables ended with verdict {sent} of {program:?} instead of XDP_TX");
+            ensure!(sent == 3, "filling the tables ended with verdict {sent} of {program:?} instead of XDP_TX for {packets:?}");
             if lap == 0 && wanted.path == Path::FullNat {
                 self.relocate(family, present.count, wanted.count)?;
             }
@@ -337,10 +337,9 @@ impl Act<'_> {
     {
         let requests = clients.clone().map(|(client, ports)| keys.request(client, ports));
         let flows = self.flows[family as usize];
-        let replies = flows.server_port().into_iter().flat_map(|port| {
-            let to = move |client| if flows.path == Path::FullNat { local_word(client) } else { client };
-            clients.clone().map(move |(client, ports)| keys.reply(to(client), port, ports.source()))
-        });
+        let to = move |client| if flows.path == Path::FullNat { local_word(client) } else { client };
+        let reply = |port| move |(client, ports): (u32, Ports)| keys.reply(to(client), port, ports.source());
+        let replies = flows.server_port().map(|port| clients.map(reply(port))).into_iter().flatten();
         match program {
             Program::Nothing | Program::Grown => Ok(()),
             Program::Floor => remove(&mut self.harness.connections::<_, Connection>(family)?, requests.chain(replies)),
