@@ -70,10 +70,10 @@ impl<'a> Conversation<'a> {
     }
 
     fn frame(&self, source: SocketAddr, destination: SocketAddr, segment: &Segment) -> Frame {
-        let Segment { flags, options, data, odd } = segment.clone();
-        let transport = Transport::Segment { flags, sequence: 1001, acknowledgement: 2002, options };
+        let Segment { flags, odd, .. } = *segment;
+        let transport = Transport::Segment { flags, sequence: 1001, acknowledgement: 2002, options: segment.options.clone() };
         Frame {
-            payload: data,
+            payload: segment.data.clone(),
             options: if odd { 40 } else { 0 },
             extensions: if odd { vec![Extension::HopByHop, Extension::DestinationOptions] } else { Vec::new() },
             ..Frame::new(source, destination, transport)

@@ -227,7 +227,6 @@ const FULLNAT: &str = r#"
 ip addr add 10.0.0.230/32 dev eth0
 ip addr add fd00:10::230/128 dev eth0 nodad preferred_lft 0
 bpfvs localaddr add 10.0.0.230,fd00:10::230
-mount -t cgroup2 none /sys/fs/cgroup
 bpfvs realserver toa on --from 10.0.0.230 --from fd00:10::230 >/dev/null
 services -m --fullnat --toa
 echo "fullnat ipv4 $(ask 10.0.0.200 4)"
