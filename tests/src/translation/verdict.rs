@@ -5,6 +5,7 @@
 //! | what the director itself says | an identification or flow label that it makes up; in errors, bits of the other packet's TOS | others |
 //! | an error to a real server | comes from the director's address, and may quote the time to live as it came | comes from the client's, and quotes it lowered |
 //! | a connection, after a reply that was answered by an error | has not noticed | has |
+//! | a connection whose client begins anew before it is over | follows both sides | does not ask replies that begin or end nothing, for a second |
 //! | fragments of IPv6 | put together and cut again, with a new identification | each by itself |
 //! | a UDP datagram without a checksum | gets one | has none |
 //! | statistics | count what fragments were put together to | count fragments |
@@ -37,7 +38,9 @@ pub fn difference(conversation: &Conversation, kernel: &Record, bpfvs: &Record) 
         .iter()
         .zip(&kernel.steps)
         .any(|(step, seen)| step.from == Side::Server && !seen[Side::Server as usize].is_empty());
-    (!answered && kernel.connections != bpfvs.connections)
+    let mut heard = conversation.steps.iter().skip_while(|step| step.from == Side::Client);
+    let restarted = heard.any(|step| step.from == Side::Client && step.begins);
+    (!answered && !restarted && kernel.connections != bpfvs.connections)
         .then(|| format!("{conversation}IPVS has the connections {:#?}, and bpfvs {:#?}\n", kernel.connections, bpfvs.connections))
 }
 
