@@ -86,6 +86,8 @@ pub struct Step {
     pub frames: Vec<Vec<u8>>,
     /// It is a UDP datagram without a checksum.
     pub unsummed: bool,
+    /// It has TCP's SYN.
+    pub begins: bool,
 }
 
 impl Conversation {
@@ -324,6 +326,12 @@ impl Step {
             frame.transport,
             payload.len()
         );
-        Self { from, what, frames: vec![frame.build()], unsummed: false }
+        Self {
+            from,
+            what,
+            frames: vec![frame.build()],
+            unsummed: false,
+            begins: matches!(frame.transport, Transport::Tcp { flags } if flags & SYN != 0),
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! Conversations become frames, and a record of what came out.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, thread, time::Duration};
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
@@ -61,7 +61,20 @@ pub fn play(conversations: &[Conversation], director: &dyn Director, wires: &Wir
             record.connections.dedup();
         }
     }
-    Ok(Account { records, statistics: director.ipvsadm("-Ln --stats --exact")? })
+    Ok(Account { records, statistics: statistics(director)? })
+}
+
+/// What has been counted. IPVS brings it up to date every two seconds: it is complete when it stays as it is for longer.
+fn statistics(director: &dyn Director) -> Result<String> {
+    let mut before = String::new();
+    loop {
+        let now = director.ipvsadm("-Ln --stats --exact")?;
+        if now == before {
+            return Ok(now);
+        }
+        before = now;
+        thread::sleep(Duration::from_secs(3));
+    }
 }
 
 fn hold(conversation: &Conversation, wires: &Wires) -> Result<Vec<[Vec<String>; 2]>> {

@@ -5,13 +5,14 @@
 //! | what the director itself says | an identification or flow label that it makes up; in errors, bits of the other packet's TOS | others |
 //! | an error to a real server | comes from the director's address, and may quote the time to live as it came | comes from the client's, and quotes it lowered |
 //! | a connection, after a reply that was answered by an error | has not noticed | has |
+//! | a connection whose client begins anew before it is over | follows both sides | does not ask replies that begin or end nothing, for a second |
 //! | fragments of IPv6 | put together and cut again, with a new identification | each by itself |
 //! | a UDP datagram without a checksum | gets one | has none |
 //! | statistics | count what fragments were put together to | count fragments |
 //!
 //! Whatever these are, checksums have to be right.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, net::IpAddr};
 
 use anyhow::{Context, Result};
 
@@ -37,7 +38,9 @@ pub fn difference(conversation: &Conversation, kernel: &Record, bpfvs: &Record) 
         .iter()
         .zip(&kernel.steps)
         .any(|(step, seen)| step.from == Side::Server && !seen[Side::Server as usize].is_empty());
-    (!answered && kernel.connections != bpfvs.connections)
+    let mut heard = conversation.steps.iter().skip_while(|step| step.from == Side::Client);
+    let restarted = heard.any(|step| step.from == Side::Client && step.begins);
+    (!answered && !restarted && kernel.connections != bpfvs.connections)
         .then(|| format!("{conversation}IPVS has the connections {:#?}, and bpfvs {:#?}\n", kernel.connections, bpfvs.connections))
 }
 
@@ -47,7 +50,10 @@ pub fn difference_of_statistics(conversations: &[Conversation], kernel: &Account
     for (conversation, record) in conversations.iter().zip(&kernel.records) {
         for (step, seen) in conversation.steps.iter().zip(&record.steps) {
             let (vip, headers) = (conversation.vip, if conversation.vip.is_ipv4() { 20 } else { 40 + 8 + 8 });
-            if seen[step.from.other() as usize].len() > 1 {
+            let passed = &seen[step.from.other() as usize];
+            // What a real server says before it is asked is nobody's.
+            let is_nobodys = step.from == Side::Server && !passed.iter().all(|packet| source_is(packet, vip.ip()));
+            if passed.len() > 1 && !is_nobodys {
                 let service = wanted.get_mut(&format!("{} {vip}", conversation.protocol()));
                 let service = service.with_context(|| format!("IPVS has no statistics of {vip}"))?;
                 let [_, packets_in, packets_out, bytes_in, bytes_out] = service;
@@ -64,6 +70,15 @@ pub fn difference_of_statistics(conversations: &[Conversation], kernel: &Account
         }
     }
     Ok((wanted != counted).then(|| format!("for IPVS's counters {wanted:?}\nbpfvs has {counted:?}")))
+}
+
+/// Whether a packet, in hexadecimal digits, comes from this address.
+fn source_is(packet: &str, address: IpAddr) -> bool {
+    let (at, octets) = match address {
+        IpAddr::V4(address) => (2 * 12, digits(&address.octets())),
+        IpAddr::V6(address) => (2 * 8, digits(&address.octets())),
+    };
+    packet[at..].starts_with(&octets)
 }
 
 /// Connections, packets in and out, bytes in and out, of each service.
