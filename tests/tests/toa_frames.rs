@@ -45,14 +45,14 @@ impl<'a> Conversation<'a> {
         let mut talk = Self { bench, hook, client, vip, local: socket(addresses.client, 0), server };
         let size = |bytes: u16| [&[2, 4], &bytes.to_be_bytes()[..]].concat();
         let syn = Segment { flags: SYN, options: size(1460), ..Segment::default() };
-        let sent = talk.sent(&talk.frame(talk.client, talk.vip, &syn), SERVER_MACS[0])?;
+        let sent = talk.sent(&Conversation::frame(talk.client, talk.vip, &syn), SERVER_MACS[0])?;
         let local = bench.pinned.local_of(client, 80)?.context("there is a connection")?;
         talk.local = socket(local_address(family), u16::from_be(local.port()));
         // A SYN completes no handshake.
-        same(&sent, &talk.aged(talk.local, talk.server, &syn))?;
+        same(&sent, &Conversation::aged(talk.local, talk.server, &syn))?;
         let answer = |bytes| Segment { flags: SYN | ACK, options: [&size(bytes)[..], &TIMESTAMPS].concat(), ..Segment::default() };
-        let sent = talk.sent(&talk.frame(talk.server, talk.local, &answer(1460)), ROUTER_MAC)?;
-        same(&sent, &talk.aged(talk.vip, talk.client, &answer(1460 - talk.option().len() as u16))).context("SYN and ACK")?;
+        let sent = talk.sent(&Conversation::frame(talk.server, talk.local, &answer(1460)), ROUTER_MAC)?;
+        same(&sent, &Conversation::aged(talk.vip, talk.client, &answer(1460 - talk.option().len() as u16))).context("SYN and ACK")?;
         Ok(talk)
     }
 
@@ -69,7 +69,7 @@ impl<'a> Conversation<'a> {
         same(&self.sent(&frame, ROUTER_MAC)?, &outside.packet())
     }
 
-    fn frame(&self, source: SocketAddr, destination: SocketAddr, segment: &Segment) -> Frame {
+    fn frame(source: SocketAddr, destination: SocketAddr, segment: &Segment) -> Frame {
         let Segment { flags, odd, .. } = *segment;
         let transport = Transport::Segment { flags, sequence: 1001, acknowledgement: 2002, options: segment.options.clone() };
         Frame {
@@ -81,8 +81,8 @@ impl<'a> Conversation<'a> {
     }
 
     /// The packet behind the director.
-    fn aged(&self, source: SocketAddr, destination: SocketAddr, segment: &Segment) -> Vec<u8> {
-        let frame = self.frame(source, destination, segment);
+    fn aged(source: SocketAddr, destination: SocketAddr, segment: &Segment) -> Vec<u8> {
+        let frame = Self::frame(source, destination, segment);
         Frame { ttl: frame.ttl - 1, ..frame }.packet()
     }
 
@@ -104,14 +104,14 @@ impl<'a> Conversation<'a> {
 
     /// A segment from the client, with what the real server gets in front of its options.
     fn request(&self, segment: &Segment, inserted: &[u8]) -> Result<()> {
-        let sent = self.sent(&self.frame(self.client, self.vip, segment), SERVER_MACS[0])?;
+        let sent = self.sent(&Self::frame(self.client, self.vip, segment), SERVER_MACS[0])?;
         let inside = Segment { options: [inserted, &segment.options].concat(), ..segment.clone() };
-        same(&sent, &self.aged(self.local, self.server, &inside))
+        same(&sent, &Self::aged(self.local, self.server, &inside))
     }
 
     fn reply(&self, segment: &Segment) -> Result<()> {
-        let sent = self.sent(&self.frame(self.server, self.local, segment), ROUTER_MAC)?;
-        same(&sent, &self.aged(self.vip, self.client, segment))
+        let sent = self.sent(&Self::frame(self.server, self.local, segment), ROUTER_MAC)?;
+        same(&sent, &Self::aged(self.vip, self.client, segment))
     }
 }
 
@@ -185,10 +185,10 @@ fn segments_name_the_client_until_the_first_answer() -> Result<()> {
 
             let unnamed = bench.pinned.reasons()?[Reason::Unnamed as usize];
             let full = Segment { options: vec![1; 40], ..data(3) };
-            let run = talk.run(&talk.frame(talk.client, talk.vip, &full))?;
+            let run = talk.run(&Conversation::frame(talk.client, talk.vip, &full))?;
             ensure!(run.verdict == Verdict::Drop, "a full header: {:?}", run.verdict);
             ensure!(bench.pinned.reasons()?[Reason::Unnamed as usize] == unnamed + 1, "a full header was not counted");
-            let run = talk.run(&talk.frame(talk.client, talk.vip, &data(longest + 1)))?;
+            let run = talk.run(&Conversation::frame(talk.client, talk.vip, &data(longest + 1)))?;
             ensure!(ip(&run.frame)?.len() != usize::from(MTU), "one byte too many goes to the server");
 
             // Repeated by a server whose connection is not complete yet, for segments that it did not expect.

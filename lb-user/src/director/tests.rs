@@ -610,7 +610,7 @@ fn a_persistent_service_says_how_its_templates_are_found() {
         let add = Command::AddService { service, config: persistent(300, mask) };
         accept(&mut director, &[add, Command::AddServer { service, server: server_on(server_port), config }]);
 
-        let entry = director.datapath().services[&(Protocol::Tcp, [10, 0, 0, 200].into(), port)];
+        let entry = director.datapath().services[&service];
         assert_eq!((entry.persistence, entry.netmask, entry.flags), (300, mask.to_be(), any_port));
         let (index, target) = director.datapath().servers.iter().next_back().expect("it was added");
         assert_eq!(target.port, packet_port, "port {port}: where packets go");
