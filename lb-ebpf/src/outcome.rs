@@ -143,24 +143,23 @@ impl Outcome {
     pub fn resume<P: Packet>(packet: &P) -> i32 {
         let Some(word) = DEFERRED.get_ptr(0) else { return P::PASS };
         // SAFETY: this CPU's own element.
-        let mut outcome = Self(unsafe { *word });
-        if outcome.0 & Self::NAME == Self::NAME {
-            // As below.
-            outcome.0 = packet.opaque(outcome.named::<P>(packet).0 as usize) as u64;
-        }
+        let outcome = Self(unsafe { *word });
+        let outcome = match outcome.0 & Self::NAME {
+            Self::NAME => outcome.named::<P>(packet),
+            Self::REPLY if outcome.0 & Self::IS_V6 != 0 => Self::reply_of::<P, V6>(packet),
+            Self::REPLY => Self::reply_of::<P, V4>(packet),
+            _ => outcome,
+        };
+        // However it came about: the verifier shall follow what is left to do once.
+        let outcome = Self(packet.opaque(outcome.0 as usize) as u64);
         if outcome.0 & Self::TRANSLATE != 0 {
             let (context, leg) = (packet.context(), outcome.leg());
             let is_v6 = outcome.0 & Self::IS_V6 != 0;
             return if is_v6 { forward::translate::<P, V6>(context, leg) } else { forward::translate::<P, V4>(context, leg) };
         }
-        if outcome.0 & Self::REPLY != 0 {
-            outcome = if outcome.0 & Self::IS_V6 != 0 { Self::reply_of::<P, V6>(packet) } else { Self::reply_of::<P, V4>(packet) };
-        }
         if outcome.0 & Self::ANSWER == 0 {
             return outcome.0 as i32;
         }
-        // However it came about: the verifier shall follow what is left to do once.
-        outcome.0 = packet.opaque(outcome.0 as usize) as u64;
         if outcome.0 & Self::IS_V6 != 0 { outcome.answer::<P, V6>(packet) } else { outcome.answer::<P, V4>(packet) }
     }
 

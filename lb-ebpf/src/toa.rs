@@ -75,10 +75,18 @@ fn deliver<P: Packet, F: Family>(context: *mut c_void) -> Result<Outcome, Reason
     }
     if room != 0 {
         insert::<P, F>(context, header.offset as u32, payload.offset as u32, header.length as u32, ports.source())?;
-    } else if toa::find(&Header::of(packet, payload.offset)?).is_some() {
+    } else if names_somebody::<P>(context, payload.offset as u32) {
         return Err(Reason::Unnamed);
     }
     Ok(Outcome::translate::<F>(leg))
+}
+
+/// Whether a segment has such an option already. In a function of its own, so that its many ways meet again for the verifier.
+#[inline(never)]
+fn names_somebody<P: Packet>(context: *mut c_void, transport: u32) -> bool {
+    // SAFETY: the context is the kernel's own.
+    let packet = &unsafe { P::view(context) };
+    Header::of(packet, transport as usize & REACH).is_ok_and(|header| toa::find(&header).is_some())
 }
 
 /// Inserts the option into a segment.

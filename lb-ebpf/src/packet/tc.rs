@@ -279,10 +279,8 @@ fn move_to_end(context: *mut __sk_buff, offset: u32, bytes: u32) -> bool {
             if end <= offset {
                 return true;
             }
-            let length = super::fixed((end - offset).min(CHUNK as u32) as usize) as u32;
-            if length == 0 || length > CHUNK as u32 {
-                return false;
-            }
+            // One to 128, in a form from which every verifier sees both bounds, and that all steps have in common.
+            let length = (super::opaque((end - offset).min(CHUNK as u32) as usize - 1, end as usize) & (CHUNK - 1)) as u32 + 1;
             end -= length;
             if bpf_skb_load_bytes(context.cast(), end, place, length) != 0
                 || bpf_skb_store_bytes(context, end + bytes, place, length, u64::from(BPF_F_RECOMPUTE_CSUM)) != 0
