@@ -52,7 +52,8 @@ impl<'a> Conversation<'a> {
         same(&sent, &Conversation::aged(talk.local, talk.server, &syn))?;
         let answer = |bytes| Segment { flags: SYN | ACK, options: [&size(bytes)[..], &TIMESTAMPS].concat(), ..Segment::default() };
         let sent = talk.sent(&Conversation::frame(talk.server, talk.local, &answer(1460)), ROUTER_MAC)?;
-        same(&sent, &Conversation::aged(talk.vip, talk.client, &answer(1460 - talk.option().len() as u16))).context("SYN and ACK")?;
+        same(&sent, &Conversation::aged(talk.vip, talk.client, &answer(1460 - talk.option().len() as u16)))
+            .context("SYN and ACK")?;
         Ok(talk)
     }
 
