@@ -231,9 +231,10 @@ fn identity<P: Packet, F: Family>(packet: &P) -> Option<(ConnectionKey<F::Addres
     let header = F::parse(packet, link.payload).ok()?;
     let payload = merged(packet, &F::transport(packet, &header).ok()?);
     if payload.protocol == F::ICMP && payload.fragment == Fragment::Whole {
-        // Routers on the way to the real server report, too: only the quote tells.
+        // Routers on the way to the real server report, too: only the quote tells. They report to whom they quote.
         let end = (header.offset + header.length) as u32;
-        return track::quoted::<P, F>(packet, payload.offset as u32, end).ok().map(|key| (key, NO_EVENT));
+        let key = track::quoted::<P, F>(packet, payload.offset as u32, end).ok().filter(|key| key.vip == header.destination);
+        return key.map(|key| (key, NO_EVENT));
     }
     let (ports, event) = if payload.fragment == Fragment::Later {
         (track::ports_of_first_fragment::<P, F>(packet.context(), header.offset as u32).ok()?, NO_EVENT)
