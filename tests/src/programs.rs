@@ -1,12 +1,13 @@
-//! Programs that people use, run inside namespaces: nginx, curl, socat, dnsmasq, iperf3, tcpdump.
+//! Programs that people use, run inside namespaces: nginx, curl, socat, dnsmasq, vsftpd, iperf3, tcpdump.
 //!
 //! Servers answer with their name, so that a test can tell who answered. Each program has its own configuration, in a
 //! directory of its own, and ends with its owner, by its process number.
 
 use std::{
-    fs,
+    fs::{self, Permissions},
     io::{BufRead, BufReader, Write},
     net::{IpAddr, SocketAddr, TcpStream},
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::Stdio,
     sync::LazyLock,
@@ -229,6 +230,42 @@ fn wait_for_udp_port(namespace: &Namespace, address: IpAddr, port: u16) -> Resul
     wait::until("a UDP server to listen", wait::SOON, || {
         namespace.enter(|| fs::read_to_string(file)).is_ok_and(|sockets| sockets.contains(&port))
     })
+}
+
+/// An FTP server, vsftpd, on all addresses: anybody may fetch `name`, which holds the server's name, and `big`
+/// ([`is_big_file`]). Data connections go to its ports 10000 to 20000.
+#[derive(Debug)]
+pub struct FtpServer {
+    _process: Process,
+    _prefix: TempDir,
+}
+
+impl FtpServer {
+    /// Starts it and waits until it listens.
+    pub fn start(namespace: &Namespace, name: &str) -> Result<Self> {
+        let prefix = TempDir::new()?;
+        let (root, empty, file) = (prefix.path().join("root"), prefix.path().join("empty"), prefix.path().join("vsftpd.conf"));
+        for directory in [prefix.path(), &root, &empty] {
+            if directory != prefix.path() {
+                fs::create_dir(directory)?;
+            }
+            // It refuses a root that its user may write to.
+            fs::set_permissions(directory, Permissions::from_mode(0o555))?;
+        }
+        fs::write(root.join("name"), name)?;
+        write_big_file(&root.join("big"))?;
+        let configuration = format!(
+            "listen_ipv6=YES\nbackground=NO\nanonymous_enable=YES\nno_anon_password=YES\nanon_root={}\nsecure_chroot_dir={}\n\
+             pasv_min_port=10000\npasv_max_port=20000\nxferlog_enable=NO\n",
+            root.display(),
+            empty.display()
+        );
+        fs::write(&file, configuration)?;
+        let mut command = namespace.command("vsftpd");
+        let mut process = Process::spawn(command.arg(&file).stdout(Stdio::null()))?;
+        wait_for_port(namespace, 21, &mut process)?;
+        Ok(Self { _process: process, _prefix: prefix })
+    }
 }
 
 /// A name server, dnsmasq: it knows the address of `who.test`, which is `192.0.2.` and the server's number.

@@ -14,11 +14,12 @@ use bpfvs_tests::{
     lab::{Family, Lab, Layout},
     needs, needs_bpfvs,
     netns::Namespace,
-    programs::{UdpServer, ask_udp, curl, host, upload},
+    programs::{FtpServer, UdpServer, ask_udp, curl, host, is_big_file, upload},
     skip,
     test_run::{Hook, Verdict},
     wait,
 };
+use tempfile::TempDir;
 
 /// A way to mark packets.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -254,6 +255,60 @@ fn what_marked_packets_lack_is_said() -> Result<()> {
     let status = balanced.bpfvs.get("/v1/status")?;
     ensure!(status["mark_device"].as_str().is_some_and(|text| text.contains("net.ipv4.ip_forward=1")), "{status:#}");
     Ok(())
+}
+
+/// Passive FTP, whose data connections go to ports that the server chooses: one mark for all of them, and persistence, so that they
+/// go to the server that chose. Its client is curl, which asks for EPSV, or for PASV if it is told to.
+#[test]
+fn passive_ftp_needs_one_mark_and_persistence() -> Result<()> {
+    needs!(root, "nginx", "curl", "vsftpd", "iptables-nft");
+    needs_bpfvs!();
+    let balanced = Balanced::new(Layout::OneSegment, 2, &[])?;
+    let servers = balanced.lab.servers.iter().zip(["rs1", "rs2"]);
+    let _servers = servers.map(|(server, name)| FtpServer::start(server, name)).collect::<Result<Vec<_>>>()?;
+    let client = &balanced.lab.client;
+    client.ip("addr add 192.168.74.13/24 dev eth0")?;
+    for family in Family::ALL {
+        balanced.bpfvs.ipvsadm(&format!("-A {} -s rr -p 300", option(family)))?;
+        for address in &balanced.lab.server_addresses {
+            balanced.bpfvs.ipvsadm(&format!("-a {} -r {} -g", option(family), bare(address.of(family))))?;
+        }
+        Firewall::IptablesNft.mark(&balanced.lab.director, balanced.lab.vip.of(family), "21,10000:20000")?;
+    }
+    balanced.bpfvs.wait_for_servers()?;
+    for family in Family::ALL {
+        let vip = balanced.lab.vip.of(family);
+        ftp(&balanced, vip, &[]).with_context(|| format!("marks of the firewall, {family:?}"))?;
+    }
+    let (vip, first) = (balanced.lab.vip.of(Family::Ipv4), balanced.lab.client_address.of(Family::Ipv4).to_string());
+    let by_first = ftp(&balanced, vip, &["--interface", &first, "--disable-epsv"])?;
+    let by_second = ftp(&balanced, vip, &["--interface", "192.168.74.13", "--disable-epsv"])?;
+    ensure!(by_first != by_second, "two clients take turns, and {by_first} served both");
+
+    Firewall::IptablesNft.forget(&balanced.lab.director)?;
+    for family in Family::ALL {
+        let vip = balanced.lab.vip.of(family);
+        balanced.bpfvs.succeed(&["mark", "add", "10", "--dst", &vip.to_string(), "--proto", "tcp", "--ports", "21,10000-20000"])?;
+        let again = ftp(&balanced, vip, &[]).with_context(|| format!("mark rules, {family:?}"))?;
+        ensure!(vip.is_ipv6() || again == by_first, "the client was with {by_first}, and is now with {again}");
+    }
+    Ok(())
+}
+
+/// Fetches by FTP, several times: each answer is from the same server, and whole. Returns its name.
+fn ftp(balanced: &Balanced, vip: IpAddr, options: &[&str]) -> Result<String> {
+    let directory = TempDir::new()?;
+    let big = directory.path().join("big").display().to_string();
+    let fetch = |file: &str, more: &[&str]| {
+        let url = format!("ftp://{}/{file}", host(vip));
+        let common = ["--silent", "--show-error", "--noproxy", "*", "--max-time", "20", &url];
+        balanced.lab.client.run("curl", common.iter().chain(options).chain(more))
+    };
+    let names = (0..4).map(|_| fetch("name", &[])).collect::<Result<Vec<_>>>()?;
+    ensure!(names.iter().all(|name| *name == names[0] && name.starts_with("rs")), "one client, several servers: {names:?}");
+    fetch("big", &["--output", &big])?;
+    is_big_file(directory.path().join("big").as_path())?;
+    Ok(names[0].clone())
 }
 
 /// Several protocols and several addresses in one service, by rules of our own: no firewall, no mark device on the way.

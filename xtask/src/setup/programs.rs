@@ -22,7 +22,7 @@ pub(crate) enum Purpose {
 }
 
 /// A program, the Debian package that brings it, and the first purpose that needs it.
-const PROGRAMS: [(&str, &str, Purpose); 21] = [
+const PROGRAMS: [(&str, &str, Purpose); 22] = [
     ("curl", "curl", Purpose::Demo),
     ("ip", "iproute2", Purpose::Demo),
     ("nginx", "nginx-light", Purpose::Demo),
@@ -39,6 +39,7 @@ const PROGRAMS: [(&str, &str, Purpose); 21] = [
     ("socat", "socat", Purpose::Test),
     ("tcpdump", "tcpdump", Purpose::Test),
     ("traceroute", "traceroute", Purpose::Test),
+    ("vsftpd", "vsftpd", Purpose::Test),
     ("cpio", "cpio", Purpose::Machine),
     ("ipvsadm", "ipvsadm", Purpose::Machine),
     ("modprobe", "kmod", Purpose::Machine),
