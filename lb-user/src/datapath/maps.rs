@@ -165,13 +165,16 @@ pub fn inspect(pins: &Pins, netns_cookie: u64) -> anyhow::Result<Found> {
     if !pins.map("CONFIG").exists() {
         return Ok(Found::Leftovers("a start that failed"));
     }
-    // Those of a namespace that is gone may be of any version.
+    // These may be of any version.
     if let Ok(config) = pins.typed::<Array<MapData, Config>>("CONFIG")
         && let Ok(config) = config.get(&0, 0)
-        && config.layout != 0
-        && config.netns_cookie != netns_cookie
     {
-        return Ok(Found::Leftovers("a network namespace that is gone"));
+        if config.layout == 0 {
+            return Ok(Found::Leftovers("a start that failed"));
+        }
+        if config.netns_cookie != netns_cookie {
+            return Ok(Found::Leftovers("a network namespace that is gone"));
+        }
     }
     let object = aya_obj::Object::parse(OBJECT).context("the compiled eBPF object is damaged; build bpfvs anew")?;
     for (name, expected) in &object.maps {
@@ -201,9 +204,6 @@ pub fn inspect(pins: &Pins, netns_cookie: u64) -> anyhow::Result<Found> {
     }
     let config: Array<MapData, Config> = pins.typed("CONFIG")?;
     let config = config.get(&0, 0).with_context(|| format!("the map {} cannot be read", pins.map("CONFIG").display()))?;
-    if config.layout == 0 {
-        return Ok(Found::Leftovers("a start that failed"));
-    }
     if config.layout != LAYOUT {
         bail!(
             "the maps below {} have layout {}, but this version of bpfvs knows layout {LAYOUT}: another version made them; run that version, \
