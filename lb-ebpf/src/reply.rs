@@ -120,7 +120,8 @@ pub fn attend<P: Packet, F: Family>(context: *mut c_void) -> Outcome {
 fn found<P: Packet, F: Family>(context: *mut c_void) -> Result<Outcome, Reason> {
     let mut key = F::no_key();
     let event = identify::<P, F>(context, &mut key);
-    if event == NOT_OURS {
+    // Who reports an error reports it to whom he quotes.
+    if event == NOT_OURS || (event == NO_EVENT && !is_to::<P, F>(context, &key.vip)) {
         return Err(Reason::NotOurs);
     }
     let known = F::replies().get_ptr_mut(&key).ok_or(Reason::NotOurs)?;
@@ -231,10 +232,9 @@ fn identity<P: Packet, F: Family>(packet: &P) -> Option<(ConnectionKey<F::Addres
     let header = F::parse(packet, link.payload).ok()?;
     let payload = merged(packet, &F::transport(packet, &header).ok()?);
     if payload.protocol == F::ICMP && payload.fragment == Fragment::Whole {
-        // Routers on the way to the real server report, too: only the quote tells. They report to whom they quote.
+        // Routers on the way to the real server report, too: only the quote tells.
         let end = (header.offset + header.length) as u32;
-        let key = track::quoted::<P, F>(packet, payload.offset as u32, end).ok().filter(|key| key.vip == header.destination);
-        return key.map(|key| (key, NO_EVENT));
+        return track::quoted::<P, F>(packet, payload.offset as u32, end).ok().map(|key| (key, NO_EVENT));
     }
     let (ports, event) = if payload.fragment == Fragment::Later {
         (track::ports_of_first_fragment::<P, F>(packet.context(), header.offset as u32).ok()?, NO_EVENT)
@@ -243,6 +243,15 @@ fn identity<P: Packet, F: Family>(packet: &P) -> Option<(ConnectionKey<F::Addres
         (segment.ports, segment.event.into())
     };
     Some((ConnectionKey { client: header.source, vip: header.destination, ports, protocol: payload.protocol.into() }, event))
+}
+
+/// Whether a packet is addressed to somebody.
+#[inline(never)]
+fn is_to<P: Packet, F: Family>(context: *mut c_void, address: &F::Address) -> bool {
+    // SAFETY: the context is the kernel's own.
+    let packet = &unsafe { P::view(context) };
+    let header = ethernet::parse(packet).and_then(|link| F::parse(packet, link.payload));
+    header.is_ok_and(|header| header.destination == *address)
 }
 
 /// Moves the connection of a reply on. `false`: there is none any more.
