@@ -12,7 +12,7 @@
 //! Nobody lives at these addresses: permanent neighbour entries make them reachable, as far as bpfvs can see, and a test run
 //! sends nothing.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context, Result};
 use serde_json::Value;
@@ -81,6 +81,14 @@ impl Addresses {
             },
         }
     }
+}
+
+/// An address of the bench, with a port.
+///
+/// # Panics
+/// If the text is no address.
+pub fn socket(address: &str, port: u16) -> SocketAddr {
+    SocketAddr::new(address.parse().expect("the bench's addresses are well-formed"), port)
 }
 
 /// An address as `ipvsadm` wants it: brackets around IPv6.

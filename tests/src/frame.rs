@@ -366,6 +366,13 @@ pub fn ip(frame: &[u8]) -> Result<&[u8]> {
     }
 }
 
+/// Checks a packet as [`check`] does, and that it is the one that is wanted.
+pub fn same(got: &[u8], wanted: &[u8]) -> Result<()> {
+    check(got)?;
+    ensure!(got == wanted, "the packet is another:\n  got    {got:02x?}\n  wanted {wanted:02x?}");
+    Ok(())
+}
+
 /// Checks lengths and checksums of a packet, and of the packet in it if it is a tunnel's.
 ///
 /// A packet is as long as its header says: what follows is complained about, too. Fragments and extension headers are

@@ -9,7 +9,8 @@
 //! | namespaces, and commands in them | [`netns`] |
 //! | the layouts of the LVS how-to's | [`lab`] |
 //! | a layout with everything on: bpfvs, nginx | [`balanced`] |
-//! | nginx, curl, socat, dnsmasq, iperf3, tcpdump | [`programs`] |
+//! | nginx, curl, socat, dnsmasq, vsftpd, iperf3, tcpdump | [`programs`] |
+//! | bulk traffic in both directions | [`both_ways`] |
 //! | bpfvs itself | [`bpfvs`] |
 //! | frames, byte by byte | [`frame`] |
 //! | a TCP client, segment by segment | [`caller`] |
@@ -31,6 +32,7 @@ pub mod arrivals;
 pub mod balanced;
 pub mod bench;
 pub mod book;
+pub mod both_ways;
 pub mod bpfvs;
 pub mod caller;
 pub mod control_group;

@@ -10,7 +10,7 @@ use std::{cell::Cell, env, fs, net::SocketAddr};
 
 use anyhow::{Context, Result, ensure};
 use bpfvs_tests::{
-    bench::{Addresses, Bench, MTU, ROUTER_MAC, SERVER_MACS, bracketed},
+    bench::{Addresses, Bench, MTU, ROUTER_MAC, SERVER_MACS, bracketed, socket},
     frame::{self, ACK, DATA, Extension, FIN, Frame, INIT, RST, SYN, Transport, around, check, ip},
     lab::Family,
     needs, needs_bpfvs,
@@ -127,10 +127,6 @@ impl World<'_> {
     fn one_server(&self, protocol: &str) -> Vec<String> {
         vec![self.service(protocol), self.server(protocol, self.addresses.servers[0], "-g")]
     }
-}
-
-fn socket(address: &str, port: u16) -> SocketAddr {
-    SocketAddr::new(address.parse().expect("the table's addresses are well-formed"), port)
 }
 
 fn step(frame: &Frame, outcome: Outcome) -> Step {

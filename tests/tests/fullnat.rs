@@ -16,11 +16,12 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use bpfvs_tests::{
     balanced::Balanced,
+    both_ways,
     lab::{Family, Lab, Layout, Offloads, Twins},
     needs, needs_bpfvs,
     netns::Namespace,
     pass::PassProgram,
-    programs::{Capture, Download, IperfServer, curl, curl_times, host, iperf, iperf_reverse, upload},
+    programs::{Capture, Download, curl, curl_times, host},
     test_run::Pinned,
     wait,
 };
@@ -102,27 +103,10 @@ fn real_servers_need_no_route_through_the_director_at_xdp() -> Result<()> {
     the_how_to("xdp")
 }
 
-/// Bulk TCP both ways, and content that is checked, with unfinished checksums and GSO packets and without.
+/// Bulk TCP both ways, and content that is checked.
 fn bulk(hook: &str, states: &[Offloads]) -> Result<()> {
     let (balanced, _pass) = balanced(hook)?;
-    balanced.service("rr", &FULLNAT)?;
-    balanced.service_on("-t", 5201, "sh", &FULLNAT)?;
-    let _servers = balanced.lab.servers.iter().map(IperfServer::start).collect::<Result<Vec<_>>>()?;
-    for &offloads in states {
-        if hook != "xdp" {
-            balanced.lab.set_offloads(offloads)?;
-        }
-        for family in Family::ALL {
-            let vip = balanced.lab.vip.of(family);
-            for throughput in [iperf(&balanced.lab.client, vip, 1)?, iperf_reverse(&balanced.lab.client, vip, 1)?] {
-                println!("{hook}, {offloads:?}, {family:?}: {:.0} Mbit/s", throughput.bits_per_second / 1e6);
-                ensure!(throughput.bits_per_second > 20e6, "{offloads:?}, {family:?}: {throughput:?}");
-            }
-            Download::start(&balanced.lab.client, vip, "big")?.finish()?;
-            upload(&balanced.lab.client, vip)?;
-        }
-    }
-    Ok(())
+    both_ways::bulk(&balanced, hook, &FULLNAT, states)
 }
 
 #[test]
@@ -149,15 +133,7 @@ fn narrow_links_are_reported_to_either_side() -> Result<()> {
         balanced.service("rr", &FULLNAT)?;
         balanced.lab.set_offloads(Offloads::Off)?;
         balanced.lab.director.ip(&format!("link set {narrow} mtu 1300"))?;
-        for family in Family::ALL {
-            let vip = balanced.lab.vip.of(family);
-            // What comes in by a narrow veth device must be narrow already.
-            if narrow == "eth0" {
-                upload(&balanced.lab.client, vip)?;
-            } else {
-                Download::start(&balanced.lab.client, vip, "big")?.finish()?;
-            }
-        }
+        both_ways::towards(&balanced, narrow)?;
     }
     Ok(())
 }

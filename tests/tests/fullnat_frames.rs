@@ -11,8 +11,8 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use bpfvs_tests::{
-    bench::{Addresses, Bench, MTU, ROUTER_MAC, SERVER_MACS, bracketed},
-    frame::{ACK, DATA, Extension, FIN, Frame, INIT, RST, SYN, check, ip},
+    bench::{Addresses, Bench, MTU, ROUTER_MAC, SERVER_MACS, bracketed, socket},
+    frame::{ACK, DATA, Extension, FIN, Frame, INIT, RST, SYN, check, ip, same},
     lab::Family,
     needs, needs_bpfvs,
     test_run::{Hook, Run, Verdict},
@@ -104,16 +104,6 @@ impl<'a> Conversation<'a> {
         self.local.set(SocketAddr::new(self.local.get().ip(), port));
         Ok(())
     }
-}
-
-fn same(got: &[u8], wanted: &[u8]) -> Result<()> {
-    check(got)?;
-    ensure!(got == wanted, "the packet is another:\n  got    {got:02x?}\n  wanted {wanted:02x?}");
-    Ok(())
-}
-
-fn socket(address: &str, port: u16) -> SocketAddr {
-    SocketAddr::new(address.parse().expect("the table's addresses are well-formed"), port)
 }
 
 /// Types a service on port 80 with the first real server on another port.

@@ -428,7 +428,13 @@ fn translated<N: Network>(before: &[u8], after: &[u8], seen: &mut Seen) -> Resul
     let (vip, server) = (bytes(addresses.vip), bytes(addresses.servers[0]));
     let size = vip.len();
     let [source, destination] = [N::ADDRESSES, N::ADDRESSES + size];
-    let is_request = before[destination..destination + size] == vip;
+    let [segment, end] = [payload.offset, header.length];
+    // An error goes where what it quotes came from, whatever address it is sent to itself, as in IPVS.
+    let error = (payload.fragment != Fragment::Later && payload.protocol == N::ICMP).then_some(segment + 8);
+    let is_request = match error {
+        Some(quote) => before[quote + source..quote + source + size] == vip,
+        None => before[destination..destination + size] == vip,
+    };
 
     // What has to come out, but for checksums. They are looked at by themselves.
     let mut wanted = before.to_vec();
@@ -440,7 +446,6 @@ fn translated<N: Network>(before: &[u8], after: &[u8], seen: &mut Seen) -> Resul
     } else {
         replace(&mut wanted, source, &vip);
     }
-    let segment = payload.offset;
     let mut sums = Vec::new();
     if size == 4 {
         sums.push(10..12);
@@ -453,12 +458,10 @@ fn translated<N: Network>(before: &[u8], after: &[u8], seen: &mut Seen) -> Resul
         packet[at..at + 2].copy_from_slice(&if to_server { server } else { port }.to_be_bytes());
         Ok(())
     };
-    let end = header.length;
     if payload.fragment == Fragment::Later {
         seen.later_fragments += 1;
-    } else if payload.protocol == N::ICMP {
+    } else if let Some(quote) = error {
         seen.errors += 1;
-        let quote = segment + 8;
         let (.., quoted) = N::quoted(before, quote).context("it quotes nothing")?;
         // It quotes what went the other way.
         if is_request {

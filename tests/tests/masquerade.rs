@@ -4,12 +4,11 @@
 use anyhow::{Result, ensure};
 use bpfvs_tests::{
     balanced::Balanced,
+    both_ways,
     lab::{Family, Lab, Layout, Offloads},
     needs, needs_bpfvs,
     pass::PassProgram,
-    programs::{
-        Capture, Download, IperfServer, NameServer, UdpServer, ask_udp, curl_times, host, iperf, iperf_reverse, resolve, upload,
-    },
+    programs::{Capture, NameServer, UdpServer, ask_udp, curl_times, host, resolve},
     wait,
 };
 
@@ -138,27 +137,10 @@ fn a_director_that_does_not_forward_says_so() -> Result<()> {
     Ok(())
 }
 
-/// Bulk TCP both ways, and content that is checked, with unfinished checksums and GSO packets and without.
+/// Bulk TCP both ways, and content that is checked.
 fn bulk(hook: &str, states: &[Offloads]) -> Result<()> {
     let (balanced, _pass) = balanced(hook)?;
-    balanced.service("rr", &["-m", "-m"])?;
-    balanced.service_on("-t", 5201, "sh", &["-m", "-m"])?;
-    let _servers = balanced.lab.servers.iter().map(IperfServer::start).collect::<Result<Vec<_>>>()?;
-    for &offloads in states {
-        if hook != "xdp" {
-            balanced.lab.set_offloads(offloads)?;
-        }
-        for family in Family::ALL {
-            let vip = balanced.lab.vip.of(family);
-            for throughput in [iperf(&balanced.lab.client, vip, 1)?, iperf_reverse(&balanced.lab.client, vip, 1)?] {
-                println!("{hook}, {offloads:?}, {family:?}: {:.0} Mbit/s", throughput.bits_per_second / 1e6);
-                ensure!(throughput.bits_per_second > 20e6, "{offloads:?}, {family:?}: {throughput:?}");
-            }
-            Download::start(&balanced.lab.client, vip, "big")?.finish()?;
-            upload(&balanced.lab.client, vip)?;
-        }
-    }
-    Ok(())
+    both_ways::bulk(&balanced, hook, &["-m", "-m"], states)
 }
 
 #[test]
@@ -186,15 +168,7 @@ fn narrow_links_are_reported_to_either_side() -> Result<()> {
     balanced.lab.set_offloads(Offloads::Off)?;
     for (narrow, wide) in [("eth0", "eth1"), ("eth1", "eth0")] {
         balanced.lab.director.ip(&format!("link set {narrow} mtu 1300\nlink set {wide} mtu 1500"))?;
-        for family in Family::ALL {
-            let vip = balanced.lab.vip.of(family);
-            // What comes in by a narrow veth device must be narrow already.
-            if narrow == "eth0" {
-                upload(&balanced.lab.client, vip)?;
-            } else {
-                Download::start(&balanced.lab.client, vip, "big")?.finish()?;
-            }
-        }
+        both_ways::towards(&balanced, narrow)?;
     }
     Ok(())
 }

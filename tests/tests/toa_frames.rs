@@ -5,8 +5,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context, Result, ensure};
 use bpfvs_tests::{
-    bench::{Addresses, Bench, MTU, ROUTER_MAC, SERVER_MACS, bracketed},
-    frame::{ACK, Extension, Frame, RST, SYN, Transport, check, ip},
+    bench::{Addresses, Bench, MTU, ROUTER_MAC, SERVER_MACS, bracketed, socket},
+    frame::{ACK, Extension, Frame, RST, SYN, Transport, ip, same},
     lab::Family,
     needs, needs_bpfvs,
     test_run::{Hook, Run, Verdict},
@@ -114,16 +114,6 @@ impl<'a> Conversation<'a> {
         let sent = self.sent(&Self::frame(self.server, self.local, segment), ROUTER_MAC)?;
         same(&sent, &Self::aged(self.vip, self.client, segment))
     }
-}
-
-fn same(got: &[u8], wanted: &[u8]) -> Result<()> {
-    check(got)?;
-    ensure!(got == wanted, "the packet is another:\n  got    {got:02x?}\n  wanted {wanted:02x?}");
-    Ok(())
-}
-
-fn socket(address: &str, port: u16) -> SocketAddr {
-    SocketAddr::new(address.parse().expect("the table's addresses are well-formed"), port)
 }
 
 const fn local_address(family: Family) -> &'static str {

@@ -9,7 +9,6 @@ use std::{
     mem,
     net::IpAddr,
     os::unix::fs::PermissionsExt,
-    path::Path,
 };
 
 use anyhow::{Context, Result, anyhow};
@@ -32,7 +31,7 @@ use crate::bpf_file_system;
 
 use super::{
     Hook, TunnelType,
-    instance::remove_empty_directories,
+    instance::remove_pins,
     network::Network,
     state::{Arrival, Attachment, Vip},
 };
@@ -219,14 +218,4 @@ fn entry(attachment: &Attachment, vip: &Vip) -> Option<(Ipv6, Accepts)> {
         }
     };
     Some((key, Accepts { kinds: kind as u32, port: port.to_be(), reserved: 0 }))
-}
-
-fn remove_pins(pins: &Path) -> Result<()> {
-    if pins.exists() {
-        fs::remove_dir_all(pins).with_context(|| format!("cannot remove {}: the kernel refused; run as root", pins.display()))?;
-    }
-    if let Some(parent) = pins.parent() {
-        remove_empty_directories(parent);
-    }
-    Ok(())
 }

@@ -65,8 +65,19 @@ pub(super) fn control_group_pins() -> PathBuf {
     Path::new(PINS).join("toa")
 }
 
+/// Removes the pins of a program that is attached no more, and the directories that are empty then.
+pub(super) fn remove_pins(pins: &Path) -> Result<()> {
+    if pins.exists() {
+        fs::remove_dir_all(pins).with_context(|| format!("cannot remove {}: the kernel refused; run as root", pins.display()))?;
+    }
+    if let Some(parent) = pins.parent() {
+        remove_empty_directories(parent);
+    }
+    Ok(())
+}
+
 /// Removes the directories of the pins as far as they are empty: the instance's and bpfvs's own.
-pub(super) fn remove_empty_directories(pins: &Path) {
+fn remove_empty_directories(pins: &Path) {
     for directory in pins.ancestors().take_while(|directory| directory.starts_with(PINS)) {
         if fs::remove_dir(directory).is_err() {
             break;

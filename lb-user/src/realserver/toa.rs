@@ -44,7 +44,7 @@ use serde::Serialize;
 
 use super::{
     control_group::{self, ControlGroup},
-    instance::{self, Instance, remove_empty_directories},
+    instance::{self, Instance, remove_pins},
     report::Report,
     state,
 };
@@ -392,16 +392,6 @@ fn open_trusted(pins: &Path) -> Result<LpmTrie<MapData, Ipv6, u8>> {
 
 fn unreadable(pins: &Path) -> String {
     format!("cannot read what is pinned in {}: see the cause; run as root, or switch it off and on again", pins.display())
-}
-
-fn remove_pins(pins: &Path) -> Result<()> {
-    if pins.exists() {
-        fs::remove_dir_all(pins).with_context(|| format!("cannot remove {}: the kernel refused; run as root", pins.display()))?;
-    }
-    if let Some(parent) = pins.parent() {
-        remove_empty_directories(parent);
-    }
-    Ok(())
 }
 
 #[cfg(test)]
