@@ -198,6 +198,12 @@ impl Pinned {
         Ok(Counters::from_word(map.get(&server, 0)?))
     }
 
+    /// Says that the real server with this index has no connections.
+    pub fn forget_counters(&self, server: u32) -> Result<()> {
+        let mut map: Array<MapData, u64> = self.map("COUNTERS", Map::Array)?;
+        Ok(map.set(server, 0, 0)?)
+    }
+
     /// Whether the daemon sleeps, and the forecast of the service with this index is for the connections from now on.
     pub fn is_at_rest(&self, service: u32) -> Result<bool> {
         let sleeping: Array<MapData, u64> = self.map("SLEEPING", Map::Array)?;
