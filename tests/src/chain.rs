@@ -12,10 +12,11 @@
 
 use std::{
     net::SocketAddr,
+    thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use aya::{
     Ebpf, EbpfLoader, TestRun, TestRunOptions,
     maps::{Array, MapData, PerCpuArray},
@@ -101,6 +102,14 @@ impl Chain {
         Ok(Self { director, outside, ebpf })
     }
 
+    /// Puts a program in the director's place that sends each frame back at once: what the rest of the chain costs.
+    pub fn send_back(&mut self) -> Result<()> {
+        let nothing: &mut Xdp = program(&mut self.ebpf, "nothing_xdp")?.try_into()?;
+        nothing.load()?;
+        self.director.enter(|| nothing.attach("d0", XdpMode::Driver))?;
+        Ok(())
+    }
+
     /// Sends so many packets with these TCP flags to a port, of so many clients in turn (a power of two), and waits until all have
     /// arrived.
     pub fn send(&mut self, port: u16, flags: u8, clients: u64, count: u32) -> Result<Duration> {
@@ -123,17 +132,16 @@ impl Chain {
                 ..TestRunOptions::new()
             })
         })?;
-        let mut took = begin.elapsed();
-        let mut arrived = self.arrived()? - before;
-        if arrived < u64::from(count) {
-            wait::until("all packets to arrive", wait::SOON, || {
-                took = begin.elapsed();
-                arrived = self.arrived().map_or(0, |now| now - before);
-                arrived >= u64::from(count)
-            })
-            .with_context(|| format!("{arrived} of {count} have arrived"))?;
+        // What is still under way needs this processor; to sleep would be counted.
+        loop {
+            let took = begin.elapsed();
+            let arrived = self.arrived()? - before;
+            if arrived >= u64::from(count) {
+                return Ok(took);
+            }
+            ensure!(took < wait::SOON, "{arrived} of {count} packets have arrived");
+            thread::yield_now();
         }
-        Ok(took)
     }
 
     fn arrived(&self) -> Result<u64> {

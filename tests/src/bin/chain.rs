@@ -2,6 +2,7 @@
 //! [`bpfvs_tests::chain`].
 //!
 //! ```text
+//! chain bare            nobody: each packet is sent back at once
 //! chain ipvs -g         the kernel's own IPVS
 //! chain xdp -g -i       bpfvs, by XDP; direct routing, then tunnels: a line for each
 //! ```
@@ -29,12 +30,13 @@ struct Options {
     /// Who balances.
     director: Director,
     /// How `ipvsadm -a` is told to forward: `-g`, `-i`, `-m`. Each has a service of its own.
-    #[arg(allow_hyphen_values = true, required = true)]
+    #[arg(allow_hyphen_values = true)]
     methods: Vec<String>,
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
 enum Director {
+    Bare,
     Ipvs,
     Xdp,
     Tc,
@@ -42,7 +44,12 @@ enum Director {
 
 fn main() -> Result<()> {
     let Options { director, methods } = Options::parse();
-    let mut chain = Chain::new(if director == Director::Xdp { Hook::Xdp } else { Hook::Tc })?;
+    let is_xdp = matches!(director, Director::Bare | Director::Xdp);
+    let mut chain = Chain::new(if is_xdp { Hook::Xdp } else { Hook::Tc })?;
+    if director == Director::Bare {
+        chain.send_back()?;
+        return measure(&mut chain, 80);
+    }
     let services: Vec<(u16, String)> = (80..).zip(methods).collect();
     let lines = services.iter().flat_map(|(port, method)| {
         [format!("-A -t {VIP}:{port} -s rr"), format!("-a -t {VIP}:{port} -r {SERVER}:{port} {method}")]
@@ -61,18 +68,20 @@ fn main() -> Result<()> {
         bpfvs.wait_for_servers()?;
         Some(bpfvs)
     };
-    for (port, _) in services {
-        let mut cost = |flags, clients: u32, packets: u32| -> Result<f64> {
-            Ok(chain.send(port, flags, clients.into(), packets)?.as_secs_f64() * 1e9 / f64::from(packets))
-        };
-        // Each of these connections is new.
-        let new = cost(SYN, 2 * CLIENTS, 2 * CLIENTS)?;
-        cost(ACK, CLIENTS, CLIENTS)?;
-        let mut established = f64::INFINITY;
-        for _ in 0..ROUNDS {
-            established = established.min(cost(ACK, CLIENTS, PACKETS)?);
-        }
-        println!("{}", json!({ "new": new, "established": established }));
+    services.iter().try_for_each(|(port, _)| measure(&mut chain, *port))
+}
+
+fn measure(chain: &mut Chain, port: u16) -> Result<()> {
+    let mut cost = |flags, clients: u32, packets: u32| -> Result<f64> {
+        Ok(chain.send(port, flags, clients.into(), packets)?.as_secs_f64() * 1e9 / f64::from(packets))
+    };
+    // Each of these connections is new.
+    let new = cost(SYN, 2 * CLIENTS, 2 * CLIENTS)?;
+    cost(ACK, CLIENTS, CLIENTS)?;
+    let mut established = f64::INFINITY;
+    for _ in 0..ROUNDS {
+        established = established.min(cost(ACK, CLIENTS, PACKETS)?);
     }
+    println!("{}", json!({ "new": new, "established": established }));
     Ok(())
 }

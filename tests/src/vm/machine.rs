@@ -221,13 +221,17 @@ impl Machine {
 
     fn command(&self, place: &dyn Fn(&str) -> PathBuf) -> Command {
         let mut command = Command::new("qemu-system-x86_64");
-        command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-M", "pc", "-cpu", "max"]);
+        command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-M", "pc"]);
         let mut kernel_line = "console=ttyS0 loglevel=4 panic=-1 tsc=unstable random.trust_cpu=on".to_owned();
         if self.deterministic {
+            // Without the fast `rep movsb`: each byte that it copies would be counted as an instruction.
+            command.args(["-cpu", "max,-erms,-fsrm"]);
             command.args(["-accel", "tcg,thread=single", "-smp", "1", "-icount", "shift=0,sleep=off", "-seed", "1"]);
             command.args(["-rtc", "base=2024-01-01T00:00:00,clock=vm"]);
-            kernel_line.push_str(" nokaslr norandmaps");
+            // Without what the kernel does for safety, and what differs from processor to processor: clearing pages, mitigations.
+            kernel_line.push_str(" nokaslr norandmaps init_on_alloc=0 mitigations=off");
         } else {
+            command.args(["-cpu", "max"]);
             command.args(["-accel", "tcg,thread=multi", "-smp", &self.processors.to_string()]);
         }
         command.args(["-m", &self.memory.to_string(), "-append", &kernel_line]);
