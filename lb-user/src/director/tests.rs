@@ -518,7 +518,7 @@ fn a_damaged_state_is_refused_and_left_alone() {
     let text = std::fs::read_to_string(&path).expect("it is there");
     for (bad, expected) in [
         (text[..text.len() / 2].to_owned(), "it is damaged (EOF"),
-        (text.replacen("\"version\": 1", "\"version\": 99", 1), "it has version 99"),
+        (text.replacen("\"version\":1", "\"version\":99", 1), "it has version 99"),
         (text.replacen("\"services\"", "\"secrets\"", 1), "missing field `services`"),
         (String::new(), "it is damaged"),
     ] {
