@@ -22,6 +22,7 @@ mod options;
 mod parse;
 mod reader;
 mod restore;
+pub mod rules;
 mod save;
 mod sort;
 #[cfg(test)]
