@@ -41,7 +41,7 @@ pub(crate) mod testing;
 mod tests;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     hash::{BuildHasher as _, Hasher as _, RandomState},
     net::IpAddr,
     path::Path,
@@ -99,6 +99,8 @@ struct Pending {
     retiring: BTreeSet<u32>,
     /// Indices of services that changed to another one: to be emptied.
     abandoned: Vec<u32>,
+    /// All local addresses, once a new service has asked for them, and until they change.
+    locals: Option<HashSet<IpAddr>>,
 }
 
 /// A touched service.
@@ -401,8 +403,14 @@ impl<D: Datapath> Director<D> {
                 rules::timeouts(timeouts, self.datapath.clock_rate())?;
                 Ok(self.set_timeouts(timeouts)?)
             }
-            Command::AddLocalAddress { address, service } => self.add_local(*address, service.as_ref()),
-            Command::RemoveLocalAddress { address, service } => self.remove_local(*address, service.as_ref()),
+            Command::AddLocalAddress { address, service } => {
+                pending.locals = None;
+                self.add_local(*address, service.as_ref())
+            }
+            Command::RemoveLocalAddress { address, service } => {
+                pending.locals = None;
+                self.remove_local(*address, service.as_ref())
+            }
         }
     }
 
@@ -427,7 +435,7 @@ impl<D: Datapath> Director<D> {
             );
         }
         if let ServiceId::Address { address, .. } = id
-            && self.local_addresses().any(|(local, _)| local == address)
+            && pending.locals.get_or_insert_with(|| self.local_addresses().map(|(local, _)| local).collect()).contains(&address)
         {
             return Err(locals::is_virtual(address));
         }
@@ -505,10 +513,11 @@ impl<D: Datapath> Director<D> {
         pending.services.remove(id);
         pending.abandoned.push(index);
         if let Some(service) = self.services.remove(id) {
-            if !service.locals.is_empty()
-                && let Err(error) = self.datapath.set_pool(service.pool(), &[])
-            {
-                warn!("the local addresses of {id} keep their room: {error}");
+            if !service.locals.is_empty() {
+                pending.locals = None;
+                if let Err(error) = self.datapath.set_pool(service.pool(), &[]) {
+                    warn!("the local addresses of {id} keep their room: {error}");
+                }
             }
             for server in &service.servers {
                 pending.retiring.insert(server.index);
@@ -670,7 +679,7 @@ impl<D: Datapath> Director<D> {
 
     /// Publishes what a list of commands has changed.
     fn commit(&mut self, pending: Pending, outcomes: &mut [Outcome]) {
-        let Pending { services, mut retiring, mut abandoned } = pending;
+        let Pending { services, mut retiring, mut abandoned, locals: _ } = pending;
         for (id, mut touched) in services {
             if let Some(service) = self.services.get_mut(&id) {
                 touched.tell(service);
