@@ -620,6 +620,7 @@ fn connections_are_listed() {
         let options = Options { max_connections: 20_000, ..lab.options() };
         let mut datapath = KernelDatapath::open(&options).expect("it opens");
         datapath.set_server(4, &target("10.1.0.2")).expect("the server is taken");
+        datapath.write_servers().expect("it is written");
         let clock = datapath.sweep().await.expect("the sweep runs");
         assert_eq!(clock.examined, 0);
         let report: aya::maps::Array<_, SweepReport> = pinned(&lab, "SWEEP");

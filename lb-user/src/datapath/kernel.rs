@@ -433,6 +433,10 @@ impl Datapath for KernelDatapath {
         Ok(())
     }
 
+    fn write_servers(&mut self) -> Result<(), Error> {
+        lock(&self.servers).write()
+    }
+
     fn retire_server(&mut self, index: u32) -> Result<(), Error> {
         let concerned = lock(&self.servers).retire(index)?;
         self.look(concerned);

@@ -48,7 +48,7 @@ use std::{
     time::Instant,
 };
 
-use lb_common::{config::Config, local::SHARED, server::Counters, tcp};
+use lb_common::{config::Config, local::SHARED, server::Counters, statistics::Statistics, tcp};
 use tracing::warn;
 
 use self::{
@@ -221,6 +221,7 @@ impl<D: Datapath> Director<D> {
                 self.datapath.set_server(server.index, &service.target(server))?;
             }
         }
+        self.datapath.write_servers()?;
         for service in self.services.values_mut() {
             for server in service.servers.iter_mut() {
                 if !known_servers.contains(&server.index) {
@@ -568,7 +569,9 @@ impl<D: Datapath> Director<D> {
             estimator: Estimator::default(),
         };
         let target = self.services.get(&service_id).ok_or_else(|| no_such_service(&service_id))?.target(&server);
-        let outcome = self.datapath.set_server(index, &target).and_then(|()| self.datapath.statistics(index));
+        // The counters of an index that was free are zero.
+        let statistics = |datapath: &D| if back.is_some() { datapath.statistics(index) } else { Ok(Statistics::default()) };
+        let outcome = self.datapath.set_server(index, &target).and_then(|()| statistics(&self.datapath));
         match outcome {
             Ok(statistics) => server.joined = statistics.into(),
             Err(error) => {
@@ -680,18 +683,25 @@ impl<D: Datapath> Director<D> {
     /// Publishes what a list of commands has changed.
     fn commit(&mut self, pending: Pending, outcomes: &mut [Outcome]) {
         let Pending { services, mut retiring, mut abandoned, locals: _ } = pending;
+        let mut unwritten = self.datapath.write_servers().err();
         for (id, mut touched) in services {
             if let Some(service) = self.services.get_mut(&id) {
                 touched.tell(service);
             }
             self.start_from_now(&id);
-            let Err(error) = self.set_scopes(&id).and_then(|()| self.publish(&id)) else { continue };
+            let published =
+                unwritten.take().map_or(Ok(()), Err).and_then(|()| self.set_scopes(&id)).and_then(|()| self.publish(&id));
+            let Err(error) = published else { continue };
             self.roll_back(&id, touched.before, &mut retiring, &mut abandoned);
             for position in touched.commands {
                 if outcomes[position] == Outcome::Ok {
                     outcomes[position] = Outcome::Refused(Refusal::from_datapath(&error));
                 }
             }
+        }
+        // Those that were set back.
+        if let Err(error) = self.datapath.write_servers() {
+            warn!("real servers are not what they were: {error}");
         }
         for index in abandoned {
             if let Err(error) = self.datapath.publish(index, &Run::default()) {
