@@ -153,8 +153,12 @@ pub(crate) fn golden(options: &GoldenOptions) -> Result<()> {
         environment.push(format!("BPFVS_GOLDEN={}", directory.display()));
     }
     let environment: Vec<_> = environment.iter().map(String::as_str).collect();
-    watched(cargo().args(["test", "--quiet", "--package", "bpfvs", "--test", "ipvsadm_format"]), &mut Vec::new())?;
-    watched(&mut with_root(&["golden".to_owned()], &environment)?, &mut Vec::new())
+    let mut closing_lines = Vec::new();
+    let printing = watched(cargo().args(["test", "--quiet", "--package", "bpfvs", "--test", "ipvsadm_format"]), &mut Vec::new());
+    let answering = watched(&mut with_root(&["golden".to_owned()], &environment)?, &mut closing_lines);
+    // Behind what cargo says about a failure.
+    closing_lines.iter().filter(|line| line.starts_with("golden: ")).for_each(|line| println!("{line}"));
+    printing.and(answering)
 }
 
 /// Installs what the parts need, and builds the program that they test.

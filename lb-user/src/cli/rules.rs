@@ -47,7 +47,7 @@ pub(super) fn save(global: &Global) -> anyhow::Result<()> {
 
 impl Restore {
     pub(super) fn run(self, global: &Global) -> anyhow::Result<()> {
-        let file = self.file.filter(|file| *file != PathBuf::from("-"));
+        let file = self.file.filter(|file| file.as_os_str() != "-");
         let name = file.as_ref().map_or_else(|| "standard input".to_owned(), |file| file.display().to_string());
         let text = match &file {
             Some(file) => fs::read_to_string(file),

@@ -91,12 +91,14 @@ pub trait Datapath {
     /// nothing of it until [`Datapath::write_servers`].
     fn set_server(&mut self, index: u32, target: &Target) -> Result<(), Error>;
 
-    /// Shows the packet path the real servers as they were set: to be called before a schedule that names them is published.
+    /// Shows the packet path the real servers as they were set and retired: to be called before a schedule that names them is
+    /// published.
     fn write_servers(&mut self) -> Result<(), Error> {
         Ok(())
     }
 
-    /// Marks a real server as removed: connections that name it are dropped, its counters stay.
+    /// Marks a real server as removed: connections that name it are dropped, its counters stay. As with
+    /// [`Datapath::set_server`], the packet path may see it late.
     fn retire_server(&mut self, index: u32) -> Result<(), Error>;
 
     /// Forgets a real server; its index may be used again, with all counters at zero.

@@ -98,13 +98,12 @@ impl Servers {
         Ok(concerned)
     }
 
-    /// Marks a server as removed. Returns its address, which may need no way any more.
+    /// Marks a server as removed; [`Servers::write`] shows it to the packet path. Returns its address, which may need no way any more.
     pub fn retire(&mut self, index: u32) -> Result<Option<IpAddr>, Error> {
         self.check(index)?;
         let old = self.targets.insert(index, None).flatten();
         let entry = Server { status: Status::Removed as u8, ..self.known(index) };
         self.put(index, entry)?;
-        self.write()?;
         Ok(old.map(|target| {
             self.leave(index, target.address);
             target.address

@@ -19,19 +19,13 @@ pub fn difference(from: &[ServiceView], to: &[ServiceView]) -> Vec<Command> {
     let mut commands: Vec<_> = gone.map(|service| Command::RemoveService { service: service.id }).collect();
     for service in to {
         let (id, config) = (service.id, service.config.clone());
-        let servers = match present.get(&id) {
-            Some(old) => {
-                if old.config != config {
-                    commands.push(Command::EditService { service: id, config });
-                }
-                old.servers.as_slice()
-            }
-            None => {
-                commands.push(Command::AddService { service: id, config });
-                &[]
-            }
-        };
-        commands.extend(servers_of(id, servers, &service.servers));
+        let old = present.get(&id);
+        match old {
+            None => commands.push(Command::AddService { service: id, config }),
+            Some(old) if old.config != config => commands.push(Command::EditService { service: id, config }),
+            Some(_) => {}
+        }
+        commands.extend(servers_of(id, old.map_or(&[], |old| &old.servers), &service.servers));
     }
     commands
 }

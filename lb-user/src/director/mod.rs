@@ -272,7 +272,7 @@ impl<D: Datapath> Director<D> {
                 });
             }
         }
-        Ok(())
+        self.datapath.write_servers()
     }
 
     /// Does commands in order. Each stands for itself: a refused one changes nothing and does not stop the others.
@@ -713,6 +713,9 @@ impl<D: Datapath> Director<D> {
             if let Err(error) = self.datapath.retire_server(index) {
                 warn!("connections to a removed server go on: {error}");
             }
+        }
+        if let Err(error) = self.datapath.write_servers() {
+            warn!("connections to removed servers go on: {error}");
         }
     }
 

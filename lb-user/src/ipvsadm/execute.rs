@@ -32,9 +32,7 @@ pub(super) struct Session<'a> {
 /// Runs ipvsadm with these words.
 pub(super) fn run(program: &str, words: &[String], table: &mut dyn Table, streams: Streams<'_>) -> u8 {
     let Streams { input, output, error } = streams;
-    if let Err(reason) = table.connect() {
-        complain(error, &format!("Can't initialize ipvs: {reason}"));
-        complain(error, "Are you sure that IP Virtual Server is built in the kernel or as module?");
+    if !connect(table, error) {
         return STATUS_USAGE;
     }
     let mut session = Session { program, table, output, error, names: Names::of_system() };
@@ -46,6 +44,14 @@ pub(super) fn run(program: &str, words: &[String], table: &mut dyn Table, stream
             complaint.status()
         }
     }
+}
+
+/// Makes sure that there is a table, or says why not.
+pub(super) fn connect(table: &mut dyn Table, error: &mut dyn Write) -> bool {
+    let Err(reason) = table.connect() else { return true };
+    complain(error, &format!("Can't initialize ipvs: {reason}"));
+    complain(error, "Are you sure that IP Virtual Server is built in the kernel or as module?");
+    false
 }
 
 impl Session<'_> {

@@ -17,6 +17,9 @@ use super::{
 };
 use crate::director::model::{Command, ServiceView};
 
+/// What to write instead of what changes no service.
+const ADVICE: &str = "rules are what `ipvsadm -S` writes, such as `-A -t 192.0.2.1:80 -s rr`";
+
 /// A line that says something.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Rule {
@@ -59,7 +62,6 @@ fn rule(line: &str, names: &Names) -> Result<Command, String> {
     if words.first().is_some_and(|word| word == "ipvsadm") {
         words.remove(0);
     }
-    const ADVICE: &str = "rules are what `ipvsadm -S` writes, such as `-A -t 192.0.2.1:80 -s rr`";
     match parse::parse(&words, true, names) {
         Ok(Action::Change(Command::Zero { .. })) => Err(format!("it changes nothing that is kept; {ADVICE}")),
         Ok(Action::Change(command)) => Ok(command),

@@ -64,14 +64,14 @@ const LINES: &str = "\
 const QUESTIONS: [&str; 5] = ["-Sn", "-Ln", "-Ln --tun-info", "-Ln --thresholds", "-Ln --stats"];
 
 /// Prints the answers, with a line of `====` behind each.
-const ANSWER: &str = r#"
+const ANSWER: &str = r"
 answer() {
     for question in -Sn -Ln '-Ln --tun-info' '-Ln --thresholds' '-Ln --stats'; do
         ipvsadm $question
         echo ====
     done
 }
-"#;
+";
 
 #[test]
 fn rule_files_go_both_ways() -> Result<()> {
