@@ -77,6 +77,9 @@ fn golden(wanted: &[String]) -> Result<bool> {
     if let Some(name) = pending.keys().find(|name| !own.iter().any(|case| case.name == **name)) {
         bail!("a list of differences names {name}, and there is no such case");
     }
+    let promise = format!("{} of {} golden cases", own.len() - pending.len(), own.len());
+    let read_me = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../README.md"))?;
+    ensure!(read_me.contains(&promise), "README.md should say that {promise} pass");
     let all = match env::var_os("BPFVS_GOLDEN") {
         Some(other) => Case::read_all(Path::new(&other))?.into_iter().map(|case| case.with_needs_of(&own)).collect(),
         None => own,
