@@ -154,7 +154,10 @@ pub(crate) fn golden(options: &GoldenOptions) -> Result<()> {
     }
     let environment: Vec<_> = environment.iter().map(String::as_str).collect();
     let mut closing_lines = Vec::new();
-    let printing = watched(cargo().args(["test", "--quiet", "--package", "bpfvs", "--test", "ipvsadm_format"]), &mut Vec::new());
+    let printing = watched(
+        cargo().args(["test", "--quiet", "--package", "bpfvs", "--test", "ipvsadm_format", "--", "--nocapture"]),
+        &mut Vec::new(),
+    );
     let answering = watched(&mut with_root(&["golden".to_owned()], &environment)?, &mut closing_lines);
     // Behind what cargo says about a failure.
     closing_lines.iter().filter(|line| line.starts_with("golden: ")).for_each(|line| println!("{line}"));
