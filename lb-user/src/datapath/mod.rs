@@ -87,10 +87,18 @@ pub trait Datapath {
     /// Ticks of the kernel's clock in a second.
     fn clock_rate(&self) -> u32;
 
-    /// Makes a real server known, or changes it. The datapath finds the way to it and keeps it true.
+    /// Makes a real server known, or changes it. The datapath finds the way to it and keeps it true. The packet path may see
+    /// nothing of it until [`Datapath::write_servers`].
     fn set_server(&mut self, index: u32, target: &Target) -> Result<(), Error>;
 
-    /// Marks a real server as removed: connections that name it are dropped, its counters stay.
+    /// Shows the packet path the real servers as they were set and retired: to be called before a schedule that names them is
+    /// published.
+    fn write_servers(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// Marks a real server as removed: connections that name it are dropped, its counters stay. As with
+    /// [`Datapath::set_server`], the packet path may see it late.
     fn retire_server(&mut self, index: u32) -> Result<(), Error>;
 
     /// Forgets a real server; its index may be used again, with all counters at zero.

@@ -229,7 +229,7 @@ impl Resolver {
         {
             tracing::info!(%address, mtu, "a router reports a narrower way to a real server");
             self.narrow.insert(address, (mtu, Instant::now() + path_mtu::LIFETIME));
-            self.teach(address);
+            self.teach([address]);
         }
     }
 
@@ -237,10 +237,10 @@ impl Resolver {
     fn widen(&mut self) {
         let now = Instant::now();
         let over: Vec<_> = self.narrow.iter().filter(|(_, (_, until))| *until <= now).map(|(address, _)| *address).collect();
-        for address in over {
-            self.narrow.remove(&address);
-            self.teach(address);
+        for address in &over {
+            self.narrow.remove(address);
         }
+        self.teach(over);
     }
 
     /// Carries orders out. Says whether all was understood; nothing if the last order was to let go.
@@ -272,6 +272,7 @@ impl Resolver {
                 }
             }
         }
+        self.teach(looked);
         self.answered.send_modify(|count| *count += asked);
         Some(understood)
     }
@@ -354,9 +355,10 @@ impl Resolver {
     async fn look_at_all(&mut self) -> bool {
         let addresses = lock(&self.servers).addresses();
         let mut understood = self.marks.is_empty() || self.keep_mark_device().await;
-        for address in addresses {
-            understood &= self.look(address).await;
+        for address in &addresses {
+            understood &= self.look(*address).await;
         }
+        self.teach(addresses);
         understood
     }
 
@@ -388,7 +390,8 @@ impl Resolver {
         mark_device::lead(&self.handle, &ends[0], &self.marks).await
     }
 
-    /// Asks for the way to an address, or forgets it if no server has it any more. `false` if netlink failed.
+    /// Asks for the way to an address, or forgets it if no server has it any more; to be taught afterwards. `false` if netlink
+    /// failed.
     async fn look(&mut self, address: IpAddr) -> bool {
         if !lock(&self.servers).wants(address) {
             if let Some(Route::Via { ifindex, next_hop, .. }) = self.routes.remove(&address) {
@@ -413,15 +416,20 @@ impl Resolver {
         {
             self.leave_neighbour(old, address).await;
         }
-        self.teach(address);
         understood
     }
 
-    /// Hands what is known about an address to the servers.
-    fn teach(&self, address: IpAddr) {
-        let Some(route) = self.routes.get(&address) else { return };
-        if let Err(error) = lock(&self.servers).learn(address, self.way(address, *route)) {
-            tracing::error!(%address, %error, "the way to a real server cannot be told to the kernel");
+    /// Hands what is known about addresses to the servers, and to the kernel.
+    fn teach(&self, addresses: impl IntoIterator<Item = IpAddr>) {
+        let mut servers = lock(&self.servers);
+        for address in addresses {
+            let Some(route) = self.routes.get(&address) else { continue };
+            if let Err(error) = servers.learn(address, self.way(address, *route)) {
+                tracing::error!(%address, %error, "the way to a real server cannot be told to the kernel");
+            }
+        }
+        if let Err(error) = servers.write() {
+            tracing::error!(%error, "ways to real servers cannot be told to the kernel");
         }
     }
 
@@ -574,9 +582,7 @@ impl Resolver {
             neighbour.managed = false;
         }
         let users: Vec<_> = neighbour.users.iter().copied().collect();
-        for user in users {
-            self.teach(user);
-        }
+        self.teach(users);
         gone
     }
 }

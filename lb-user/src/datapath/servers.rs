@@ -7,15 +7,18 @@
 //! The filter of sources follows the entries: a masqueraded server has its bit as long as it has an entry, so that a removed
 //! one can still finish its sentences.
 //!
+//! Restoring a hundred thousand servers is a few system calls, not some for each: entries are made up, and written together.
+//!
 //! A retired server stays [`Status::Removed`] whatever netlink says, and needs no way any more.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    fmt::Display,
     net::IpAddr,
 };
 
 use anyhow::Context as _;
-use aya::maps::{Array, MapData, MapError};
+use aya::maps::{Array, MapData};
 use lb_common::server::{Method, NextHop, Server, Status, flags};
 
 use super::{
@@ -23,16 +26,25 @@ use super::{
     filter::{Bitmap, Filter},
     kernel_error,
     maps::Pins,
-    system::for_each_entry,
+    system::{for_each_entry, write_entries},
     way::{self, Way},
 };
 
 /// The server array and what it is made of.
 pub struct Servers {
-    /// The same map twice: aya does not lend what batches need.
+    /// The same maps twice: aya does not lend what batches need.
     data: MapData,
+    hop_data: MapData,
     entries: Array<MapData, Server>,
     next_hops: Array<MapData, NextHop>,
+    /// What stands in `entries`, or will when it is written, but for what is free: nobody else writes there, and reading it back
+    /// costs as much as writing.
+    known: HashMap<u32, Server>,
+    /// What is to be written.
+    late: Vec<(u32, Server)>,
+    late_hops: Vec<(u32, NextHop)>,
+    /// Addresses that nobody masquerades any more once it is written.
+    leaving: Vec<IpAddr>,
     /// The addresses of masqueraded servers.
     sources: Filter,
     /// The director's servers; nothing for one that was retired.
@@ -49,6 +61,11 @@ impl Servers {
         let addresses = found.iter().filter_map(|(_, server)| source(server));
         Ok(Self {
             sources: Filter::new(Some(sources), addresses).context("the filter of sources cannot be written")?,
+            known: found.into_iter().collect(),
+            hop_data: pins.data("NEXT_HOPS")?,
+            late: Vec::new(),
+            late_hops: Vec::new(),
+            leaving: Vec::new(),
             data,
             entries: pins.typed("SERVERS")?,
             next_hops: pins.typed("NEXT_HOPS")?,
@@ -62,7 +79,7 @@ impl Servers {
         self.entries.len()
     }
 
-    /// Makes a server known, or changes it. Returns the addresses that have to be looked at: the new one, and one that may
+    /// Makes a server known, or changes it; [`Servers::write`] shows it to the packet path. Returns the addresses that have to be looked at: the new one, and one that may
     /// have lost its last server.
     pub fn set(&mut self, index: u32, target: Target) -> Result<Vec<IpAddr>, Error> {
         self.check(index)?;
@@ -77,17 +94,16 @@ impl Servers {
             }
         }
         concerned.push(target.address);
-        self.write(index)?;
+        self.stage(index)?;
         Ok(concerned)
     }
 
-    /// Marks a server as removed. Returns its address, which may need no way any more.
+    /// Marks a server as removed; [`Servers::write`] shows it to the packet path. Returns its address, which may need no way any more.
     pub fn retire(&mut self, index: u32) -> Result<Option<IpAddr>, Error> {
         self.check(index)?;
         let old = self.targets.insert(index, None).flatten();
-        let mut entry = self.entry(index)?;
-        entry.status = Status::Removed as u8;
-        self.put(index, &entry)?;
+        let entry = Server { status: Status::Removed as u8, ..self.known(index) };
+        self.put(index, entry)?;
         Ok(old.map(|target| {
             self.leave(index, target.address);
             target.address
@@ -97,15 +113,16 @@ impl Servers {
     /// Forgets a server. Returns its address, which may need no way any more.
     pub fn free(&mut self, index: u32) -> Result<Option<IpAddr>, Error> {
         self.check(index)?;
-        self.put(index, &Server::default())?;
-        self.put_next_hop(index, &NextHop::default())?;
+        self.put(index, Server::default())?;
+        self.late_hops.push((index, NextHop::default()));
+        self.write()?;
         Ok(self.targets.remove(&index).flatten().map(|target| {
             self.leave(index, target.address);
             target.address
         }))
     }
 
-    /// Takes over what the resolver found out about an address.
+    /// Takes over what the resolver found out about an address. To be written with what it finds out about others.
     pub fn learn(&mut self, address: IpAddr, way: Way) -> Result<(), Error> {
         let Some((indices, known)) = self.ways.get_mut(&address) else { return Ok(()) };
         if *known == Some(way) {
@@ -113,7 +130,7 @@ impl Servers {
         }
         tracing::debug!(%address, ?way, "the way to a real server");
         *known = Some(way);
-        indices.clone().into_iter().try_for_each(|index| self.write(index))
+        indices.clone().into_iter().try_for_each(|index| self.stage(index))
     }
 
     /// Whether a server has this address.
@@ -128,17 +145,22 @@ impl Servers {
 
     /// How a server can be reached now.
     pub fn status(&self, index: u32) -> Status {
-        self.entry(index).map_or(Status::Free, |entry| status(entry.status))
+        status(self.known(index).status)
+    }
+
+    /// The entry of a server, as it was written.
+    fn known(&self, index: u32) -> Server {
+        self.known.get(&index).copied().unwrap_or_default()
     }
 
     /// The entry of a server, as the kernel has it.
     pub fn entry(&self, index: u32) -> Result<Server, Error> {
-        self.entries.get(&index, 0).map_err(|error| failed("read", index, &error))
+        self.entries.get(&index, 0).map_err(|error| failed("read", index, error))
     }
 
     /// The entry of a server's next hop, as the kernel has it.
     pub fn next_hop(&self, index: u32) -> Result<NextHop, Error> {
-        self.next_hops.get(&index, 0).map_err(|error| failed("read", index, &error))
+        self.next_hops.get(&index, 0).map_err(|error| failed("read", index, error))
     }
 
     /// Every entry in use, whoever made it.
@@ -164,42 +186,53 @@ impl Servers {
         }
     }
 
-    /// Writes a server's entries from its target and the way to it.
-    fn write(&mut self, index: u32) -> Result<(), Error> {
+    /// Makes up a server's entries from its target and the way to it, to be written with others.
+    fn stage(&mut self, index: u32) -> Result<(), Error> {
         let Some(Some(target)) = self.targets.get(&index).copied() else { return Ok(()) };
         let way = self.ways.get(&target.address).and_then(|(_, way)| way.as_ref());
         let mut server = way::server(&target, way);
         if way.is_none() {
             // Not asked yet. What an earlier daemon wrote is better than nothing, and likely still true.
-            let found = self.entry(index)?;
+            let found = self.known(index);
             if same_target(&found, &server) && [Status::Ready, Status::Unresolved, Status::Local].contains(&status(found.status)) {
                 server = found;
             }
         } else {
-            let next_hop = way::next_hop(way);
-            self.put_next_hop(index, &next_hop)?;
+            self.late_hops.push((index, way::next_hop(way)));
         }
-        self.put(index, &server)
+        self.put(index, server)
     }
 
-    fn put(&mut self, index: u32, entry: &Server) -> Result<(), Error> {
-        let (old, new) = (source(&self.entry(index)?), source(entry));
+    fn put(&mut self, index: u32, entry: Server) -> Result<(), Error> {
+        let (old, new) = (source(&self.known(index)), source(&entry));
         if old != new
             && let Some(new) = new
         {
-            self.sources.add(new).map_err(|error| failed("heard", index, &error))?;
+            self.sources.add(new).map_err(|error| failed("heard", index, error))?;
         }
-        self.entries.set(index, entry, 0).map_err(|error| failed("written", index, &error))?;
-        if old != new
-            && let Some(old) = old
-        {
-            self.sources.remove(old).map_err(|error| failed("left unheard", index, &error))?;
+        if entry.status == Status::Free as u8 {
+            self.known.remove(&index);
+        } else {
+            self.known.insert(index, entry);
         }
+        self.late.push((index, entry));
+        self.leaving.extend(old.filter(|_| old != new));
         Ok(())
     }
 
-    fn put_next_hop(&mut self, index: u32, entry: &NextHop) -> Result<(), Error> {
-        self.next_hops.set(index, entry, 0).map_err(|error| failed("written", index, &error))
+    /// Writes all entries that were made up and not yet written. If it fails, the next time tries again.
+    pub fn write(&mut self) -> Result<(), Error> {
+        let failed = |error| kernel_error("the table of real servers cannot be written", error);
+        write_entries(&self.hop_data, &self.late_hops).map_err(failed)?;
+        self.late_hops.clear();
+        write_entries(&self.data, &self.late).map_err(failed)?;
+        self.late.clear();
+        for address in std::mem::take(&mut self.leaving) {
+            self.sources
+                .remove(address)
+                .map_err(|error| kernel_error(format!("the real server {address} cannot be left unheard"), error))?;
+        }
+        Ok(())
     }
 
     fn check(&self, index: u32) -> Result<(), Error> {
@@ -232,7 +265,7 @@ fn source(server: &Server) -> Option<IpAddr> {
     masqueraded.then(|| way::address(server.address, server.flags & flags::IPV6 != 0))
 }
 
-fn failed(what: &str, index: u32, error: &MapError) -> Error {
+fn failed(what: &str, index: u32, error: impl Display) -> Error {
     kernel_error(format!("entry {index} of the table of real servers cannot be {what}"), error)
 }
 

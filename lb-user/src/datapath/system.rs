@@ -1,5 +1,5 @@
-//! System calls that no crate offers: reading a hash map in batches, taking an entry out of one, and the cookie of a network
-//! namespace.
+//! System calls that no crate offers: reading and writing a map in batches, taking an entry out of a hash map, and the cookie of
+//! a network namespace.
 //!
 //! Nothing else here; every call checks its result and returns an [`io::Error`].
 #![expect(unsafe_code, reason = "raw system calls")]
@@ -14,6 +14,7 @@ use lb_common::Plain;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
 const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
+const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
 const BPF_MAP_LOOKUP_AND_DELETE_ELEM: libc::c_long = 21;
 const SO_NETNS_COOKIE: libc::c_int = 71;
 
@@ -81,6 +82,38 @@ pub fn for_each_entry<K: Plain, V: Plain>(map: &MapData, mut visit: impl FnMut(&
         }
         position = Some(next);
     }
+}
+
+/// Writes entries of a map, all with one call.
+///
+/// `K` and `V` must be as large as the map's keys and values.
+pub fn write_entries<K: Plain, V: Plain>(map: &MapData, entries: &[(K, V)]) -> io::Result<()> {
+    let (keys, values): (Vec<K>, Vec<V>) = entries.iter().copied().unzip();
+    let mut done = 0;
+    while done < keys.len() {
+        let mut batch = Batch {
+            from: 0,
+            to: 0,
+            keys: keys[done..].as_ptr() as u64,
+            values: values[done..].as_ptr() as u64,
+            count: (keys.len() - done) as u32,
+            map_fd: map.fd().as_fd().as_raw_fd().cast_unsigned(),
+            element_flags: 0,
+            flags: 0,
+        };
+        // SAFETY: both pointers lead to `count` live elements of the sizes that the kernel knows from the map; it only reads them.
+        let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_MAP_UPDATE_BATCH, &raw mut batch, size_of::<Batch>()) };
+        if result == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        // Interrupted, it says how far it came.
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+        done += batch.count as usize;
+    }
+    Ok(())
 }
 
 /// The part of `union bpf_attr` that single entries use.

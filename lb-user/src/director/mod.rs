@@ -21,11 +21,13 @@
 //! Schedules that depend on connections (dynamic schedulers, overload flags of `ipvsadm -x`/`-y`) are kept true by
 //! [`Director::refresh`], which is called whenever connections come or go ([`live`]).
 
+pub mod difference;
 mod indices;
 mod live;
 mod locals;
 mod marks;
 pub mod model;
+pub mod paper;
 pub mod rules;
 mod servers;
 mod service;
@@ -39,14 +41,14 @@ pub(crate) mod testing;
 mod tests;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     hash::{BuildHasher as _, Hasher as _, RandomState},
     net::IpAddr,
     path::Path,
     time::Instant,
 };
 
-use lb_common::{config::Config, local::SHARED, server::Counters, tcp};
+use lb_common::{config::Config, local::SHARED, server::Counters, statistics::Statistics, tcp};
 use tracing::warn;
 
 use self::{
@@ -97,6 +99,8 @@ struct Pending {
     retiring: BTreeSet<u32>,
     /// Indices of services that changed to another one: to be emptied.
     abandoned: Vec<u32>,
+    /// All local addresses, once a new service has asked for them, and until they change.
+    locals: Option<HashSet<IpAddr>>,
 }
 
 /// A touched service.
@@ -217,6 +221,7 @@ impl<D: Datapath> Director<D> {
                 self.datapath.set_server(server.index, &service.target(server))?;
             }
         }
+        self.datapath.write_servers()?;
         for service in self.services.values_mut() {
             for server in service.servers.iter_mut() {
                 if !known_servers.contains(&server.index) {
@@ -267,7 +272,7 @@ impl<D: Datapath> Director<D> {
                 });
             }
         }
-        Ok(())
+        self.datapath.write_servers()
     }
 
     /// Does commands in order. Each stands for itself: a refused one changes nothing and does not stop the others.
@@ -399,8 +404,14 @@ impl<D: Datapath> Director<D> {
                 rules::timeouts(timeouts, self.datapath.clock_rate())?;
                 Ok(self.set_timeouts(timeouts)?)
             }
-            Command::AddLocalAddress { address, service } => self.add_local(*address, service.as_ref()),
-            Command::RemoveLocalAddress { address, service } => self.remove_local(*address, service.as_ref()),
+            Command::AddLocalAddress { address, service } => {
+                pending.locals = None;
+                self.add_local(*address, service.as_ref())
+            }
+            Command::RemoveLocalAddress { address, service } => {
+                pending.locals = None;
+                self.remove_local(*address, service.as_ref())
+            }
         }
     }
 
@@ -425,7 +436,7 @@ impl<D: Datapath> Director<D> {
             );
         }
         if let ServiceId::Address { address, .. } = id
-            && self.local_addresses().any(|(local, _)| local == address)
+            && pending.locals.get_or_insert_with(|| self.local_addresses().map(|(local, _)| local).collect()).contains(&address)
         {
             return Err(locals::is_virtual(address));
         }
@@ -503,10 +514,11 @@ impl<D: Datapath> Director<D> {
         pending.services.remove(id);
         pending.abandoned.push(index);
         if let Some(service) = self.services.remove(id) {
-            if !service.locals.is_empty()
-                && let Err(error) = self.datapath.set_pool(service.pool(), &[])
-            {
-                warn!("the local addresses of {id} keep their room: {error}");
+            if !service.locals.is_empty() {
+                pending.locals = None;
+                if let Err(error) = self.datapath.set_pool(service.pool(), &[]) {
+                    warn!("the local addresses of {id} keep their room: {error}");
+                }
             }
             for server in &service.servers {
                 pending.retiring.insert(server.index);
@@ -557,7 +569,9 @@ impl<D: Datapath> Director<D> {
             estimator: Estimator::default(),
         };
         let target = self.services.get(&service_id).ok_or_else(|| no_such_service(&service_id))?.target(&server);
-        let outcome = self.datapath.set_server(index, &target).and_then(|()| self.datapath.statistics(index));
+        // The counters of an index that was free are zero.
+        let statistics = |datapath: &D| if back.is_some() { datapath.statistics(index) } else { Ok(Statistics::default()) };
+        let outcome = self.datapath.set_server(index, &target).and_then(|()| statistics(&self.datapath));
         match outcome {
             Ok(statistics) => server.joined = statistics.into(),
             Err(error) => {
@@ -668,19 +682,26 @@ impl<D: Datapath> Director<D> {
 
     /// Publishes what a list of commands has changed.
     fn commit(&mut self, pending: Pending, outcomes: &mut [Outcome]) {
-        let Pending { services, mut retiring, mut abandoned } = pending;
+        let Pending { services, mut retiring, mut abandoned, locals: _ } = pending;
+        let mut unwritten = self.datapath.write_servers().err();
         for (id, mut touched) in services {
             if let Some(service) = self.services.get_mut(&id) {
                 touched.tell(service);
             }
             self.start_from_now(&id);
-            let Err(error) = self.set_scopes(&id).and_then(|()| self.publish(&id)) else { continue };
+            let published =
+                unwritten.take().map_or(Ok(()), Err).and_then(|()| self.set_scopes(&id)).and_then(|()| self.publish(&id));
+            let Err(error) = published else { continue };
             self.roll_back(&id, touched.before, &mut retiring, &mut abandoned);
             for position in touched.commands {
                 if outcomes[position] == Outcome::Ok {
                     outcomes[position] = Outcome::Refused(Refusal::from_datapath(&error));
                 }
             }
+        }
+        // Those that were set back.
+        if let Err(error) = self.datapath.write_servers() {
+            warn!("real servers are not what they were: {error}");
         }
         for index in abandoned {
             if let Err(error) = self.datapath.publish(index, &Run::default()) {
@@ -692,6 +713,9 @@ impl<D: Datapath> Director<D> {
             if let Err(error) = self.datapath.retire_server(index) {
                 warn!("connections to a removed server go on: {error}");
             }
+        }
+        if let Err(error) = self.datapath.write_servers() {
+            warn!("connections to removed servers go on: {error}");
         }
     }
 

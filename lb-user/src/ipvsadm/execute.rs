@@ -32,9 +32,7 @@ pub(super) struct Session<'a> {
 /// Runs ipvsadm with these words.
 pub(super) fn run(program: &str, words: &[String], table: &mut dyn Table, streams: Streams<'_>) -> u8 {
     let Streams { input, output, error } = streams;
-    if let Err(reason) = table.connect() {
-        complain(error, &format!("Can't initialize ipvs: {reason}"));
-        complain(error, "Are you sure that IP Virtual Server is built in the kernel or as module?");
+    if !connect(table, error) {
         return STATUS_USAGE;
     }
     let mut session = Session { program, table, output, error, names: Names::of_system() };
@@ -46,6 +44,14 @@ pub(super) fn run(program: &str, words: &[String], table: &mut dyn Table, stream
             complaint.status()
         }
     }
+}
+
+/// Makes sure that there is a table, or says why not.
+pub(super) fn connect(table: &mut dyn Table, error: &mut dyn Write) -> bool {
+    let Err(reason) = table.connect() else { return true };
+    complain(error, &format!("Can't initialize ipvs: {reason}"));
+    complain(error, "Are you sure that IP Virtual Server is built in the kernel or as module?");
+    false
 }
 
 impl Session<'_> {
@@ -60,7 +66,10 @@ impl Session<'_> {
                 print(self.output, VERSION);
                 STATUS_OK
             }
-            Action::Change(command) => self.change(&[command]),
+            Action::Change(command) => {
+                let outcomes = self.table.commands(std::slice::from_ref(&command));
+                self.report(&[command], outcomes)
+            }
             Action::List(list) => self.list(&list).unwrap_or_else(|reason| self.unreadable(&reason)),
             Action::Save { numeric } => match self.table.services() {
                 Ok(services) => {
@@ -81,9 +90,9 @@ impl Session<'_> {
         }
     }
 
-    /// Does some commands, prints what was refused, and gives back the status of the last one.
-    pub(super) fn change(&mut self, commands: &[Command]) -> u8 {
-        let outcomes = match self.table.commands(commands) {
+    /// Prints what was refused of some commands, and gives back the status of the last one.
+    pub(super) fn report(&mut self, commands: &[Command], outcomes: Result<Vec<Outcome>, Unreachable>) -> u8 {
+        let outcomes = match outcomes {
             Ok(outcomes) => outcomes,
             Err(reason) => {
                 complain(self.error, &reason.to_string());

@@ -10,6 +10,8 @@
 //! The rows stand in the order in which the original looks for faults; the first fault found is the one reported, so the
 //! order matters. What an option's value means is not here but in [`super::parse`].
 
+use std::{collections::HashMap, sync::LazyLock};
+
 use super::complaint::Complaint;
 
 /// A command, in the order of the columns of [`OPTIONS`].
@@ -275,10 +277,29 @@ pub(super) static COMMANDS: [Switch; 18] = [
     switch("", "sort",              Argument::No,       Meaning::Nothing),
 ];
 
-/// Finds a switch, and the option that it belongs to, if any.
-pub(super) fn find(matches: impl Fn(&Switch) -> bool) -> Option<(&'static Switch, Option<&'static Definition>)> {
+/// A switch, and the option that it belongs to, if any.
+pub(super) type Found = (&'static Switch, Option<&'static Definition>);
+
+/// All switches, by their letters and by their words: a rule file has a hundred thousand of them.
+static LETTERS: LazyLock<HashMap<char, Found>> = LazyLock::new(|| {
+    let each = |found: Found| found.0.letters.chars().map(move |letter| (letter, found));
+    switches().flat_map(each).collect()
+});
+static WORDS: LazyLock<HashMap<&str, Found>> = LazyLock::new(|| switches().map(|found| (found.0.word, found)).collect());
+
+fn switches() -> impl Iterator<Item = Found> {
     let options = OPTIONS.iter().flat_map(|definition| definition.switches.iter().map(move |switch| (switch, Some(definition))));
-    COMMANDS.iter().map(|switch| (switch, None)).chain(options).find(|(switch, _)| matches(switch))
+    COMMANDS.iter().map(|switch| (switch, None)).chain(options)
+}
+
+/// Finds the switch with this letter.
+pub(super) fn with_letter(letter: char) -> Option<Found> {
+    LETTERS.get(&letter).copied()
+}
+
+/// Finds the switch with this word.
+pub(super) fn with_word(word: &str) -> Option<Found> {
+    WORDS.get(word).copied()
 }
 
 /// A set of options: those that were typed.

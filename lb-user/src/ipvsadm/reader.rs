@@ -12,7 +12,7 @@
 
 use super::{
     complaint::{Complaint, Fault},
-    options::{self, Argument, Definition, Switch},
+    options::{self, Argument, Definition, Found, Switch},
 };
 
 /// A switch that was typed.
@@ -63,7 +63,7 @@ impl<'a> Reader<'a> {
                     Some((name, argument)) => (name, Some(argument)),
                     None => (long, None),
                 };
-                return Some(self.occurrence(|switch| switch.word == name, argument).map(|(occurrence, _)| occurrence));
+                return Some(self.occurrence(options::with_word(name), argument).map(|(occurrence, _)| occurrence));
             } else {
                 match word.strip_prefix('-') {
                     Some(letters) if !letters.is_empty() => self.group = letters,
@@ -80,22 +80,18 @@ impl<'a> Reader<'a> {
         let letter = letters.next();
         let rest = letters.as_str();
         let argument = (!rest.is_empty()).then(|| rest.strip_prefix('=').unwrap_or(rest));
-        let takes = |switch: &Switch| letter.is_some_and(|letter| switch.letters.contains(letter));
+        let found = letter.and_then(options::with_letter);
         // What follows a letter is its argument, or another letter: only the letter itself can say.
-        let is_flag = options::find(takes).is_some_and(|(switch, _)| switch.argument == Argument::No);
+        let is_flag = found.is_some_and(|(switch, _)| switch.argument == Argument::No);
         let argument = if is_flag && !rest.starts_with('=') { None } else { argument };
-        let (occurrence, used_argument) = self.occurrence(takes, argument)?;
+        let (occurrence, used_argument) = self.occurrence(found, argument)?;
         self.group = if used_argument { "" } else { rest };
         Ok(occurrence)
     }
 
-    /// The switch that matches, with the argument attached to it or the next word; and whether the attached one was used.
-    fn occurrence(
-        &mut self,
-        matches: impl Fn(&Switch) -> bool,
-        attached: Option<&'a str>,
-    ) -> Result<(Occurrence<'a>, bool), Complaint> {
-        let (switch, option) = options::find(matches).ok_or_else(|| self.fault(Fault::Unknown))?;
+    /// The switch that was found, with the argument attached to it or the next word; and whether the attached one was used.
+    fn occurrence(&mut self, found: Option<Found>, attached: Option<&'a str>) -> Result<(Occurrence<'a>, bool), Complaint> {
+        let (switch, option) = found.ok_or_else(|| self.fault(Fault::Unknown))?;
         let argument = match (switch.argument, attached) {
             (Argument::No, Some(_)) => return Err(self.fault(Fault::UnwantedArgument)),
             (Argument::No, None) => None,

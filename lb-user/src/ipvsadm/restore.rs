@@ -4,13 +4,15 @@
 //! wherever it stands. Refused commands do not stop the rest, a wrong line does.
 //!
 //! A table of many thousand lines should not mean as many requests, so changes are collected and sent together, but never
-//! held back: when the input that has arrived is used up, or something else than a change comes, they go out.
+//! held back: when the input that has arrived is used up, or something else than a change comes, they go out. A pipe brings 64
+//! KiB at a time; only at the end has the table to keep safe what came through it.
 
 use std::io::{BufRead, BufReader, Read};
 
 use super::{
     Streams, Table, complain,
     execute::{self, Session},
+    names::Names,
     parse::{self, Action},
 };
 use crate::director::model::Command;
@@ -29,27 +31,34 @@ pub(super) fn program(table: &mut dyn Table, streams: Streams<'_>) -> u8 {
     }
     let lines: Vec<&[u8]> = text.split_inclusive(|byte| *byte == b'\n').filter(|line| !line.starts_with(b"#")).collect();
     let mut rules: &[u8] = &lines.concat();
-    let mut run = |option: &str, input: &mut dyn Read| {
-        execute::run("ipvsadm", &[option.to_owned()], table, Streams { input, output: &mut *output, error: &mut *error })
-    };
-    // The status of -C is of no interest to the original.
-    run("-C", &mut std::io::empty());
-    run("-R", &mut rules)
+    // To the original these are two runs, `-C` and `-R`, each of which says that there is no table.
+    if !execute::connect(table, error) && !execute::connect(table, error) {
+        return super::STATUS_USAGE;
+    }
+    let mut session = Session { program: "ipvsadm", table, output, error, names: Names::of_system() };
+    // In one step with what follows, so that servers that are in both tables never go.
+    restore(&mut session, &mut rules, Changes { commands: vec![Command::Clear], ..Changes::default() })
 }
 
 /// Runs `ipvsadm -R`; gives back the status of the last line.
 pub(super) fn run(session: &mut Session<'_>, input: &mut dyn Read) -> u8 {
+    restore(session, input, Changes::default())
+}
+
+/// Reads command lines to the end, behind changes that have not been asked for yet.
+fn restore(session: &mut Session<'_>, input: &mut dyn Read, mut changes: Changes) -> u8 {
     let mut input = BufReader::with_capacity(BUFFER, input);
-    let mut changes = Changes::default();
-    let mut line = Vec::new();
+    let (mut line, mut begun) = (Vec::new(), false);
     loop {
         line.clear();
-        if !input.buffer().contains(&b'\n') {
+        // Nothing has been read yet: the first lines come at once.
+        if begun && !input.buffer().contains(&b'\n') {
             changes.send(session);
         }
+        begun = true;
         // Input that cannot be read any more is at its end.
         if input.read_until(b'\n', &mut line).unwrap_or(0) == 0 {
-            changes.send(session);
+            changes.finish(session);
             return changes.status;
         }
         let words: Vec<String> = words(&String::from_utf8_lossy(&line));
@@ -75,6 +84,7 @@ pub(super) fn run(session: &mut Session<'_>, input: &mut dyn Read) -> u8 {
         };
         changes.status = status;
         if ends {
+            changes.finish(session);
             return status;
         }
     }
@@ -84,14 +94,30 @@ pub(super) fn run(session: &mut Session<'_>, input: &mut dyn Read) -> u8 {
 #[derive(Default)]
 struct Changes {
     commands: Vec<Command>,
+    /// Whether the table waits for the end.
+    unfinished: bool,
     status: u8,
 }
 
 impl Changes {
+    /// Asks for what was read, and says that more may follow.
     fn send(&mut self, session: &mut Session<'_>) {
         if !self.commands.is_empty() {
-            self.status = session.change(&self.commands);
+            let outcomes = session.table.commands_before_more(&self.commands);
+            self.status = session.report(&self.commands, outcomes);
             self.commands.clear();
+            self.unfinished = true;
+        }
+    }
+
+    /// Asks for the rest, and says that this was all.
+    fn finish(&mut self, session: &mut Session<'_>) {
+        if !self.commands.is_empty() || self.unfinished {
+            let outcomes = session.table.commands(&self.commands);
+            let status = session.report(&self.commands, outcomes);
+            if !self.commands.is_empty() {
+                self.status = status;
+            }
         }
     }
 }

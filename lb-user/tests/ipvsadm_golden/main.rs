@@ -1,7 +1,7 @@
 //! Golden cases of the command line: the shell lines that the original ipvsadm and the kernel's IPVS were asked, and what
 //! they answered, byte for byte.
 //!
-//! A case of `tests/data/ipvsadm-golden` is a list of shell lines (`.cmds`) and the transcript of the original (`.out`).
+//! A case of `tests/data/ipvsadm-golden`, or of `tests/data/ipvsadm-lines`, is a list of shell lines (`.cmds`) and the transcript of the original (`.out`).
 //! The lines are run by bash, with pipes and loops as they stand; `ipvsadm` in them is this very test program, called by
 //! that name, with its table in a file ([`table`]). Here are the cases without traffic; those with traffic need the
 //! datapath.
@@ -26,6 +26,8 @@ use table::FileTable;
 const TABLE: &str = "BPFVS_GOLDEN_TABLE";
 /// The programs.
 const PROGRAMS: [&str; 3] = ["ipvsadm", "ipvsadm-save", "ipvsadm-restore"];
+/// Where the cases are: those that everybody has, and command lines that were made up at random.
+const DIRECTORIES: [&str; 2] = ["ipvsadm-golden", "ipvsadm-lines"];
 /// The last case without traffic.
 const LAST: u32 = 63;
 
@@ -59,12 +61,14 @@ fn program_under_test(program: &str, arguments: &[OsString]) -> ExitCode {
 
 fn run_cases(selection: &[OsString]) -> ExitCode {
     let words: Vec<_> = selection.iter().filter_map(|word| word.to_str()).filter(|word| !word.starts_with('-')).collect();
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/ipvsadm-golden");
-    let mut cases: Vec<PathBuf> = fs::read_dir(&directory)
-        .expect("the golden cases belong to the repository")
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data");
+    let mut cases: Vec<PathBuf> = DIRECTORIES
+        .iter()
+        .flat_map(|directory| fs::read_dir(data.join(directory)).expect("the cases belong to the repository"))
         .map(|entry| entry.expect("a file").path())
         .filter(|path| path.extension().is_some_and(|extension| extension == "cmds"))
-        .filter(|path| case_name(path).split('-').next().and_then(|number| number.parse().ok()).is_some_and(|n: u32| n <= LAST))
+        // Cases without a number have no traffic.
+        .filter(|path| case_name(path).split('-').next().and_then(|number| number.parse().ok()).is_none_or(|n: u32| n <= LAST))
         .filter(|path| words.is_empty() || words.iter().any(|word| case_name(path).contains(word)))
         .collect();
     cases.sort();

@@ -7,6 +7,7 @@
 //! | [`instructions`] | what a packet costs, beside the kernel's IPVS |
 //! | [`nat`] | packets are translated as by the kernel's IPVS |
 //! | [`persistence`] | clients come back as with the kernel's IPVS |
+//! | [`rules`] | rule files go from ipvsadm over the kernel's IPVS to bpfvs, and back |
 //!
 //! They are one program, so that there is always a machine that boots while another one is waited for. `vm_schedulers.rs` is by
 //! itself: its arrivals are 20 ms apart, which nobody must disturb.
@@ -16,3 +17,4 @@ mod kernels;
 mod machine;
 mod nat;
 mod persistence;
+mod rules;

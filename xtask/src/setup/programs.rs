@@ -24,7 +24,7 @@ pub(crate) enum Purpose {
 }
 
 /// A program, the Debian package that brings it, and the first purpose that needs it.
-const PROGRAMS: [(&str, &str, Purpose); 25] = [
+const PROGRAMS: [(&str, &str, Purpose); 26] = [
     ("curl", "curl", Purpose::Demo),
     ("ip", "iproute2", Purpose::Demo),
     ("nginx", "nginx-light", Purpose::Demo),
@@ -33,6 +33,7 @@ const PROGRAMS: [(&str, &str, Purpose); 25] = [
     ("busybox", "busybox-static", Purpose::Test),
     ("dnsmasq", "dnsmasq-base", Purpose::Test),
     ("ethtool", "ethtool", Purpose::Test),
+    ("ifconfig", "net-tools", Purpose::Test),
     ("iperf3", "iperf3", Purpose::Test),
     ("iptables-legacy", "iptables", Purpose::Test),
     ("iptables-nft", "iptables", Purpose::Test),
