@@ -16,7 +16,7 @@
 //! this CPU.
 
 use lb_common::{
-    config::flags as settings,
+    config::{Config, flags as settings},
     connection::{Connection, ConnectionKey, flags},
     packet::{V4, V6, ethernet},
     reason::Reason,
@@ -300,13 +300,16 @@ const RESPITE: u32 = 60;
 /// # Safety
 /// Both are of an element of the map.
 #[inline(always)]
-pub unsafe fn expire<F: Family>(key: *const TemplateKey<F::Address>, known: *mut Template, now: u32) {
+pub unsafe fn expire<F: Family>(config: &Config, key: *const TemplateKey<F::Address>, known: *mut Template, now: u32) {
     // SAFETY: the caller's promise.
     unsafe {
         let word = (&raw const (*known).choice).read_volatile();
         let choice = Choice::from_word(word);
         let has_connections = (*known).met != 0;
         (*known).met = 0;
+        if track::is_forsaken(config, choice.server) {
+            return end::<F>(key, known, word);
+        }
         if choice.idle(now) < (*known).timeout {
             // A connection that came after the sweep began was not met.
             if has_connections || choice.idle(now) > 0 {

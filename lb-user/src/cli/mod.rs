@@ -21,10 +21,12 @@ mod local_addresses;
 mod mark;
 mod names;
 mod persistence;
+mod proc;
 mod server;
 mod service;
 mod stats;
 mod status;
+mod sysctl;
 mod table;
 
 use std::{
@@ -102,6 +104,10 @@ enum Command {
     Persistence(persistence::Persistence),
     /// Show what was forwarded, or why packets were not
     Stats(stats::Stats),
+    /// Print what /proc/net/ip_vs, ip_vs_conn or ip_vs_stats would say
+    Proc(proc::Proc),
+    /// Show and set IPVS's sysctls
+    Sysctl(sysctl::Sysctl),
     /// Set up a real server, on the real server itself; needs no daemon
     Realserver(realserver::Args),
     /// Everything that ipvsadm does, with its own options
@@ -138,6 +144,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Connections(connections) => connections.run(&global),
         Command::Persistence(persistence) => persistence.run(&global),
         Command::Stats(stats) => stats.run(&global),
+        Command::Proc(proc) => proc.run(&global),
+        Command::Sysctl(sysctl) => sysctl.run(&global),
         Command::Realserver(args) => {
             return realserver::run(args).unwrap_or_else(|error| {
                 drop(writeln!(io::stderr(), "bpfvs: {error:#}"));

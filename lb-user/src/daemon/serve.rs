@@ -183,7 +183,7 @@ pub(super) async fn run<I: Instance>(
     let listener = tokio::net::UnixListener::from_std(listener).context("cannot serve the socket; see the limits of open files")?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM; see the limits of open files")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT; see the limits of open files")?;
-    let (commanded, stopping) = (daemon.commanded(), daemon.stopping());
+    let (commanded, forsaken, stopping) = (daemon.commanded(), daemon.forsaken(), daemon.stopping());
     let daemon = Arc::new(Mutex::new(daemon));
     let closing = Arc::new(Notify::new());
     let closed = Arc::clone(&closing);
@@ -192,7 +192,8 @@ pub(super) async fn run<I: Instance>(
 
     let mut seconds = interval(Duration::from_secs(1));
     seconds.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let tasks = [tokio::spawn(keep_sweeping(Arc::clone(&daemon))), tokio::spawn(keep_true(Arc::clone(&daemon), commanded))];
+    let sweeping = tokio::spawn(keep_sweeping(Arc::clone(&daemon), forsaken));
+    let tasks = [sweeping, tokio::spawn(keep_true(Arc::clone(&daemon), commanded))];
     // Nobody may be there to read it; that is no reason to end.
     drop(writeln!(io::stdout(), "ready").and_then(|()| io::stdout().flush()));
     notify(NotifyState::Ready);
@@ -243,17 +244,24 @@ fn look_pause(took: Duration) -> Duration {
     (took * 4).clamp(SHORTEST_LOOK, LONGEST_LOOK)
 }
 
-/// Sweeps for ever, beside everything else: a sweep of many connections takes longer than anybody should wait.
-async fn keep_sweeping<I: Instance>(daemon: Arc<Mutex<Daemon<I>>>) {
+/// Sweeps for ever, beside everything else: a sweep of many connections takes longer than anybody should wait. If connections are
+/// to go with their real server, it sweeps at once.
+async fn keep_sweeping<I: Instance>(daemon: Arc<Mutex<Daemon<I>>>, forsaken: Arc<Notify>) {
     loop {
         let begin = Instant::now();
         let outcome = daemon.lock().await.sweep();
         let outcome = outcome.await;
         let is_empty = outcome.as_ref().is_ok_and(|left| *left == 0);
         daemon.lock().await.swept(outcome);
-        sleep(pause(begin.elapsed(), is_empty)).await;
-        while is_empty && begin.elapsed() < LONGEST_REST && !daemon.lock().await.has_connections() {
-            sleep(IDLE_PAUSE).await;
+        let rest = async {
+            sleep(pause(begin.elapsed(), is_empty)).await;
+            while is_empty && begin.elapsed() < LONGEST_REST && !daemon.lock().await.has_connections() {
+                sleep(IDLE_PAUSE).await;
+            }
+        };
+        tokio::select! {
+            () = rest => (),
+            () = forsaken.notified() => (),
         }
     }
 }

@@ -30,6 +30,9 @@ pub(super) struct Removed {
     pub(super) incarnation: u64,
     /// Whether it had too many connections.
     pub(super) overloaded: bool,
+    /// What its totals were when it was removed. Since then there have been no more: its packets are dropped.
+    #[serde(default)]
+    pub(super) totals: Totals,
     /// What its totals were at the last zeroing.
     pub(super) zero: Totals,
     /// Since when it has had no connections.

@@ -161,6 +161,7 @@ fn refusal_text<'a>(refusal: &'a Refusal, command: &Command) -> &'a str {
         | RefusalKind::NoLocalAddress
         | RefusalKind::NoSuchLocalAddress
         | RefusalKind::NoSuchRule
+        | RefusalKind::NoSuchSysctl
         | RefusalKind::RuleExists
         | RefusalKind::Unsupported => &refusal.message,
     }
