@@ -18,11 +18,12 @@
 use lb_common::{
     config::{Config, flags as settings},
     connection::{Connection, ConnectionKey, flags},
-    packet::{V4, V6, ethernet},
+    packet::{V4, V6, ethernet, protocol},
     reason::Reason,
     schedule::NOBODY,
     server::Status,
     service::{Service, flags as service_flags},
+    tcp,
     template::{Choice, Scope, Template, TemplateKey, scope_flags},
 };
 
@@ -76,12 +77,17 @@ impl Arrival {
     }
 }
 
-/// Notes a new connection of a persistent service, for [`choose`].
+/// Notes a new connection of a persistent service, and the event that begins it, for [`choose`].
 #[inline(always)]
-pub fn note<F: Family>(service: *const Service, connection: &ConnectionKey<F::Address>) {
+pub fn note<F: Family>(service: *const Service, connection: &ConnectionKey<F::Address>, event: u8) {
+    use tcp::flags::{ACK, FIN, RST, SYN};
     let Some(arrival) = ARRIVALS.get_ptr_mut(0) else { return };
+    // With `sloppy_tcp` a connection may begin as one that is established. (`begin` knows that better, but there the verifier would
+    // follow both answers.)
+    let established = connection.protocol == u32::from(protocol::TCP) && event & (SYN | FIN | RST | ACK) == ACK;
     // SAFETY: elements of the maps; the arrival is this CPU's own.
     unsafe {
+        (*arrival).fresh.assured = established.into();
         (*arrival).service = *service;
         Arrival::connection::<F>(arrival).write(*connection);
     }
@@ -171,6 +177,9 @@ unsafe fn return_to<F: Family>(arrival: *mut Arrival, known: *mut Template) -> R
         }
         if !Arrival::is_once::<F>(arrival) {
             (*known).held = 1;
+        }
+        if (*arrival).fresh.assured != 0 {
+            (*known).assured = 1;
         }
         Ok(server)
     }

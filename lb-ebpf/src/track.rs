@@ -354,7 +354,7 @@ fn pick_for<F: Family>(key: &ConnectionKey<F::Address>, event: u8, mark: u32) ->
     // SAFETY: an element of the map.
     let (persistence, flags) = unsafe { ((*service).persistence, (*service).flags) };
     if persistence != 0 {
-        template::note::<F>(service, key);
+        template::note::<F>(service, key, event);
         return Ok(PERSISTENT);
     }
     let picked = pick::pick::<F>(service, &key.client, key.ports.source(), &key.vip).unwrap_or_else(|| {

@@ -18,7 +18,7 @@ use bpfvs_tests::{
 };
 
 /// How many stories are played.
-const STORIES: u64 = 22;
+const STORIES: u64 = 26;
 /// Of the stories about which the directors differ, so many are shown.
 const SHOWN: usize = 3;
 

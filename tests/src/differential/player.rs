@@ -34,6 +34,8 @@ pub trait Director {
     fn type_lines(&self, lines: &str) -> Result<()>;
     /// Types a line of `ipvsadm`, and returns what it printed.
     fn ipvsadm(&self, line: &str) -> Result<String>;
+    /// Sets one of IPVS's sysctls.
+    fn set(&self, name: &str, value: u32) -> Result<()>;
 }
 
 impl Director for Bpfvs {
@@ -43,6 +45,10 @@ impl Director for Bpfvs {
 
     fn ipvsadm(&self, line: &str) -> Result<String> {
         Self::ipvsadm(self, line)
+    }
+
+    fn set(&self, name: &str, value: u32) -> Result<()> {
+        self.succeed(&["sysctl", &format!("{name}={value}")]).map(|_| ())
     }
 }
 
@@ -54,6 +60,10 @@ impl Director for Namespace {
 
     fn ipvsadm(&self, line: &str) -> Result<String> {
         self.run("ipvsadm", line.split_whitespace())
+    }
+
+    fn set(&self, name: &str, value: u32) -> Result<()> {
+        self.sysctl(&[(&format!("net.ipv4.vs.{name}"), &value.to_string())])
     }
 }
 
