@@ -5,6 +5,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    fs,
     net::SocketAddr,
     thread,
     time::{Duration, Instant},
@@ -36,6 +37,8 @@ pub trait Director {
     fn ipvsadm(&self, line: &str) -> Result<String>;
     /// Sets one of IPVS's sysctls.
     fn set(&self, name: &str, value: u32) -> Result<()>;
+    /// Reads a file of /proc/net.
+    fn proc(&self, name: &str) -> Result<String>;
 }
 
 impl Director for Bpfvs {
@@ -49,6 +52,10 @@ impl Director for Bpfvs {
 
     fn set(&self, name: &str, value: u32) -> Result<()> {
         self.succeed(&["sysctl", &format!("{name}={value}")]).map(|_| ())
+    }
+
+    fn proc(&self, name: &str) -> Result<String> {
+        self.succeed(&["proc", name])
     }
 }
 
@@ -64,6 +71,12 @@ impl Director for Namespace {
 
     fn set(&self, name: &str, value: u32) -> Result<()> {
         self.sysctl(&[(&format!("net.ipv4.vs.{name}"), &value.to_string())])
+    }
+
+    fn proc(&self, name: &str) -> Result<String> {
+        // Not /proc/net: that is the first thread's, which has entered nothing.
+        let path = format!("/proc/thread-self/net/{name}");
+        self.enter(|| fs::read_to_string(&path)).with_context(|| format!("read {path}"))
     }
 }
 
