@@ -943,7 +943,7 @@ struct Vectors {
 }
 
 /// Packets through the kernel's IPVS.
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 struct Recording {
     id: String,
     ipvsadm: Vec<String>,
@@ -951,11 +951,20 @@ struct Recording {
     steps: Vec<Exchange>,
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 struct Exchange {
     ip: String,
     to_rs: Vec<String>,
     to_client: Vec<String>,
+}
+
+impl Recording {
+    /// The same with remote checksum offload, if it is one of a GUE tunnel with a checksum.
+    fn with_remote_checksum(&self) -> Option<Self> {
+        let is_gue = self.ipvsadm.iter().any(|line| line.contains("--tun-type gue") && line.contains("--tun-csum"));
+        let ipvsadm = self.ipvsadm.iter().map(|line| line.replace("--tun-csum", "--tun-remcsum")).collect();
+        is_gue.then(|| Self { ipvsadm, ..self.clone() })
+    }
 }
 
 #[test]
@@ -973,6 +982,12 @@ fn recordings_of_the_kernels_ipvs() -> Result<()> {
             replayed += 1;
             if let Err(error) = replay(&bench, hook, recording) {
                 failures.push(format!("{} [{hook:?}]: {error:#}", recording.id));
+            }
+            // Of packets whose checksum is finished IPVS makes the same with either option.
+            if let Some(remote) = recording.with_remote_checksum()
+                && let Err(error) = replay(&bench, hook, &remote)
+            {
+                failures.push(format!("{} with --tun-remcsum [{hook:?}]: {error:#}", recording.id));
             }
         }
     }

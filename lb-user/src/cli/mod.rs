@@ -21,6 +21,7 @@ mod local_addresses;
 mod mark;
 mod names;
 mod persistence;
+mod rules;
 mod server;
 mod service;
 mod stats;
@@ -102,6 +103,10 @@ enum Command {
     Persistence(persistence::Persistence),
     /// Show what was forwarded, or why packets were not
     Stats(stats::Stats),
+    /// Print the services as a rule file: ipvsadm's, with the thresholds
+    Save,
+    /// Replace all services by those of a rule file, or leave all as it is
+    Restore(rules::Restore),
     /// Set up a real server, on the real server itself; needs no daemon
     Realserver(realserver::Args),
     /// Everything that ipvsadm does, with its own options
@@ -138,6 +143,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Connections(connections) => connections.run(&global),
         Command::Persistence(persistence) => persistence.run(&global),
         Command::Stats(stats) => stats.run(&global),
+        Command::Save => rules::save(&global),
+        Command::Restore(restore) => restore.run(&global),
         Command::Realserver(args) => {
             return realserver::run(args).unwrap_or_else(|error| {
                 drop(writeln!(io::stderr(), "bpfvs: {error:#}"));
