@@ -190,6 +190,11 @@ impl Bpfvs {
         &self.pins
     }
 
+    /// The directory with `bpfvs` and its other names, for a path.
+    pub fn programs(&self) -> &Path {
+        self.directory.path()
+    }
+
     /// What the daemon has written to standard error.
     pub fn log(&self) -> String {
         fs::read_to_string(self.log_file()).unwrap_or_default()

@@ -23,7 +23,7 @@ use crate::{
     wait,
 };
 
-/// An nginx on the ports 80 and 8080 of all addresses.
+/// An nginx on the ports 80, 8080 and 10087 (for how-to's) of all addresses.
 ///
 /// `/` answers with the server's name and a line end; `/big` is a file whose content [`is_big_file`] knows; `PUT` to
 /// `/upload` takes anything; `/slow` is `/big` at one MiB in a second.
@@ -62,6 +62,7 @@ http {{
         listen [::]:80;
         listen 0.0.0.0:8080;
         listen [::]:8080;
+        listen 0.0.0.0:10087;
         root {directory}/root;
         add_header Server-Name {name};
         location = / {{ return 200 "{name}\n"; }}

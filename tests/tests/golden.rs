@@ -1,13 +1,15 @@
 //! The golden cases of ipvsadm: what the real program said over the real IPVS, byte for byte.
 //!
 //! A case is a file of shell lines and the transcript of them (`tests/data/ipvsadm-golden`, form: head of `run-golden` there).
-//! Each runs against a daemon of its own, in a network of its own, some beside each other. `tests/data/golden-pending.txt`
-//! lists the cases that cannot pass yet, each with the reason. The test fails if a case differs that is not on the list, and
-//! if one passes that is.
+//! Each runs against a daemon of its own, in a network of its own, some beside each other. Two lists name the cases that need
+//! not pass, each with the reason: `tests/data/golden-differences.json` those that bpfvs answers otherwise on purpose (each
+//! stands in docs/ipvsadm.md, too), `tests/data/golden-pending.txt` those that wait for something. The test fails if a case
+//! differs that is on neither list, and if one passes that is. Cases of printing (`format/`) are a test of `lb-user`.
 //!
 //! ```text
 //! cargo test -p bpfvs-tests --test golden             all; the last line is `golden: P of N passed`
-//! cargo test -p bpfvs-tests --test golden -- 70 89-   those with such a text in the name, with the differences of pending ones
+//! cargo test -p bpfvs-tests --test golden -- 70 89-   those with such a text in the name, with the differences of listed ones
+//! cargo xtask golden DIRECTORY                        those of another directory: BPFVS_GOLDEN names it
 //! ```
 //!
 //! A case says what it needs of the machine (`#@ needs sctp`); one that does not get it is skipped, loudly. This has no
@@ -34,6 +36,7 @@ use bpfvs_tests::{
     netns::{Namespace, run},
     skip,
 };
+use serde::Deserialize;
 
 /// What cases may need of the machine, and a line of shell that finds out whether it is there, in the director's namespace.
 /// Other needs are the implementation's.
@@ -67,12 +70,17 @@ fn main() -> ExitCode {
 /// Runs the cases whose names contain one of these texts; all if there is none.
 fn golden(wanted: &[String]) -> Result<bool> {
     let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("data");
-    let pending = read_pending(&data.join("golden-pending.txt"))?;
+    let mut pending = read_pending(&data.join("golden-pending.txt"))?;
+    pending.extend(read_differences(&data.join("golden-differences.json"))?);
     let directory = data.join("ipvsadm-golden");
-    let all = Case::read_all(&directory)?;
-    if let Some(name) = pending.keys().find(|name| !all.iter().any(|case| case.name == **name)) {
-        bail!("golden-pending.txt lists {name}, and there is no such case");
+    let own = Case::read_all(&directory)?;
+    if let Some(name) = pending.keys().find(|name| !own.iter().any(|case| case.name == **name)) {
+        bail!("a list of differences names {name}, and there is no such case");
     }
+    let all = match env::var_os("BPFVS_GOLDEN") {
+        Some(other) => Case::read_all(Path::new(&other))?.into_iter().map(|case| case.with_needs_of(&own)).collect(),
+        None => own,
+    };
     let cases: Vec<_> =
         all.into_iter().filter(|case| wanted.is_empty() || wanted.iter().any(|part| case.name.contains(part))).collect();
     let missing = ["ip", "nsenter", "perl", "setsid"].into_iter().find(|program| skip::find(program).is_none());
@@ -138,7 +146,7 @@ fn judge(case: &Case, pending: Option<&String>, directory: &Path, programs: &Pat
             Verdict::Passed
         }
         (Ok(Ok(None)), Some(_)) => {
-            println!("FAIL {name}: it passes; take it off tests/data/golden-pending.txt");
+            println!("FAIL {name}: it passes; take it off the list of tests/data that names it");
             Verdict::Failed
         }
         (Ok(Ok(Some(difference))), None) => {
@@ -150,6 +158,28 @@ fn judge(case: &Case, pending: Option<&String>, directory: &Path, programs: &Pat
             Verdict::Pending
         }
     }
+}
+
+/// A difference that is wanted.
+#[derive(Deserialize)]
+struct Difference {
+    /// What docs/ipvsadm.md calls it.
+    name: String,
+    /// The case that shows it, if one does.
+    case: Option<String>,
+    reason: String,
+}
+
+/// Reads the list of wanted differences, and gives back the cases of this test with their reasons.
+fn read_differences(path: &Path) -> Result<BTreeMap<String, String>> {
+    let text = fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
+    let differences: Vec<Difference> = serde_json::from_str(&text).with_context(|| format!("understand {}", path.display()))?;
+    let documentation = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/ipvsadm.md"))?;
+    if let Some(missing) = differences.iter().find(|difference| !documentation.contains(&difference.name)) {
+        bail!("docs/ipvsadm.md does not name the difference {:?}: {}", missing.name, missing.reason);
+    }
+    let cases = differences.into_iter().filter_map(|difference| Some((difference.case?, difference.reason)));
+    Ok(cases.filter(|(case, _)| !case.starts_with("format/")).collect())
 }
 
 /// Reads the list of cases that cannot pass yet: `NAME  REASON` in each line, remarks begin with `#`.
@@ -222,6 +252,12 @@ impl Case {
             lines: text.lines().filter(|line| !line.is_empty() && !line.starts_with('#')).map(str::to_owned).collect(),
             expected: path.with_extension("out"),
         })
+    }
+
+    /// The case with what our own case of this name needs of the machine, too.
+    fn with_needs_of(mut self, own: &[Self]) -> Self {
+        self.needs.extend(own.iter().filter(|case| case.name == self.name).flat_map(|case| case.needs.clone()));
+        self
     }
 
     /// Types the lines in a network and with a daemon of the case's own.

@@ -36,6 +36,8 @@ enum Command {
     Test(test::Options),
     /// Measures the verifier's work for each program and compares it with the committed budget
     Budget(test::BudgetOptions),
+    /// Runs the golden cases of ipvsadm; the last line says how many passed
+    Golden(test::GoldenOptions),
     /// Measures the datapath: nanoseconds per packet
     Bench(bench::Options),
 }
@@ -58,6 +60,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Demo(options) => return demo::run(&options),
         Command::Test(options) => return test::run(&options),
         Command::Budget(options) => test::budget(options)?,
+        Command::Golden(options) => test::golden(&options)?,
         Command::Bench(options) => bench::run(&options)?,
     }
     Ok(ExitCode::SUCCESS)

@@ -8,7 +8,7 @@
 //! | `netns` | tests in network namespaces: all of `tests/tests` and `lb-user/tests` that belongs to no other part | root |
 //! | `budget` | the verifier's work: `tests/tests/verifier_budget.rs` | root |
 //! | `demo` | `cargo xtask demo --once` | root |
-//! | `vm` | other kernels in a virtual machine: `tests/tests/vm*.rs` | root |
+//! | `vm` | other kernels in a virtual machine: `tests/tests/vm` and `vm_*.rs` | root |
 //!
 //! `cargo xtask test unit netns` runs these two. A part that fails does not keep the next from running: at the end stand the
 //! closing lines of all, with what was skipped. As everything that the tests call was installed before, a test that
@@ -20,7 +20,7 @@
 use std::{
     fs,
     io::{BufRead as _, BufReader},
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
     time::{Duration, Instant},
 };
@@ -133,6 +133,28 @@ pub(crate) fn budget(options: BudgetOptions) -> Result<()> {
     prepare(&[Part::Budget])?;
     let environment: &[_] = if options.update { &["BPFVS_BUDGET_UPDATE=1"] } else { &[] };
     watched(with_root(&[BUDGET.to_owned()], environment)?.args(["--", "--nocapture"]), &mut Vec::new())
+}
+
+/// The cases that `cargo xtask golden` runs.
+#[derive(clap::Args)]
+pub(crate) struct GoldenOptions {
+    /// The directory of the cases; without: the copy in tests/data/ipvsadm-golden
+    #[arg(value_name = "DIRECTORY")]
+    directory: Option<PathBuf>,
+}
+
+/// Runs the golden cases of ipvsadm: first those of printing, then those that a daemon answers.
+pub(crate) fn golden(options: &GoldenOptions) -> Result<()> {
+    prepare(&[Part::Netns])?;
+    let mut environment = Vec::new();
+    if let Some(directory) = &options.directory {
+        let directory = fs::canonicalize(directory)
+            .with_context(|| format!("there is no directory {}; name one with NN-name.cmds files", directory.display()))?;
+        environment.push(format!("BPFVS_GOLDEN={}", directory.display()));
+    }
+    let environment: Vec<_> = environment.iter().map(String::as_str).collect();
+    watched(cargo().args(["test", "--quiet", "--package", "bpfvs", "--test", "ipvsadm_format"]), &mut Vec::new())?;
+    watched(&mut with_root(&["golden".to_owned()], &environment)?, &mut Vec::new())
 }
 
 /// Installs what the parts need, and builds the program that they test.

@@ -19,7 +19,7 @@ use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::{net::UnixStream, runtime::Runtime, task::JoinHandle};
 
-use super::{Attach, Detach, Failure, Stop};
+use super::{Attach, Detach, Failure, MORE, Stop};
 use crate::director::model::{
     Command, ConnectionView, Hook, LocalAddresses, MarkRule, Outcome, ReasonView, ServiceView, Status, SysctlView, Timeouts,
     Traffic,
@@ -98,7 +98,16 @@ impl Client {
 
     /// Does commands; one outcome for each.
     pub fn commands(&mut self, commands: &[Command]) -> Result<Vec<Outcome>, Error> {
-        let outcomes: Vec<Outcome> = self.post("/v1/commands", &commands)?;
+        self.commands_at("/v1/commands", commands)
+    }
+
+    /// Does commands of which more follow at once: the answer does not wait until they are kept safe.
+    pub fn commands_before_more(&mut self, commands: &[Command]) -> Result<Vec<Outcome>, Error> {
+        self.commands_at(&format!("/v1/commands?{MORE}"), commands)
+    }
+
+    fn commands_at(&mut self, path: &str, commands: &[Command]) -> Result<Vec<Outcome>, Error> {
+        let outcomes: Vec<Outcome> = self.post(path, &commands)?;
         if outcomes.len() == commands.len() {
             Ok(outcomes)
         } else {

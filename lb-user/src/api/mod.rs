@@ -35,6 +35,10 @@ pub const ROUTES: &[(&str, &str, &str)] = &[
     ("POST", "/v1/stop", "ends the daemon; {\"detach\": true} takes the datapath away, too"),
 ];
 
+/// The query of `POST /v1/commands` if more commands follow at once: the answer does not wait until the state is written, nor
+/// until the ways to real servers are known. Whoever sends it sends at the end a list, empty if need be, without it.
+pub const MORE: &str = "more";
+
 /// A route, as `GET /v1` lists it.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Route {

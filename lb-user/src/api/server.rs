@@ -5,16 +5,19 @@ use std::{sync::Arc, time::Duration};
 use axum::{
     Json, Router,
     body::Bytes,
-    extract::{DefaultBodyLimit, State},
+    extract::{DefaultBodyLimit, RawQuery, State},
     http::{Method, StatusCode, Uri},
     response::{IntoResponse, Response},
     routing::{get, post},
 };
 use serde::de::DeserializeOwned;
-use tokio::{sync::Mutex, time::timeout};
+use tokio::{
+    sync::Mutex,
+    time::{Instant, timeout_at},
+};
 use tracing::warn;
 
-use super::{Attach, Detach, Failure, ROUTES, Route, Stop};
+use super::{Attach, Detach, Failure, MORE, ROUTES, Route, Stop};
 use crate::{
     daemon::{Daemon, Instance},
     director::model::{
@@ -25,8 +28,8 @@ use crate::{
 /// The largest request: some hundred thousand commands.
 const LARGEST_REQUEST: usize = 64 << 20;
 
-/// How long an answer waits until the ways to new real servers are known.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// How long after its request an answer waits until the ways to new real servers are known.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// The daemon, as requests share it.
 pub type Shared<I> = Arc<Mutex<Daemon<I>>>;
@@ -92,14 +95,17 @@ async fn nothing_here(method: Method, uri: Uri) -> Error {
     Error(StatusCode::NOT_FOUND, format!("cannot do {method} {uri}: there is no such route; GET /v1 lists them"))
 }
 
-async fn commands<I: Instance>(State(daemon): State<Shared<I>>, body: Bytes) -> Answer<Vec<Outcome>> {
+async fn commands<I: Instance>(State(daemon): State<Shared<I>>, RawQuery(query): RawQuery, body: Bytes) -> Answer<Vec<Outcome>> {
+    let more = query.as_deref() == Some(MORE);
     let commands: Vec<Command> = parse(&body)?;
+    let deadline = Instant::now() + PATIENCE;
     let (outcomes, settled) = {
         let mut daemon = daemon.lock().await;
-        (daemon.execute(&commands), daemon.settled())
+        (daemon.execute(&commands, more), daemon.settled())
     };
-    // Whoever adds a real server may send it packets at once; whoever waits for a sick netlink need not do so for ever.
-    if timeout(PATIENCE, settled).await.is_err() {
+    // Whoever adds a real server may send it packets at once; whoever waits for a sick netlink, or for a hundred thousand new
+    // addresses, need not do so for ever.
+    if !more && timeout_at(deadline, settled).await.is_err() {
         warn!("the way to some real servers is still looked for");
     }
     Ok(Json(outcomes))

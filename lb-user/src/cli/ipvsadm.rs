@@ -43,6 +43,10 @@ impl Table for Daemon {
         self.ask(|client| client.commands(commands))
     }
 
+    fn commands_before_more(&mut self, commands: &[Command]) -> Result<Vec<Outcome>, Unreachable> {
+        self.ask(|client| client.commands_before_more(commands))
+    }
+
     fn services(&mut self) -> Result<Vec<ServiceView>, Unreachable> {
         self.ask(Client::services)
     }

@@ -22,6 +22,7 @@ mod mark;
 mod names;
 mod persistence;
 mod proc;
+mod rules;
 mod server;
 mod service;
 mod stats;
@@ -108,6 +109,10 @@ enum Command {
     Proc(proc::Proc),
     /// Show and set IPVS's sysctls
     Sysctl(sysctl::Sysctl),
+    /// Print the services as a rule file: ipvsadm's, with the thresholds
+    Save,
+    /// Replace all services by those of a rule file, or leave all as it is
+    Restore(rules::Restore),
     /// Set up a real server, on the real server itself; needs no daemon
     Realserver(realserver::Args),
     /// Everything that ipvsadm does, with its own options
@@ -146,6 +151,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Stats(stats) => stats.run(&global),
         Command::Proc(proc) => proc.run(&global),
         Command::Sysctl(sysctl) => sysctl.run(&global),
+        Command::Save => rules::save(&global),
+        Command::Restore(restore) => restore.run(&global),
         Command::Realserver(args) => {
             return realserver::run(args).unwrap_or_else(|error| {
                 drop(writeln!(io::stderr(), "bpfvs: {error:#}"));

@@ -159,16 +159,13 @@ impl<I: Instance> Daemon<I> {
         Arc::clone(&self.stopping)
     }
 
-    /// Does commands, and writes the state down.
-    pub fn execute(&mut self, commands: &[Command]) -> Vec<Outcome> {
+    /// Does commands, and writes the state down; if `more` of them follow at once, only the next tick does.
+    pub fn execute(&mut self, commands: &[Command], more: bool) -> Vec<Outcome> {
         let outcomes = self.director.execute(commands);
-        for (command, outcome) in commands.iter().zip(&outcomes) {
-            match outcome {
-                Outcome::Ok => info!("done: {command:?}"),
-                Outcome::Refused(refusal) => info!("refused: {refusal}"),
-            }
+        report(commands, &outcomes);
+        if !more {
+            self.save();
         }
-        self.save();
         self.commanded.notify_one();
         if self.director.sysctls().forsakes_connections() {
             self.forsaken.notify_one();
@@ -327,6 +324,23 @@ impl<I: Instance> Daemon<I> {
             error!("{error}; trying again each second");
         }
         self.unsaved = outcome.is_err();
+    }
+}
+
+/// Notes what was done, and what was not. Of many commands at once only how many they were, and what was refused: thousands
+/// of lines say less, and take longer than the commands.
+fn report(commands: &[Command], outcomes: &[Outcome]) {
+    const MANY: usize = 100;
+    let mut done = 0_usize;
+    for (command, outcome) in commands.iter().zip(outcomes) {
+        match outcome {
+            Outcome::Ok if commands.len() < MANY => info!("done: {command:?}"),
+            Outcome::Ok => done += 1,
+            Outcome::Refused(refusal) => info!("refused: {refusal}"),
+        }
+    }
+    if done > 0 {
+        info!("done: {done} of {} commands", commands.len());
     }
 }
 

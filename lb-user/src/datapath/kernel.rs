@@ -135,6 +135,8 @@ impl KernelDatapath {
             Some(config) => (programs, config),
             None => make_instance(&pins, programs, options)?,
         };
+        // Every interface gets it. Better no daemon than one that the kernel refuses the programs of.
+        programs.tc()?;
         // Before anything is attached: until then a program lets every packet pass.
         let services = Services::open(&pins, programs.take_destinations()?)?;
         let connections = Connections::open(&pins)?;
@@ -362,10 +364,6 @@ impl KernelDatapath {
             self.order(Order::Marks(marks));
         }
     }
-
-    fn has_service_id(&self, id: u32) -> bool {
-        self.services.iter().any(|(_, service)| service.id == id)
-    }
 }
 
 impl Datapath for KernelDatapath {
@@ -390,7 +388,7 @@ impl Datapath for KernelDatapath {
     fn remove_service(&mut self, id: &ServiceId) -> Result<(), Error> {
         let before = if id.mark() == 0 { None } else { Some(self.services.marks()) };
         if let Some(service) = self.services.remove(id)?
-            && !self.has_service_id(service.id)
+            && !self.services.has_index(service.id)
         {
             self.runs.withdraw(service.id);
         }

@@ -33,6 +33,8 @@ pub struct Servers {
     data: MapData,
     entries: Array<MapData, Server>,
     next_hops: Array<MapData, NextHop>,
+    /// What stands in `entries`, but for what is free: nobody else writes there, and reading it back costs as much as writing.
+    known: HashMap<u32, Server>,
     /// The addresses of masqueraded servers.
     sources: Filter,
     /// The director's servers; nothing for one that was retired.
@@ -49,6 +51,7 @@ impl Servers {
         let addresses = found.iter().filter_map(|(_, server)| source(server));
         Ok(Self {
             sources: Filter::new(Some(sources), addresses).context("the filter of sources cannot be written")?,
+            known: found.into_iter().collect(),
             data,
             entries: pins.typed("SERVERS")?,
             next_hops: pins.typed("NEXT_HOPS")?,
@@ -85,7 +88,7 @@ impl Servers {
     pub fn retire(&mut self, index: u32) -> Result<Option<IpAddr>, Error> {
         self.check(index)?;
         let old = self.targets.insert(index, None).flatten();
-        let mut entry = self.entry(index)?;
+        let mut entry = self.known(index);
         entry.status = Status::Removed as u8;
         self.put(index, &entry)?;
         Ok(old.map(|target| {
@@ -128,7 +131,12 @@ impl Servers {
 
     /// How a server can be reached now.
     pub fn status(&self, index: u32) -> Status {
-        self.entry(index).map_or(Status::Free, |entry| status(entry.status))
+        status(self.known(index).status)
+    }
+
+    /// The entry of a server, as it was written.
+    fn known(&self, index: u32) -> Server {
+        self.known.get(&index).copied().unwrap_or_default()
     }
 
     /// The entry of a server, as the kernel has it.
@@ -171,7 +179,7 @@ impl Servers {
         let mut server = way::server(&target, way);
         if way.is_none() {
             // Not asked yet. What an earlier daemon wrote is better than nothing, and likely still true.
-            let found = self.entry(index)?;
+            let found = self.known(index);
             if same_target(&found, &server) && [Status::Ready, Status::Unresolved, Status::Local].contains(&status(found.status)) {
                 server = found;
             }
@@ -183,13 +191,18 @@ impl Servers {
     }
 
     fn put(&mut self, index: u32, entry: &Server) -> Result<(), Error> {
-        let (old, new) = (source(&self.entry(index)?), source(entry));
+        let (old, new) = (source(&self.known(index)), source(entry));
         if old != new
             && let Some(new) = new
         {
             self.sources.add(new).map_err(|error| failed("heard", index, &error))?;
         }
         self.entries.set(index, entry, 0).map_err(|error| failed("written", index, &error))?;
+        if entry.status == Status::Free as u8 {
+            self.known.remove(&index);
+        } else {
+            self.known.insert(index, *entry);
+        }
         if old != new
             && let Some(old) = old
         {

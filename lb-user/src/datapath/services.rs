@@ -16,7 +16,7 @@
 //! [`Services`] also keeps the filter: every address of these tables is in it.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{HashMap, HashSet, hash_map::Entry},
     net::IpAddr,
 };
 
@@ -62,13 +62,42 @@ pub struct Services {
     maps: Maps,
     filter: Filter,
     /// Services that the director has.
-    wanted: HashMap<ServiceId, Service>,
+    wanted: Wanted,
     /// Keys that mark rules claim, and for which mark.
     claimed: HashMap<ServiceId, u32>,
     /// What stands in the table of services.
     written: HashMap<ServiceId, Service>,
     /// What stands in the table of networks.
     networks: HashMap<Place, u32>,
+}
+
+/// Services, and how many of them have each index: a service that changes its kind has two for a moment.
+#[derive(Default)]
+struct Wanted {
+    services: HashMap<ServiceId, Service>,
+    indices: HashMap<u32, u32>,
+}
+
+impl Wanted {
+    fn insert(&mut self, id: ServiceId, service: Service) -> Option<Service> {
+        *self.indices.entry(service.id).or_default() += 1;
+        let before = self.services.insert(id, service);
+        before.inspect(|before| self.forget(before.id))
+    }
+
+    fn remove(&mut self, id: &ServiceId) -> Option<Service> {
+        let service = self.services.remove(id);
+        service.inspect(|service| self.forget(service.id))
+    }
+
+    fn forget(&mut self, index: u32) {
+        if let Entry::Occupied(mut count) = self.indices.entry(index) {
+            *count.get_mut() -= 1;
+            if *count.get() == 0 {
+                count.remove();
+            }
+        }
+    }
 }
 
 struct Maps {
@@ -93,7 +122,10 @@ impl Services {
         let filter = Filter::new(Some(filter), addresses).context("the filter cannot be written")?;
         // What has a mark at an address was put there by a rule.
         let by_rule = |id: &ServiceId, service: &Service| service.mark != 0 && id.mark() == 0;
-        let wanted = written.iter().filter(|(id, service)| !by_rule(id, service)).map(|(id, service)| (*id, *service)).collect();
+        let mut wanted = Wanted::default();
+        for (id, service) in written.iter().filter(|(id, service)| !by_rule(id, service)) {
+            wanted.insert(*id, *service);
+        }
         let claimed =
             written.iter().filter(|(id, service)| by_rule(id, service)).map(|(id, service)| (*id, service.mark)).collect();
         let mut services = Self { maps, filter, wanted, claimed, written, networks };
@@ -103,7 +135,12 @@ impl Services {
 
     /// The services that the director has, or that an earlier one had.
     pub fn iter(&self) -> impl Iterator<Item = (&ServiceId, &Service)> {
-        self.wanted.iter()
+        self.wanted.services.iter()
+    }
+
+    /// Whether one of these services has this index.
+    pub fn has_index(&self, index: u32) -> bool {
+        self.wanted.indices.contains_key(&index)
     }
 
     /// Whether packets to this address are looked at.
@@ -113,7 +150,7 @@ impl Services {
 
     /// The marks that name services.
     pub fn marks(&self) -> Marks {
-        self.wanted.keys().filter(|id| id.mark() != 0).map(|id| (id.family(), id.mark())).collect()
+        self.wanted.services.keys().filter(|id| id.mark() != 0).map(|id| (id.family(), id.mark())).collect()
     }
 
     /// Makes a service known, or changes it.
@@ -197,8 +234,8 @@ impl Services {
     /// Makes the table say of a key what it should.
     fn write(&mut self, key: &ServiceId) -> Result<(), Error> {
         let by_rule =
-            self.claimed.get(key).and_then(|mark| self.wanted.get(&ServiceId::Mark { mark: *mark, family: key.family() }));
-        let wanted = by_rule.or_else(|| self.wanted.get(key)).copied();
+            self.claimed.get(key).and_then(|mark| self.wanted.services.get(&ServiceId::Mark { mark: *mark, family: key.family() }));
+        let wanted = by_rule.or_else(|| self.wanted.services.get(key)).copied();
         let written = self.written.get(key).copied();
         if wanted == written {
             return Ok(());
@@ -264,7 +301,7 @@ impl Services {
     /// Tells the programs which packets to look at whatever their destination.
     fn publish_exceptions(&mut self) -> Result<(), MapError> {
         let of = |family, bits| exceptions::of(family == Family::Ipv6, bits);
-        let marked = self.wanted.keys().filter(|id| id.mark() != 0).map(|id| of(id.family(), exceptions::MARKED));
+        let marked = self.wanted.services.keys().filter(|id| id.mark() != 0).map(|id| of(id.family(), exceptions::MARKED));
         let networks = self.networks.keys().map(|place| {
             let all = if place.network.host().is_none() { exceptions::ALL } else { 0 };
             of(place.network.family(), exceptions::NETWORKS | all)

@@ -78,7 +78,8 @@ pub fn server(target: &Target, way: Option<&Way>) -> Server {
             Tunnel::Ipip => (server::Tunnel::Ipip, false),
             Tunnel::Gue { port, checksum } => {
                 server.tunnel_port = port.to_be();
-                // Remote checksum offload on packets from the wire is an ordinary checksum: they have a finished one inside.
+                // Remote checksum offload means an ordinary checksum of the tunnel for packets whose own checksum is finished,
+                // and those from the wire have a finished one. Only beside an unfinished one would IPVS add GUE's option.
                 (server::Tunnel::Gue, checksum != TunnelChecksum::None)
             }
             Tunnel::Gre { checksum } => (server::Tunnel::Gre, checksum == TunnelChecksum::Full),

@@ -21,11 +21,13 @@
 //! Schedules that depend on connections (dynamic schedulers, overload flags of `ipvsadm -x`/`-y`) are kept true by
 //! [`Director::refresh`], which is called whenever connections come or go ([`live`]).
 
+pub mod difference;
 mod indices;
 mod live;
 mod locals;
 mod marks;
 pub mod model;
+pub mod paper;
 pub mod rules;
 mod servers;
 mod service;

@@ -158,15 +158,13 @@ pub(super) fn server_address(server: &ServerId) -> Result<(), Refusal> {
 /// What this version cannot do for a server.
 pub(super) fn server_supported(server: &ServerId, config: &ServerConfig) -> Result<(), Refusal> {
     match config.method {
-        Method::Tunnel(Tunnel::Gue { checksum: TunnelChecksum::Remote, .. } | Tunnel::Gre { checksum: TunnelChecksum::Remote }) => {
-            refuse(
-                RefusalKind::Unsupported,
-                format!(
-                    "the tunnel to the real server {server} cannot offload its checksum: this version of bpfvs has no remote checksum \
-                 offload yet; use a full checksum (`--tun-csum`) or none (`--tun-nocsum`)"
-                ),
-            )
-        }
+        Method::Tunnel(Tunnel::Gre { checksum: TunnelChecksum::Remote }) => refuse(
+            RefusalKind::Unsupported,
+            format!(
+                "the tunnel to the real server {server} cannot offload its checksum: GRE has no remote checksum offload; use a GUE tunnel \
+                 (`--tun-type gue`), a full checksum (`--tun-csum`) or none (`--tun-nocsum`)"
+            ),
+        ),
         Method::Route | Method::Masquerade | Method::FullNat { .. } | Method::Tunnel(_) => Ok(()),
     }
 }

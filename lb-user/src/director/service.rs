@@ -46,13 +46,15 @@ pub(super) struct Service {
     #[serde(skip)]
     pub(super) lasts: Option<u32>,
     /// FULLNAT's local addresses, if it has any of its own.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(super) locals: Vec<IpAddr>,
     /// The real servers, the newest first.
     pub(super) servers: Servers,
     /// Traffic of servers that have left.
+    #[serde(default, skip_serializing_if = "Totals::is_zero")]
     pub(super) left_behind: Totals,
     /// What the totals were at the last zeroing.
+    #[serde(default, skip_serializing_if = "Totals::is_zero")]
     pub(super) zero: Totals,
     /// Rates.
     #[serde(skip)]
@@ -138,7 +140,7 @@ pub(super) struct Server {
     /// Its weight, or the last one that was not 0.
     pub(super) last_weight: u32,
     /// Too many connections: it gets no new ones.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(super) overloaded: bool,
     /// Its connections when they were last read.
     #[serde(skip)]
@@ -150,8 +152,10 @@ pub(super) struct Server {
     #[serde(skip)]
     pub(super) at_rest: Option<Totals>,
     /// What its totals were when it came to the service.
+    #[serde(default, skip_serializing_if = "Totals::is_zero")]
     pub(super) joined: Totals,
     /// What its totals were at the last zeroing.
+    #[serde(default, skip_serializing_if = "Totals::is_zero")]
     pub(super) zero: Totals,
     /// Rates.
     #[serde(skip)]

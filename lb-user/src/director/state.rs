@@ -153,7 +153,7 @@ impl State {
             _ => Path::new("."),
         };
         let mut file = tempfile::NamedTempFile::new_in(directory)?;
-        let mut text = serde_json::to_vec_pretty(&Envelope { version: VERSION, state: self })?;
+        let mut text = serde_json::to_vec(&Envelope { version: VERSION, state: self })?;
         text.push(b'\n');
         file.write_all(&text)?;
         file.as_file().sync_all()?;

@@ -136,6 +136,7 @@ fn ipvs_refusals_in_the_order_of_ipvs() {
     let address = |text: &str| ServerId { address: text.parse().expect("an address"), port: 80 };
     let tunnel = ServerConfig { method: Method::Tunnel(Tunnel::Ipip), ..weight(1) };
     let gue = |port, checksum| ServerConfig { method: Method::Tunnel(Tunnel::Gue { port, checksum }), ..weight(1) };
+    let gre = |checksum| ServerConfig { method: Method::Tunnel(Tunnel::Gre { checksum }), ..weight(1) };
     let thresholds = |upper_threshold, lower_threshold| ServerConfig { upper_threshold, lower_threshold, ..weight(1) };
     for (command, kind) in [
         (add(service(), "nonsense"), ServiceExists),
@@ -181,7 +182,7 @@ fn ipvs_refusals_in_the_order_of_ipvs() {
         (server_with(server(2), weight(1 << 31)), OutOfRange),
         (server_with(server(1), ServerConfig { method: Method::Masquerade, ..weight(1) }), ServerExists),
         (server_with(server(2), gue(0, TunnelChecksum::None)), Invalid),
-        (server_with(server(2), gue(6080, TunnelChecksum::Remote)), Unsupported),
+        (server_with(server(2), gre(TunnelChecksum::Remote)), Unsupported),
         (server_with(address("0.0.0.0"), weight(1)), Invalid),
         (server_with(address("224.0.0.1"), weight(1)), Invalid),
         (server_with(address("255.255.255.255"), weight(1)), Invalid),
@@ -517,7 +518,7 @@ fn a_damaged_state_is_refused_and_left_alone() {
     let text = std::fs::read_to_string(&path).expect("it is there");
     for (bad, expected) in [
         (text[..text.len() / 2].to_owned(), "it is damaged (EOF"),
-        (text.replacen("\"version\": 1", "\"version\": 99", 1), "it has version 99"),
+        (text.replacen("\"version\":1", "\"version\":99", 1), "it has version 99"),
         (text.replacen("\"services\"", "\"secrets\"", 1), "missing field `services`"),
         (String::new(), "it is damaged"),
     ] {

@@ -26,6 +26,11 @@ impl From<Statistics> for Totals {
 }
 
 impl Totals {
+    /// Whether there was nothing at all.
+    pub(super) fn is_zero(&self) -> bool {
+        *self == Self::default()
+    }
+
     /// What came on top of `earlier`; nothing where there is less now, because the counters began anew.
     #[must_use]
     pub fn since(self, earlier: Self) -> Self {

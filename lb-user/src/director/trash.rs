@@ -29,11 +29,13 @@ pub(super) struct Removed {
     /// [`super::service::Service::incarnation`] of that service.
     pub(super) incarnation: u64,
     /// Whether it had too many connections.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(super) overloaded: bool,
     /// What its totals were when it was removed. Since then there have been no more: its packets are dropped.
     #[serde(default)]
     pub(super) totals: Totals,
     /// What its totals were at the last zeroing.
+    #[serde(default, skip_serializing_if = "Totals::is_zero")]
     pub(super) zero: Totals,
     /// Since when it has had no connections.
     #[serde(skip)]

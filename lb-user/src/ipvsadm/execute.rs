@@ -60,7 +60,10 @@ impl Session<'_> {
                 print(self.output, VERSION);
                 STATUS_OK
             }
-            Action::Change(command) => self.change(&[command]),
+            Action::Change(command) => {
+                let outcomes = self.table.commands(std::slice::from_ref(&command));
+                self.report(&[command], outcomes)
+            }
             Action::List(list) => self.list(&list).unwrap_or_else(|reason| self.unreadable(&reason)),
             Action::Save { numeric } => match self.table.services() {
                 Ok(services) => {
@@ -81,9 +84,9 @@ impl Session<'_> {
         }
     }
 
-    /// Does some commands, prints what was refused, and gives back the status of the last one.
-    pub(super) fn change(&mut self, commands: &[Command]) -> u8 {
-        let outcomes = match self.table.commands(commands) {
+    /// Prints what was refused of some commands, and gives back the status of the last one.
+    pub(super) fn report(&mut self, commands: &[Command], outcomes: Result<Vec<Outcome>, Unreachable>) -> u8 {
+        let outcomes = match outcomes {
             Ok(outcomes) => outcomes,
             Err(reason) => {
                 complain(self.error, &reason.to_string());

@@ -22,6 +22,7 @@ mod options;
 mod parse;
 mod reader;
 mod restore;
+pub mod rules;
 mod save;
 mod sort;
 #[cfg(test)]
@@ -52,6 +53,11 @@ pub trait Table {
 
     /// Does these commands, one after the other, each on its own; one answer for each.
     fn commands(&mut self, commands: &[Command]) -> Result<Vec<Outcome>, Unreachable>;
+
+    /// As [`Table::commands`], if more of them follow at once: the table may be late with what only the last ones need.
+    fn commands_before_more(&mut self, commands: &[Command]) -> Result<Vec<Outcome>, Unreachable> {
+        self.commands(commands)
+    }
 
     /// All services; the servers of each with the newest first.
     fn services(&mut self) -> Result<Vec<ServiceView>, Unreachable>;

@@ -4,7 +4,8 @@
 //! wherever it stands. Refused commands do not stop the rest, a wrong line does.
 //!
 //! A table of many thousand lines should not mean as many requests, so changes are collected and sent together, but never
-//! held back: when the input that has arrived is used up, or something else than a change comes, they go out.
+//! held back: when the input that has arrived is used up, or something else than a change comes, they go out. A pipe brings 64
+//! KiB at a time; only at the end has the table to keep safe what came through it.
 
 use std::io::{BufRead, BufReader, Read};
 
@@ -49,7 +50,7 @@ pub(super) fn run(session: &mut Session<'_>, input: &mut dyn Read) -> u8 {
         }
         // Input that cannot be read any more is at its end.
         if input.read_until(b'\n', &mut line).unwrap_or(0) == 0 {
-            changes.send(session);
+            changes.finish(session);
             return changes.status;
         }
         let words: Vec<String> = words(&String::from_utf8_lossy(&line));
@@ -75,6 +76,7 @@ pub(super) fn run(session: &mut Session<'_>, input: &mut dyn Read) -> u8 {
         };
         changes.status = status;
         if ends {
+            changes.finish(session);
             return status;
         }
     }
@@ -84,14 +86,30 @@ pub(super) fn run(session: &mut Session<'_>, input: &mut dyn Read) -> u8 {
 #[derive(Default)]
 struct Changes {
     commands: Vec<Command>,
+    /// Whether the table waits for the end.
+    unfinished: bool,
     status: u8,
 }
 
 impl Changes {
+    /// Asks for what was read, and says that more may follow.
     fn send(&mut self, session: &mut Session<'_>) {
         if !self.commands.is_empty() {
-            self.status = session.change(&self.commands);
+            let outcomes = session.table.commands_before_more(&self.commands);
+            self.status = session.report(&self.commands, outcomes);
             self.commands.clear();
+            self.unfinished = true;
+        }
+    }
+
+    /// Asks for the rest, and says that this was all.
+    fn finish(&mut self, session: &mut Session<'_>) {
+        if !self.commands.is_empty() || self.unfinished {
+            let outcomes = session.table.commands(&self.commands);
+            let status = session.report(&self.commands, outcomes);
+            if !self.commands.is_empty() {
+                self.status = status;
+            }
         }
     }
 }

@@ -23,12 +23,27 @@ pub(super) fn program(words: &[String], table: &mut dyn Table, streams: Streams<
 
 /// Writes the command lines that make these services and their servers.
 pub(super) fn services(services: &[ServiceView], names: Option<&Names>) -> String {
+    lines(services, names, |_| String::new())
+}
+
+/// The same in numbers, with the thresholds.
+pub(super) fn services_with_thresholds(services: &[ServiceView]) -> String {
+    lines(services, None, |server| {
+        let threshold = |option, value| if value == 0 { String::new() } else { format!(" {option} {value}") };
+        threshold("-x", server.config.upper_threshold) + &threshold("-y", server.config.lower_threshold)
+    })
+}
+
+/// Writes command lines; `more` says what stands behind a server's.
+fn lines(services: &[ServiceView], names: Option<&Names>, more: impl Fn(&ServerView) -> String) -> String {
     let mut text = String::new();
     for service in sort::services(services) {
         let option = format::service_option(&service.id, names);
         text.push_str(&service_line(service, &option));
         for server in sort::servers(&service.servers) {
             text.push_str(&server_line(server, service, &option, names));
+            text.push_str(&more(server));
+            text.push('\n');
         }
     }
     text
@@ -69,5 +84,5 @@ fn server_line(server: &ServerView, service: &ServiceView, option: &str, names: 
         }
         Method::Tunnel(Tunnel::Gre { checksum: sum }) => ("-i", format!(" --tun-type gre {}", checksum(sum))),
     };
-    format!("-a {option} -r {name} {method} -w {}{tunnel}\n", server.config.weight.cast_signed())
+    format!("-a {option} -r {name} {method} -w {}{tunnel}", server.config.weight.cast_signed())
 }

@@ -126,7 +126,8 @@ fn restoring_sends_together_what_arrived_together_and_holds_nothing_back() {
     let (status, output, error) = answer("ipvsadm", &["-R"], &mut table, &mut input);
     assert_eq!((status, error.as_str()), (0, ""));
     assert_eq!(output, "Timeout (tcp tcpfin udp): 900 120 300\n");
-    let wanted = ["read", "3 commands", "read", "1 commands", "read", "1 commands", "1 commands"];
+    // The last one says that this was all.
+    let wanted = ["read", "3 commands", "read", "1 commands", "read", "1 commands", "1 commands", "0 commands"];
     assert_eq!(*notes.borrow(), wanted);
 }
 

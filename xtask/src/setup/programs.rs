@@ -22,7 +22,7 @@ pub(crate) enum Purpose {
 }
 
 /// A program, the Debian package that brings it, and the first purpose that needs it.
-const PROGRAMS: [(&str, &str, Purpose); 22] = [
+const PROGRAMS: [(&str, &str, Purpose); 23] = [
     ("curl", "curl", Purpose::Demo),
     ("ip", "iproute2", Purpose::Demo),
     ("nginx", "nginx-light", Purpose::Demo),
@@ -31,6 +31,7 @@ const PROGRAMS: [(&str, &str, Purpose); 22] = [
     ("busybox", "busybox-static", Purpose::Test),
     ("dnsmasq", "dnsmasq-base", Purpose::Test),
     ("ethtool", "ethtool", Purpose::Test),
+    ("ifconfig", "net-tools", Purpose::Test),
     ("iperf3", "iperf3", Purpose::Test),
     ("iptables-legacy", "iptables", Purpose::Test),
     ("iptables-nft", "iptables", Purpose::Test),
