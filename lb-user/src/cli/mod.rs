@@ -18,10 +18,12 @@ mod connections;
 mod daemon;
 pub mod ipvsadm;
 mod local_addresses;
+mod manual;
 mod mark;
 mod names;
 mod persistence;
 mod proc;
+mod rule_file;
 mod rules;
 mod server;
 mod service;
@@ -115,6 +117,10 @@ enum Command {
     Restore(rules::Restore),
     /// Set up a real server, on the real server itself; needs no daemon
     Realserver(realserver::Args),
+    /// Print the completions of a shell
+    Completions(manual::Completions),
+    /// Write the manual pages into a directory
+    Man(manual::Man),
     /// Everything that ipvsadm does, with its own options
     #[command(disable_help_flag = true)]
     Ipvsadm {
@@ -159,6 +165,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
                 ExitCode::FAILURE
             });
         }
+        Command::Completions(completions) => completions.run(),
+        Command::Man(man) => man.run(),
         Command::Ipvsadm { arguments } => return ipvsadm::run("ipvsadm", &arguments, global.socket),
     };
     match outcome {
