@@ -107,7 +107,7 @@ enum Command {
     Persistence(persistence::Persistence),
     /// Show what was forwarded, or why packets were not
     Stats(stats::Stats),
-    /// Print what /proc/net/ip_vs, ip_vs_conn or ip_vs_stats would say
+    /// Print what one of IPVS's files in /proc/net would say
     Proc(proc::Proc),
     /// Show and set IPVS's sysctls
     Sysctl(sysctl::Sysctl),

@@ -27,30 +27,32 @@ pub(super) struct Proc {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
-#[value(rename_all = "snake_case")]
 enum File {
     /// Services and real servers
-    IpVs,
+    #[value(name = "ip_vs")]
+    Services,
     /// Connections and templates
-    IpVsConn,
+    #[value(name = "ip_vs_conn")]
+    Connections,
     /// Counters and rates of everything together
-    IpVsStats,
+    #[value(name = "ip_vs_stats")]
+    Statistics,
 }
 
 impl Proc {
     pub(super) fn run(self, global: &Global) -> anyhow::Result<()> {
         let mut client = global.client()?;
         match self.file {
-            File::IpVs => {
+            File::Services => {
                 let clock_rate = client.status()?.clock_rate;
                 let services = client.services()?;
                 global.answer(&services, || ip_vs(&services, clock_rate))
             }
-            File::IpVsConn => {
+            File::Connections => {
                 let connections = client.connections()?;
                 global.answer(&connections, || ip_vs_conn(&connections))
             }
-            File::IpVsStats => {
+            File::Statistics => {
                 let traffic = client.traffic()?;
                 global.answer(&traffic, || ip_vs_stats(&traffic))
             }

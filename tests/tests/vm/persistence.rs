@@ -101,7 +101,8 @@ fn shows_what_the_kernel_shows(bpfvs: &Bpfvs, wire: &Wire, sysctls: &str, kernel
     let (known, defaults): (Vec<_>, Vec<_>) = sysctls.lines().filter_map(|line| line.split_once(' ')).unzip();
     ensure!(names == known, "IPVS has {known:?}, bpfvs {names:?}");
     for (sysctl, default) in listed.iter().zip(defaults) {
-        ensure!(sysctl["default"].is_null() || sysctl["default"].to_string() == default, "{sysctl}: IPVS has {default}");
+        let own = sysctl["default"].as_u64();
+        ensure!(own.is_none() || own == default.parse().ok(), "{sysctl}: IPVS has {default}");
     }
     Ok(())
 }
