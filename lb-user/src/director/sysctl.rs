@@ -75,13 +75,13 @@ const MEMORY: &str = "not yet: defence against floods; the tables have a fixed s
 /// Of the estimators in the kernel.
 const ESTIMATION: &str = "no meaning: the daemon makes the rates, two seconds apart; the packet path has no part in it";
 /// Of the synchronisation of connections.
-const SYNCHRONISATION: &str = "not a sysctl here: synchronisation of connections is no business of the packet path's";
+const SYNCHRONISATION: &str = "no meaning: synchronisation has no settings but the options of `ipvsadm --start-daemon`";
 
 /// All of them, by their names.
 const KNOBS: &[Knob] = &[
     without_meaning("am_droprate", MEMORY),
     without_meaning("amemthresh", MEMORY),
-    without_meaning("backup_only", SYNCHRONISATION),
+    without_meaning("backup_only", "always 0: a director that is a backup balances what comes to it"),
     without_meaning(
         "cache_bypass",
         "not yet: packets of a firewall mark that no real server takes are refused, and do not go on to where they were sent",
