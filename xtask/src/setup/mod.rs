@@ -111,6 +111,7 @@ pub(crate) fn cargo_deb() -> Result<()> {
     // Without optimisation, and without a compressor of C's: neither matters to a package that is made now and then.
     run(cargo()
         .args(["install", "cargo-deb", "--version", DEB_VERSION, "--locked", "--debug", "--no-default-features"])
+        .env("CARGO_PROFILE_DEV_DEBUG", "0")
         .env_remove("RUSTFLAGS")
         .env_remove("CARGO_BUILD_TARGET"))
 }
