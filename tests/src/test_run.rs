@@ -18,6 +18,7 @@
 //! What this does not show: that the frame arrives. The namespace tests show it.
 
 use std::{
+    io,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
 };
@@ -44,6 +45,9 @@ use lb_common::{
     statistics::Statistics,
     template::{Template, TemplateKey},
 };
+use nix::errno::Errno;
+
+use crate::wait;
 
 /// Bytes of the kernel's `struct __sk_buff`, and where its mark stands.
 const SK_BUFF: usize = 192;
@@ -373,11 +377,20 @@ where
 fn clear<K: Pod, V: Pod>(map: &mut HashMap<MapData, K, V>) -> Result<()> {
     let keys: Vec<K> = map.keys().collect::<Result<_, _>>()?;
     for key in keys {
-        match map.remove(&key) {
+        wait::for_some("a connection to leave its table", wait::SOON, || match map.remove(&key) {
             // The sweep may have been faster.
-            Ok(()) | Err(MapError::KeyNotFound) => {}
-            Err(error) => bail!("take a connection out of its table: {error}"),
-        }
+            Ok(()) | Err(MapError::KeyNotFound) => Some(Ok(())),
+            Err(MapError::SyscallError(error)) if is_contention(&error.io_error) => None,
+            Err(error) => Some(Err(error)),
+        })?
+        .context("take a connection out of its table")?;
     }
     Ok(())
+}
+
+/// Whether the kernel did not get a lock in the time that it takes, or believes it never would. Another try is all it needs.
+fn is_contention(error: &io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    println!("a lock of the kernel's was not to be had: {error}");
+    matches!(errno, Some(Errno::EBUSY | Errno::EDEADLK | Errno::ETIMEDOUT))
 }

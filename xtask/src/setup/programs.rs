@@ -19,6 +19,8 @@ pub(crate) enum Purpose {
     Test,
     /// The tests in a virtual machine: more again
     Machine,
+    /// `cargo xtask bench peers`: whom bpfvs is compared with, too
+    Peers,
 }
 
 /// A program, the Debian package that brings it, and the first purpose that needs it.
@@ -48,6 +50,9 @@ const PROGRAMS: [(&str, &str, Purpose); 25] = [
     ("modprobe", "kmod", Purpose::Machine),
     ("qemu-system-x86_64", "qemu-system-x86", Purpose::Machine),
     ("xz", "xz-utils", Purpose::Machine),
+    ("haproxy", "haproxy", Purpose::Peers),
+    ("wrk", "wrk", Purpose::Peers),
+    ("/usr/lib/nginx/modules/ngx_stream_module.so", "libnginx-mod-stream", Purpose::Peers),
 ];
 
 /// Installs what is missing of the programs for a purpose.
