@@ -93,7 +93,7 @@ impl Choice {
 const SKEW: u32 = 1 << 20;
 
 /// How the templates of a real server's connections are found. Written by userspace for each real server of a persistent
-/// service.
+/// service; for others it says no more than whether the weight is 0.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 #[repr(C)]
 pub struct Scope {

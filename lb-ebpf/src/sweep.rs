@@ -1,5 +1,5 @@
 //! The sweep: deletes the connections that are over, and counts the others anew; then deletes the templates that are over and
-//! have no connections.
+//! have no connections. With IPVS's `expire_nodest_conn` both go as well if their real server was removed.
 //!
 //! Userspace runs it by `BPF_PROG_TEST_RUN`; it is attached to nothing. It walks the tables within the kernel, so that
 //! millions of entries never cross into userspace.
@@ -66,7 +66,7 @@ unsafe extern "C" fn visit<F: Family>(
         let idle = ((*report).jiffies as u32).wrapping_sub(known.last_seen);
         // A connection that was seen after the sweep began has a negative idle time.
         let over = (idle as i32) >= 0 && idle >= track::lifetime(config, (*key).protocol as u8, known.state);
-        if over || known.flags & flags::LEAVING != 0 {
+        if over || known.flags & flags::LEAVING != 0 || track::is_forsaken(config, known.server) {
             if F::connections().remove(&*key).is_ok() {
                 track::forget(&known);
                 if known.flags & flags::MASQUERADED != 0 {
@@ -91,7 +91,8 @@ unsafe extern "C" fn visit_template<F: Family>(
     known: *mut Template,
     report: *mut SweepReport,
 ) -> i64 {
+    let Some(config) = CONFIG.get(0) else { return 1 };
     // SAFETY: as in `visit`.
-    unsafe { template::expire::<F>(key, known, (*report).jiffies as u32) };
+    unsafe { template::expire::<F>(config, key, known, (*report).jiffies as u32) };
     0
 }

@@ -16,13 +16,14 @@
 //! this CPU.
 
 use lb_common::{
-    config::flags as settings,
+    config::{Config, flags as settings},
     connection::{Connection, ConnectionKey, flags},
-    packet::{V4, V6, ethernet},
+    packet::{V4, V6, ethernet, protocol},
     reason::Reason,
     schedule::NOBODY,
     server::Status,
     service::{Service, flags as service_flags},
+    tcp,
     template::{Choice, Scope, Template, TemplateKey, scope_flags},
 };
 
@@ -76,12 +77,17 @@ impl Arrival {
     }
 }
 
-/// Notes a new connection of a persistent service, for [`choose`].
+/// Notes a new connection of a persistent service, and the event that begins it, for [`choose`].
 #[inline(always)]
-pub fn note<F: Family>(service: *const Service, connection: &ConnectionKey<F::Address>) {
+pub fn note<F: Family>(service: *const Service, connection: &ConnectionKey<F::Address>, event: u8) {
+    use tcp::flags::{ACK, FIN, RST, SYN};
     let Some(arrival) = ARRIVALS.get_ptr_mut(0) else { return };
+    // With `sloppy_tcp` a connection may begin as one that is established. (`begin` knows that better, but there the verifier would
+    // follow both answers.)
+    let established = connection.protocol == u32::from(protocol::TCP) && event & (SYN | FIN | RST | ACK) == ACK;
     // SAFETY: elements of the maps; the arrival is this CPU's own.
     unsafe {
+        (*arrival).fresh.assured = established.into();
         (*arrival).service = *service;
         Arrival::connection::<F>(arrival).write(*connection);
     }
@@ -171,6 +177,9 @@ unsafe fn return_to<F: Family>(arrival: *mut Arrival, known: *mut Template) -> R
         }
         if !Arrival::is_once::<F>(arrival) {
             (*known).held = 1;
+        }
+        if (*arrival).fresh.assured != 0 {
+            (*known).assured = 1;
         }
         Ok(server)
     }
@@ -300,13 +309,16 @@ const RESPITE: u32 = 60;
 /// # Safety
 /// Both are of an element of the map.
 #[inline(always)]
-pub unsafe fn expire<F: Family>(key: *const TemplateKey<F::Address>, known: *mut Template, now: u32) {
+pub unsafe fn expire<F: Family>(config: &Config, key: *const TemplateKey<F::Address>, known: *mut Template, now: u32) {
     // SAFETY: the caller's promise.
     unsafe {
         let word = (&raw const (*known).choice).read_volatile();
         let choice = Choice::from_word(word);
         let has_connections = (*known).met != 0;
         (*known).met = 0;
+        if track::is_forsaken(config, choice.server) {
+            return end::<F>(key, known, word);
+        }
         if choice.idle(now) < (*known).timeout {
             // A connection that came after the sweep began was not met.
             if has_connections || choice.idle(now) > 0 {

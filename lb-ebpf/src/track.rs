@@ -20,12 +20,13 @@ use lb_common::{
     server::{Counters, Method, Status, flags::TOA},
     service::{Service, flags as service_flags},
     tcp::{self, Direction},
+    template::scope_flags,
 };
 use lb_ebpf::packet::{Packet, REACH, merged};
 
 use crate::{
     account, atomic, bell, classify, local,
-    maps::{CONFIG, COUNTERS, Family, HZ, PEAKS, SERVERS},
+    maps::{CONFIG, COUNTERS, Family, HZ, PEAKS, SCOPES, SERVERS},
     pick, reply, template,
 };
 
@@ -175,21 +176,22 @@ fn attend<F: Family>(key: &ConnectionKey<F::Address>, connection: *mut Connectio
     let known = unsafe { *connection };
     let protocol = key.protocol as u8;
     let replies = if known.flags & flags::MASQUERADED != 0 { known.leg().0 } else { GONE };
-    if known.flags & flags::LEAVING != 0 || idle >= lifetime(config, protocol, known.state) {
+    let over = known.flags & flags::LEAVING != 0 || idle >= lifetime(config, protocol, known.state);
+    if over || is_forsaken(config, known.server) {
         if F::connections().remove(key).is_err() {
             return GONE;
         }
         forget(&known);
         return replies;
     }
-    if starts(protocol, event) && is_reusable(config.connection_reuse, protocol, &known) {
+    if starts(protocol, event) && (is_reusable(config.connection_reuse, protocol, &known) || is_to_quiescent(config, known.server))
+    {
         // SAFETY: as above.
-        unsafe { (*connection).flags = known.flags | flags::LEAVING };
+        unsafe { (*connection).flags = known.flags & !flags::SETTLED | flags::LEAVING };
         return replies;
     }
     // A removed server's connections are left to die: neither their state nor their time moves on.
-    let removed = SERVERS.get(known.server).is_none_or(|server| server.status == Status::Removed as u8);
-    if !removed {
+    if !is_removed(known.server) {
         move_on(connection, protocol, from_client(known.flags), event, SIDE);
         // SAFETY: as above.
         if establishes(&known, unsafe { &*connection }, protocol) {
@@ -285,6 +287,24 @@ fn is_reusable(mode: u32, protocol: u8, known: &Connection) -> bool {
     }
 }
 
+#[inline(always)]
+fn is_removed(server: u32) -> bool {
+    SERVERS.get(server).is_none_or(|server| server.status == Status::Removed as u8)
+}
+
+/// Whether what leads to a real server is to go, because that was removed: IPVS's `expire_nodest_conn`.
+#[inline(always)]
+pub fn is_forsaken(config: &Config, server: u32) -> bool {
+    config.flags & settings::EXPIRE_NODEST != 0 && is_removed(server)
+}
+
+/// Whether a packet that asks for a new connection goes elsewhere, because the real server has the weight 0 by now: that is
+/// `expire_nodest_conn`, too.
+#[inline(always)]
+fn is_to_quiescent(config: &Config, server: u32) -> bool {
+    config.flags & settings::EXPIRE_NODEST != 0 && SCOPES.get(server).is_some_and(|scope| scope.flags & scope_flags::QUIESCENT != 0)
+}
+
 /// Ticks that a connection in this state lives without a packet.
 #[inline(always)]
 pub fn lifetime(config: &Config, protocol: u8, state: u8) -> u32 {
@@ -334,7 +354,7 @@ fn pick_for<F: Family>(key: &ConnectionKey<F::Address>, event: u8, mark: u32) ->
     // SAFETY: an element of the map.
     let (persistence, flags) = unsafe { ((*service).persistence, (*service).flags) };
     if persistence != 0 {
-        template::note::<F>(service, key);
+        template::note::<F>(service, key, event);
         return Ok(PERSISTENT);
     }
     let picked = pick::pick::<F>(service, &key.client, key.ports.source(), &key.vip).unwrap_or_else(|| {

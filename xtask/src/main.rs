@@ -10,6 +10,7 @@ mod bench;
 mod build;
 mod command;
 mod demo;
+mod package;
 mod setup;
 mod test;
 #[path = "../../lb-ebpf/toolchain.rs"]
@@ -40,6 +41,10 @@ enum Command {
     Golden(test::GoldenOptions),
     /// Measures the datapath: nanoseconds per packet
     Bench(bench::Options),
+    /// Makes the manual pages
+    Man,
+    /// Makes a Debian package
+    Deb(package::Options),
 }
 
 fn main() -> ExitCode {
@@ -62,6 +67,8 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Budget(options) => test::budget(options)?,
         Command::Golden(options) => test::golden(&options)?,
         Command::Bench(options) => bench::run(&options)?,
+        Command::Man => package::man()?,
+        Command::Deb(options) => package::run(&options)?,
     }
     Ok(ExitCode::SUCCESS)
 }

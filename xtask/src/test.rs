@@ -31,7 +31,7 @@ use clap::ValueEnum;
 use crate::{
     build::{self, Profile},
     command::{announce, as_root, assignment, cargo, repository, say, shown, target_directory},
-    demo,
+    demo, package,
     setup::{self, Purpose},
 };
 
@@ -176,6 +176,9 @@ fn prepare(parts: &[Part]) -> Result<()> {
         setup::programs(if *last == Part::Vm { Purpose::Machine } else { Purpose::Test })?;
         build::bpfvs(Profile::Debug)?;
     }
+    if parts.contains(&Part::Netns) {
+        package::deb(Profile::Debug)?;
+    }
     Ok(())
 }
 
@@ -237,7 +240,8 @@ fn with_root(tests: &[String], environment: &[&str]) -> Result<Command> {
     // sudo hands on no variables, so the runner has to name them.
     let program = target_directory().join("debug/bpfvs");
     let mut runner = as_root("env")?;
-    runner.arg(assignment("BPFVS_BIN", program.as_os_str())).args(environment);
+    runner.arg(assignment("BPFVS_BIN", program.as_os_str()));
+    runner.arg(assignment("BPFVS_DEB", package::file().as_os_str())).args(environment);
     let words = std::iter::once(runner.get_program()).chain(runner.get_args());
     let words: Vec<_> = words.map(|word| format!("{:?}", word.to_string_lossy())).collect();
     command.arg("--config").arg(format!("target.'cfg(all())'.runner=[{}]", words.join(",")));

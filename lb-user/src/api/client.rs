@@ -21,7 +21,8 @@ use tokio::{net::UnixStream, runtime::Runtime, task::JoinHandle};
 
 use super::{Attach, Detach, Failure, MORE, Stop};
 use crate::director::model::{
-    Command, ConnectionView, Hook, LocalAddresses, MarkRule, Outcome, ReasonView, ServiceView, Status, Timeouts,
+    Command, ConnectionView, Hook, LocalAddresses, MarkRule, Outcome, ReasonView, ServiceView, Status, SysctlView, Timeouts,
+    Traffic,
 };
 
 /// How long a daemon may take to end after it said that it would.
@@ -123,6 +124,16 @@ impl Client {
     /// All connections.
     pub fn connections(&mut self) -> Result<Vec<ConnectionView>, Error> {
         self.get("/v1/connections")
+    }
+
+    /// IPVS's sysctls.
+    pub fn sysctls(&mut self) -> Result<Vec<SysctlView>, Error> {
+        self.get("/v1/sysctls")
+    }
+
+    /// What all real servers together do.
+    pub fn traffic(&mut self) -> Result<Traffic, Error> {
+        self.get("/v1/traffic")
     }
 
     /// The mark rules.

@@ -26,6 +26,8 @@ pub const ROUTES: &[(&str, &str, &str)] = &[
     ("GET", "/v1/mark-rules", "the mark rules"),
     ("GET", "/v1/local-addresses", "FULLNAT's local addresses, and how much of them is in use"),
     ("GET", "/v1/timeouts", "the timeouts"),
+    ("GET", "/v1/sysctls", "IPVS's sysctls, and what each does here"),
+    ("GET", "/v1/traffic", "counters and rates of all real servers together"),
     ("GET", "/v1/status", "how the daemon is"),
     ("GET", "/v1/reasons", "why packets were not forwarded"),
     ("POST", "/v1/attach", "attaches an interface: {\"interface\": name, \"hook\": \"auto\", \"xdp\" or \"tc\"}"),

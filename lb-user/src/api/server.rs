@@ -20,7 +20,9 @@ use tracing::warn;
 use super::{Attach, Detach, Failure, MORE, ROUTES, Route, Stop};
 use crate::{
     daemon::{Daemon, Instance},
-    director::model::{Command, ConnectionView, LocalAddresses, MarkRule, Outcome, ReasonView, ServiceView, Status, Timeouts},
+    director::model::{
+        Command, ConnectionView, LocalAddresses, MarkRule, Outcome, ReasonView, ServiceView, Status, SysctlView, Timeouts, Traffic,
+    },
 };
 
 /// The largest request: some hundred thousand commands.
@@ -42,6 +44,8 @@ pub fn router<I: Instance>(daemon: Shared<I>) -> Router {
         .route("/v1/mark-rules", get(mark_rules::<I>))
         .route("/v1/local-addresses", get(local_addresses::<I>))
         .route("/v1/timeouts", get(timeouts::<I>))
+        .route("/v1/sysctls", get(sysctls::<I>))
+        .route("/v1/traffic", get(traffic::<I>))
         .route("/v1/status", get(status::<I>))
         .route("/v1/reasons", get(reasons::<I>))
         .route("/v1/attach", post(attach::<I>))
@@ -125,6 +129,14 @@ async fn local_addresses<I: Instance>(State(daemon): State<Shared<I>>) -> Answer
 
 async fn timeouts<I: Instance>(State(daemon): State<Shared<I>>) -> Json<Timeouts> {
     Json(daemon.lock().await.timeouts())
+}
+
+async fn sysctls<I: Instance>(State(daemon): State<Shared<I>>) -> Json<Vec<SysctlView>> {
+    Json(daemon.lock().await.sysctls())
+}
+
+async fn traffic<I: Instance>(State(daemon): State<Shared<I>>) -> Answer<Traffic> {
+    Ok(Json(daemon.lock().await.traffic()?))
 }
 
 async fn status<I: Instance>(State(daemon): State<Shared<I>>) -> Json<Status> {

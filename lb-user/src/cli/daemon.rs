@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::Global;
+use super::{Global, rule_file};
 use crate::{
     api::client::Error,
     daemon::{kernel, serve::Options},
@@ -28,12 +28,20 @@ pub(super) struct Serve {
     /// How many connections each table (IPv4, IPv6) can hold
     #[arg(long, default_value_t = 1_048_576, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..))]
     max_connections: u32,
+    /// Begin with the rules in this file (those of `ipvsadm-save`), unless there is something to take over; `auto` stands for
+    /// the distribution's, if its own ipvsadm would restore them
+    #[arg(long, env = "BPFVS_RULES", value_name = "FILE|auto")]
+    rules: Option<PathBuf>,
+    /// Write the rules to that file at the end
+    #[arg(long, requires = "rules")]
+    save_rules: bool,
 }
 
 impl Serve {
     pub(super) fn run(self, socket: Option<PathBuf>) -> anyhow::Result<()> {
-        let Self { interfaces, hook, netns, state, max_connections } = self;
-        kernel::run(Options { interfaces, hook, netns, socket, state, max_connections })
+        let Self { interfaces, hook, netns, state, max_connections, rules, save_rules } = self;
+        let rules = rules.map(|file| rule_file::find(&file, save_rules)).transpose()?.flatten();
+        kernel::run(Options { interfaces, hook, netns, socket, state, max_connections, rules })
     }
 }
 

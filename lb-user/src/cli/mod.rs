@@ -18,14 +18,18 @@ mod connections;
 mod daemon;
 pub mod ipvsadm;
 mod local_addresses;
+mod manual;
 mod mark;
 mod names;
 mod persistence;
+mod proc;
+mod rule_file;
 mod rules;
 mod server;
 mod service;
 mod stats;
 mod status;
+mod sysctl;
 mod table;
 
 use std::{
@@ -103,12 +107,20 @@ enum Command {
     Persistence(persistence::Persistence),
     /// Show what was forwarded, or why packets were not
     Stats(stats::Stats),
+    /// Print what one of IPVS's files in /proc/net would say
+    Proc(proc::Proc),
+    /// Show and set IPVS's sysctls
+    Sysctl(sysctl::Sysctl),
     /// Print the services as a rule file: ipvsadm's, with the thresholds
     Save,
     /// Replace all services by those of a rule file, or leave all as it is
     Restore(rules::Restore),
     /// Set up a real server, on the real server itself; needs no daemon
     Realserver(realserver::Args),
+    /// Print the completions of a shell
+    Completions(manual::Completions),
+    /// Write the manual pages into a directory
+    Man(manual::Man),
     /// Everything that ipvsadm does, with its own options
     #[command(disable_help_flag = true)]
     Ipvsadm {
@@ -143,6 +155,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Connections(connections) => connections.run(&global),
         Command::Persistence(persistence) => persistence.run(&global),
         Command::Stats(stats) => stats.run(&global),
+        Command::Proc(proc) => proc.run(&global),
+        Command::Sysctl(sysctl) => sysctl.run(&global),
         Command::Save => rules::save(&global),
         Command::Restore(restore) => restore.run(&global),
         Command::Realserver(args) => {
@@ -151,6 +165,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
                 ExitCode::FAILURE
             });
         }
+        Command::Completions(completions) => completions.run(),
+        Command::Man(man) => man.run(),
         Command::Ipvsadm { arguments } => return ipvsadm::run("ipvsadm", &arguments, global.socket),
     };
     match outcome {

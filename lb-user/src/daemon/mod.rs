@@ -34,7 +34,7 @@ use crate::{
         Director,
         model::{
             Command, ConnectionView, Hook, InterfaceView, LocalAddressView, LocalAddresses, LocalUsage, MarkRule, Outcome,
-            ReasonView, ServiceView, Status, Timeouts,
+            ReasonView, ServiceView, Status, SysctlView, Timeouts, Traffic,
         },
     },
 };
@@ -124,6 +124,7 @@ pub struct Daemon<I> {
     connections: u64,
     started: Instant,
     commanded: Arc<Notify>,
+    forsaken: Arc<Notify>,
     stopping: Arc<Notify>,
 }
 
@@ -138,6 +139,7 @@ impl<I: Instance> Daemon<I> {
             connections: 0,
             started: Instant::now(),
             commanded: Arc::default(),
+            forsaken: Arc::default(),
             stopping: Arc::default(),
         }
     }
@@ -145,6 +147,11 @@ impl<I: Instance> Daemon<I> {
     /// Told when commands were done.
     pub fn commanded(&self) -> Arc<Notify> {
         Arc::clone(&self.commanded)
+    }
+
+    /// Told when connections may have lost their real server, and are to go with it.
+    pub fn forsaken(&self) -> Arc<Notify> {
+        Arc::clone(&self.forsaken)
     }
 
     /// Told when the daemon has to end.
@@ -160,6 +167,9 @@ impl<I: Instance> Daemon<I> {
             self.save();
         }
         self.commanded.notify_one();
+        if self.director.sysctls().forsakes_connections() {
+            self.forsaken.notify_one();
+        }
         outcomes
     }
 
@@ -197,6 +207,16 @@ impl<I: Instance> Daemon<I> {
         self.director.timeouts()
     }
 
+    /// IPVS's sysctls.
+    pub fn sysctls(&self) -> Vec<SysctlView> {
+        self.director.sysctls().list()
+    }
+
+    /// What all real servers together do.
+    pub fn traffic(&self) -> anyhow::Result<Traffic> {
+        Ok(self.director.traffic()?)
+    }
+
     /// The reason counters.
     pub fn reasons(&self) -> anyhow::Result<Vec<ReasonView>> {
         self.director.datapath().reasons()
@@ -217,6 +237,7 @@ impl<I: Instance> Daemon<I> {
             servers: self.director.server_count(),
             connections: self.connections,
             max_connections: datapath.max_connections(),
+            clock_rate: self.director.clock_rate(),
         }
     }
 

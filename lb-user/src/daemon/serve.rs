@@ -1,7 +1,7 @@
 //! The way of a daemon, from its options to its end.
 //!
 //! ```text
-//! rights, kernel -> namespace -> lock -> state file -> socket -> datapath -> director -> "ready" -> requests and ticks
+//! rights, kernel -> namespace -> lock -> state file -> socket -> datapath -> director -> rules -> "ready" -> requests and ticks
 //! ```
 //!
 //! Everything that can be wrong is looked at before anything is changed, so that a daemon that cannot start leaves no
@@ -22,7 +22,9 @@ use std::{
 
 use anyhow::{Context, bail};
 use lb_common::config::Config;
+use listenfd::ListenFd;
 use sd_notify::NotifyState;
+use tempfile::NamedTempFile;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{Mutex, Notify},
@@ -38,7 +40,11 @@ use super::{
 };
 use crate::{
     api::server::router,
-    director::{Director, model::Hook, state::State},
+    director::{
+        Director,
+        model::{Command, Hook, Outcome, ServiceView},
+        state::State,
+    },
 };
 
 /// Pauses between two looks at the live counters while they change: the shortest and the longest.
@@ -70,6 +76,19 @@ pub struct Options {
     pub state: Option<PathBuf>,
     /// How many connections each of the two tables can hold.
     pub max_connections: u32,
+    /// What to begin with, if there is nothing to take over.
+    pub rules: Option<Rules>,
+}
+
+/// Rules from a file.
+#[derive(Clone, Debug)]
+pub struct Rules {
+    /// The file.
+    pub file: PathBuf,
+    /// What stands there.
+    pub commands: Vec<Command>,
+    /// If it is to be written anew at the end: how.
+    pub save: Option<fn(&[ServiceView]) -> String>,
 }
 
 /// Runs a daemon until it is told to end. It takes over the datapath that it finds, or loads one.
@@ -90,7 +109,10 @@ pub fn serve<I: Instance>(options: Options) -> anyhow::Result<()> {
     let state = read_state(&state_file, netns_cookie)?;
     make_run_directory()?;
     let socket = options.socket.unwrap_or_else(|| identity.socket());
-    let listener = listen(&socket)?;
+    let door = match activated()? {
+        Some(listener) => Door { listener, path: socket, own: false },
+        None => Door { listener: listen(&socket)?, path: socket, own: true },
+    };
     let opening = Opening {
         pins: identity.pins(),
         netns_cookie,
@@ -100,9 +122,10 @@ pub fn serve<I: Instance>(options: Options) -> anyhow::Result<()> {
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.context("cannot run the daemon: there is no event loop to be had; see the limits of open files")?;
+    let (socket, own) = (door.path.clone(), door.own);
     let outcome = runtime.block_on(async {
         let found = opening.pins.exists();
-        let director = match start::<I>(&opening, state, &state_file).await {
+        let director = match start::<I>(&opening, state, &state_file, options.rules.as_ref()).await {
             Ok(director) => director,
             // What could not begin leaves no trace; what was at work before stays at work.
             Err(error) if !found => {
@@ -114,16 +137,22 @@ pub fn serve<I: Instance>(options: Options) -> anyhow::Result<()> {
             Err(error) => return Err(error),
         };
         info!("instance {} listens at {}", identity.name(), socket.display());
-        run(Daemon::new(director, identity, state_file), listener, lock, &socket).await
+        run(Daemon::new(director, identity, state_file), door, lock, options.rules).await
     });
-    if outcome.is_err() {
+    if outcome.is_err() && own {
         remove_file(&socket);
     }
     outcome
 }
 
 /// Opens the datapath, and lets the director take it over.
-async fn start<I: Instance>(opening: &Opening, state: Option<State>, state_file: &StateFile) -> anyhow::Result<Director<I>> {
+async fn start<I: Instance>(
+    opening: &Opening,
+    state: Option<State>,
+    state_file: &StateFile,
+    rules: Option<&Rules>,
+) -> anyhow::Result<Director<I>> {
+    let rules = rules.filter(|_| state.is_none());
     let datapath = I::open(opening)?;
     let config = Config { netns_cookie: opening.netns_cookie, ..Config::DEFAULT };
     let mut director = match state {
@@ -131,6 +160,14 @@ async fn start<I: Instance>(opening: &Opening, state: Option<State>, state_file:
         None => Director::new(datapath, config)?,
     };
     director.datapath_mut().start().await?;
+    if let Some(Rules { file, commands, .. }) = rules {
+        info!("{} rules come from {}", commands.len(), file.display());
+        for outcome in director.execute(commands) {
+            if let Outcome::Refused(refusal) = outcome {
+                warn!("a rule in {} is refused: {refusal}", file.display());
+            }
+        }
+    }
     director.datapath().settled().await;
     Ok(director)
 }
@@ -172,18 +209,35 @@ pub(super) fn listen(path: &Path) -> anyhow::Result<UnixListener> {
     listen().with_context(|| format!("cannot listen at {}; see that its directory exists and can be written", path.display()))
 }
 
+/// The socket that a service manager has opened for the daemon, if there is one: whoever knocked there first has started it.
+fn activated() -> anyhow::Result<Option<UnixListener>> {
+    let taken = ListenFd::from_env().take_unix_listener(0).and_then(|listener| {
+        listener.as_ref().map_or(Ok(()), |listener| listener.set_nonblocking(true))?;
+        Ok(listener)
+    });
+    taken.context("cannot listen at what the service manager hands over (LISTEN_FDS); it has to be one Unix stream socket")
+}
+
+/// Where the daemon listens.
+pub(super) struct Door {
+    pub(super) listener: UnixListener,
+    pub(super) path: PathBuf,
+    /// Whether the daemon has made it, and takes it away.
+    pub(super) own: bool,
+}
+
 /// Serves requests and ticks until the daemon is told to end.
 pub(super) async fn run<I: Instance>(
     mut daemon: Daemon<I>,
-    listener: UnixListener,
+    Door { listener, path, own }: Door,
     lock: Lock,
-    socket: &Path,
+    rules: Option<Rules>,
 ) -> anyhow::Result<()> {
     daemon.save();
     let listener = tokio::net::UnixListener::from_std(listener).context("cannot serve the socket; see the limits of open files")?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM; see the limits of open files")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT; see the limits of open files")?;
-    let (commanded, stopping) = (daemon.commanded(), daemon.stopping());
+    let (commanded, forsaken, stopping) = (daemon.commanded(), daemon.forsaken(), daemon.stopping());
     let daemon = Arc::new(Mutex::new(daemon));
     let closing = Arc::new(Notify::new());
     let closed = Arc::clone(&closing);
@@ -192,7 +246,8 @@ pub(super) async fn run<I: Instance>(
 
     let mut seconds = interval(Duration::from_secs(1));
     seconds.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let tasks = [tokio::spawn(keep_sweeping(Arc::clone(&daemon))), tokio::spawn(keep_true(Arc::clone(&daemon), commanded))];
+    let sweeping = tokio::spawn(keep_sweeping(Arc::clone(&daemon), forsaken));
+    let tasks = [sweeping, tokio::spawn(keep_true(Arc::clone(&daemon), commanded))];
     // Nobody may be there to read it; that is no reason to end.
     drop(writeln!(io::stdout(), "ready").and_then(|()| io::stdout().flush()));
     notify(NotifyState::Ready);
@@ -207,12 +262,33 @@ pub(super) async fn run<I: Instance>(
     notify(NotifyState::Stopping);
     tasks.iter().for_each(tokio::task::JoinHandle::abort);
     daemon.lock().await.save();
+    if let Some(Rules { file, save: Some(write), .. }) = rules {
+        let written = daemon.lock().await.services().and_then(|services| replace(&file, &write(&services)));
+        if let Err(error) = written {
+            warn!("the rules are not saved: {error:#}");
+        }
+    }
     // In this order: whoever sees the connection closed may start the next daemon.
-    remove_file(socket);
+    if own {
+        remove_file(&path);
+    }
     drop(lock);
     closing.notify_one();
     drop(timeout(FAREWELL, server).await);
     Ok(())
+}
+
+/// Replaces a file as a whole; its mode stays as it is.
+fn replace(path: &Path, text: &str) -> anyhow::Result<()> {
+    let replace = || {
+        let mut file = NamedTempFile::new_in(path.parent().unwrap_or(Path::new("/")))?;
+        file.write_all(text.as_bytes())?;
+        let mode = fs::metadata(path).map_or_else(|_| fs::Permissions::from_mode(0o644), |found| found.permissions());
+        file.as_file().set_permissions(mode)?;
+        file.as_file().sync_all()?;
+        file.persist(path).map(|_| ()).map_err(|failed| failed.error)
+    };
+    replace().with_context(|| format!("cannot write {}; see that its directory can be written", path.display()))
 }
 
 /// Keeps schedules true for ever. While they become untrue it looks again and again; when they are at rest it sleeps until
@@ -243,17 +319,24 @@ fn look_pause(took: Duration) -> Duration {
     (took * 4).clamp(SHORTEST_LOOK, LONGEST_LOOK)
 }
 
-/// Sweeps for ever, beside everything else: a sweep of many connections takes longer than anybody should wait.
-async fn keep_sweeping<I: Instance>(daemon: Arc<Mutex<Daemon<I>>>) {
+/// Sweeps for ever, beside everything else: a sweep of many connections takes longer than anybody should wait. If connections are
+/// to go with their real server, it sweeps at once.
+async fn keep_sweeping<I: Instance>(daemon: Arc<Mutex<Daemon<I>>>, forsaken: Arc<Notify>) {
     loop {
         let begin = Instant::now();
         let outcome = daemon.lock().await.sweep();
         let outcome = outcome.await;
         let is_empty = outcome.as_ref().is_ok_and(|left| *left == 0);
         daemon.lock().await.swept(outcome);
-        sleep(pause(begin.elapsed(), is_empty)).await;
-        while is_empty && begin.elapsed() < LONGEST_REST && !daemon.lock().await.has_connections() {
-            sleep(IDLE_PAUSE).await;
+        let rest = async {
+            sleep(pause(begin.elapsed(), is_empty)).await;
+            while is_empty && begin.elapsed() < LONGEST_REST && !daemon.lock().await.has_connections() {
+                sleep(IDLE_PAUSE).await;
+            }
+        };
+        tokio::select! {
+            () = rest => (),
+            () = forsaken.notified() => (),
         }
     }
 }

@@ -32,6 +32,7 @@ pub mod rules;
 mod servers;
 mod service;
 pub mod state;
+pub mod sysctl;
 mod traffic;
 mod trash;
 
@@ -62,7 +63,7 @@ use self::{
     servers::Servers,
     service::{Server, Service},
     state::State,
-    traffic::{ESTIMATOR_PERIOD, Estimator},
+    traffic::{ESTIMATOR_PERIOD, Estimator, Overall},
     trash::{Removed, Trash},
 };
 use crate::{
@@ -76,11 +77,13 @@ pub struct Director<D> {
     datapath: D,
     config: Config,
     timeouts: Timeouts,
+    sysctls: sysctl::Values,
     /// FULLNAT's local addresses for all services.
     locals: Vec<IpAddr>,
     services: BTreeMap<ServiceId, Service>,
     mark_rules: MarkRules,
     trash: Trash,
+    overall: Overall,
     service_indices: Indices,
     server_indices: Indices,
     next_incarnation: u64,
@@ -134,10 +137,12 @@ impl<D: Datapath> Director<D> {
         let mut director = Self {
             config,
             timeouts: Timeouts::default(),
+            sysctls: sysctl::Values::default(),
             locals: Vec::new(),
             services: BTreeMap::new(),
             mark_rules: MarkRules::default(),
             trash: Trash::default(),
+            overall: Overall::default(),
             service_indices: Indices::new(datapath.service_capacity()),
             server_indices: Indices::new(datapath.server_capacity()),
             next_incarnation: 0,
@@ -181,10 +186,12 @@ impl<D: Datapath> Director<D> {
             datapath,
             config,
             timeouts: state.timeouts,
+            sysctls: state.sysctls,
             locals: state.locals,
             services,
             mark_rules: MarkRules::from(state.mark_rules),
             trash,
+            overall: state.overall,
             service_indices,
             server_indices,
             next_incarnation: state.next_incarnation,
@@ -205,8 +212,12 @@ impl<D: Datapath> Director<D> {
         let known_servers: BTreeSet<u32> = self.datapath.servers()?.into_iter().collect();
         self.take_in_orphans()?;
         self.datapath.set_mark_rules(self.mark_rules.list())?;
-        let timeouts = self.timeouts;
+        let (timeouts, sysctls) = (self.timeouts, self.sysctls);
         self.set_timeouts(&timeouts)?;
+        self.set_sysctls(sysctls)?;
+        if known_servers.is_empty() {
+            self.overall = Overall::default();
+        }
         for index in self.trash.retain(|removed| known_servers.contains(&removed.index)) {
             self.server_indices.give_back(index);
         }
@@ -267,6 +278,7 @@ impl<D: Datapath> Director<D> {
                     index,
                     incarnation: 0,
                     overloaded: false,
+                    totals: self.datapath.statistics(index)?.into(),
                     zero: Totals::default(),
                     idle_since: None,
                 });
@@ -300,6 +312,8 @@ impl<D: Datapath> Director<D> {
         State {
             netns_cookie: self.config.netns_cookie,
             timeouts: self.timeouts,
+            sysctls: self.sysctls,
+            overall: self.overall,
             locals: self.locals.clone(),
             services: self.services.values().cloned().collect(),
             mark_rules: self.mark_rules.list().to_vec(),
@@ -323,6 +337,30 @@ impl<D: Datapath> Director<D> {
         self.timeouts
     }
 
+    /// IPVS's sysctls.
+    pub fn sysctls(&self) -> &sysctl::Values {
+        &self.sysctls
+    }
+
+    /// What all real servers together do, and those that were there before them.
+    pub fn traffic(&self) -> Result<Traffic, datapath::Error> {
+        let mut totals = self.totals_of_removed();
+        for server in self.services.values().flat_map(|service| &service.servers) {
+            totals = totals.plus(self.datapath.statistics(server.index)?.into());
+        }
+        Ok(Traffic { totals: totals.since(self.overall.zero), rates: self.overall.estimator.rates() })
+    }
+
+    /// What the real servers did that are not there any more.
+    fn totals_of_removed(&self) -> Totals {
+        self.trash.iter().fold(self.overall.forgotten, |sum, removed| sum.plus(removed.totals))
+    }
+
+    /// Ticks of the kernel's clock in a second.
+    pub fn clock_rate(&self) -> u32 {
+        self.datapath.clock_rate()
+    }
+
     /// How many services there are.
     pub fn service_count(&self) -> usize {
         self.services.len()
@@ -342,6 +380,7 @@ impl<D: Datapath> Director<D> {
             match self.datapath.free_server(removed.index) {
                 Ok(()) => {
                     self.server_indices.give_back(removed.index);
+                    self.overall.forgotten = self.overall.forgotten.plus(removed.totals);
                     self.changed = true;
                 }
                 Err(error) => {
@@ -388,7 +427,10 @@ impl<D: Datapath> Director<D> {
             Command::Zero { service: Some(id) } => self.zero(id),
             Command::Zero { service: None } => {
                 let ids: Vec<ServiceId> = self.services.keys().copied().collect();
-                ids.iter().try_for_each(|id| self.zero(id))
+                ids.iter().try_for_each(|id| self.zero(id))?;
+                self.overall.zero = self.traffic()?.totals.plus(self.overall.zero);
+                self.overall.estimator = Estimator::from(self.overall.zero);
+                Ok(())
             }
             Command::FlushTemplates { service } => {
                 if let Some(id) = service
@@ -403,6 +445,10 @@ impl<D: Datapath> Director<D> {
             Command::SetTimeouts(timeouts) => {
                 rules::timeouts(timeouts, self.datapath.clock_rate())?;
                 Ok(self.set_timeouts(timeouts)?)
+            }
+            Command::SetSysctl { name, value } => {
+                let sysctls = self.sysctls.with(name, *value)?;
+                Ok(self.set_sysctls(sysctls)?)
             }
             Command::AddLocalAddress { address, service } => {
                 pending.locals = None;
@@ -505,7 +551,8 @@ impl<D: Datapath> Director<D> {
     }
 
     fn remove_service(&mut self, id: &ServiceId, pending: &mut Pending) -> Result<(), Refusal> {
-        let service = self.services.get(id).ok_or_else(|| no_such_service(id))?;
+        let service = self.services.get_mut(id).ok_or_else(|| no_such_service(id))?;
+        let totals = totals_at_rest(&self.datapath, service)?;
         let published = pending.services.get(id).is_none_or(|touched| touched.before.is_some());
         if published {
             self.datapath.remove_service(id)?;
@@ -520,9 +567,9 @@ impl<D: Datapath> Director<D> {
                     warn!("the local addresses of {id} keep their room: {error}");
                 }
             }
-            for server in &service.servers {
+            for (server, totals) in service.servers.iter().zip(totals) {
                 pending.retiring.insert(server.index);
-                self.trash.insert(removed(id, incarnation, server));
+                self.trash.insert(removed(id, incarnation, server, totals));
             }
         }
         Ok(())
@@ -635,7 +682,7 @@ impl<D: Datapath> Director<D> {
         let server = &service.servers[place];
         let (index, joined) = (server.index, server.joined);
         let totals = Totals::from(self.datapath.statistics(index)?);
-        self.trash.insert(removed(service_id, service.incarnation, server));
+        self.trash.insert(removed(service_id, service.incarnation, server, totals));
         pending.retiring.insert(index);
         self.change_servers(service_id, position, pending, |servers| {
             servers.remove(place);
@@ -741,7 +788,8 @@ impl<D: Datapath> Director<D> {
         for server in &after.servers {
             if !kept.contains(&server.index) {
                 retiring.insert(server.index);
-                self.trash.insert(removed(id, after.incarnation, server));
+                // It was there for this list of commands only.
+                self.trash.insert(removed(id, after.incarnation, server, server.joined));
             }
         }
         for (service, server) in before.iter().flat_map(|service| service.servers.iter().map(move |server| (service, server))) {
@@ -854,18 +902,28 @@ impl<D: Datapath> Director<D> {
         Ok(())
     }
 
+    fn set_sysctls(&mut self, sysctls: sysctl::Values) -> Result<(), datapath::Error> {
+        let mut config = self.config;
+        sysctls.write_to(&mut config);
+        self.datapath.configure(&config)?;
+        self.config = config;
+        self.sysctls = sysctls;
+        Ok(())
+    }
+
     fn estimate(&mut self) -> Result<(), datapath::Error> {
+        let mut overall = self.totals_of_removed();
         for service in self.services.values_mut() {
-            let mut all = Vec::with_capacity(service.servers.len());
-            for server in service.servers.iter_mut() {
-                let totals = totals_at_rest(&self.datapath, server)?;
-                server.estimator.tick(totals);
-                all.push(totals);
+            let totals = totals_at_rest(&self.datapath, service)?;
+            for (server, totals) in service.servers.iter_mut().zip(&totals) {
+                server.estimator.tick(*totals);
+                overall = overall.plus(*totals);
             }
-            let mut totals = all.into_iter();
+            let mut totals = totals.into_iter();
             let sum = service.totals(|_| totals.next().unwrap_or_default());
             service.estimator.tick(sum);
         }
+        self.overall.estimator.tick(overall);
         Ok(())
     }
 
@@ -932,25 +990,30 @@ fn read_totals<D: Datapath>(datapath: &D, service: &Service) -> Result<Vec<Total
     service.servers.iter().map(|server| datapath.statistics(server.index).map(Totals::from)).collect()
 }
 
-/// The totals of a server. To read them takes a system call, so that a server without connections is asked once only: what
-/// it had then it still has.
-fn totals_at_rest<D: Datapath>(datapath: &D, server: &mut Server) -> Result<Totals, datapath::Error> {
-    let at_rest = datapath.counters(server.index).total == 0;
-    if let (true, Some(totals)) = (at_rest, server.at_rest) {
-        return Ok(totals);
-    }
-    let totals = Totals::from(datapath.statistics(server.index)?);
-    server.at_rest = at_rest.then_some(totals);
-    Ok(totals)
+/// The totals of a service's servers, in order. To read them takes a system call, so that a server without connections is asked
+/// once only: what it had then it still has, unless packets need no connection.
+fn totals_at_rest<D: Datapath>(datapath: &D, service: &mut Service) -> Result<Vec<Totals>, datapath::Error> {
+    let one_packet = service.config.one_packet;
+    let read = |server: &mut Server| {
+        let at_rest = !one_packet && datapath.counters(server.index).total == 0;
+        if let (true, Some(totals)) = (at_rest, server.at_rest) {
+            return Ok(totals);
+        }
+        let totals = Totals::from(datapath.statistics(server.index)?);
+        server.at_rest = at_rest.then_some(totals);
+        Ok(totals)
+    };
+    service.servers.iter_mut().map(read).collect()
 }
 
 /// A server on its way into the trash.
-fn removed(service: &ServiceId, incarnation: u64, server: &Server) -> Removed {
+fn removed(service: &ServiceId, incarnation: u64, server: &Server, totals: Totals) -> Removed {
     Removed {
         owner: Some((*service, server.id)),
         index: server.index,
         incarnation,
         overloaded: server.overloaded,
+        totals,
         zero: server.zero,
         idle_since: None,
     }

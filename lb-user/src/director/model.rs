@@ -463,6 +463,13 @@ pub enum Command {
     },
     /// Sets timeouts (`--set`).
     SetTimeouts(Timeouts),
+    /// Sets one of IPVS's sysctls.
+    SetSysctl {
+        /// Its name, with `net.ipv4.vs.` or without.
+        name: String,
+        /// Its value.
+        value: u32,
+    },
     /// Adds a mark rule.
     AddMarkRule(MarkRule),
     /// Removes a mark rule.
@@ -503,6 +510,8 @@ pub enum RefusalKind {
     NoSuchServer,
     /// There is no such mark rule.
     NoSuchRule,
+    /// IPVS has no such sysctl.
+    NoSuchSysctl,
     /// There is no such service. IPVS: ESRCH.
     NoSuchService,
     /// A number is out of its range. IPVS: ERANGE.
@@ -563,6 +572,19 @@ pub struct Traffic {
     pub totals: Totals,
     /// Per second.
     pub rates: Totals,
+}
+
+/// One of IPVS's sysctls, as listed.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct SysctlView {
+    /// Its name, without `net.ipv4.vs.`.
+    pub name: String,
+    /// Its value; nothing if it cannot be set here.
+    pub value: Option<u32>,
+    /// What it is if nobody sets it; nothing if it cannot be set here.
+    pub default: Option<u32>,
+    /// What it does here, or why it does nothing.
+    pub text: String,
 }
 
 /// A real server, as listed.
@@ -746,4 +768,7 @@ pub struct Status {
     pub connections: u64,
     /// Capacity of each connection table.
     pub max_connections: u32,
+    /// Ticks of the kernel's clock in a second (`CONFIG_HZ`).
+    #[serde(default)]
+    pub clock_rate: u32,
 }

@@ -106,10 +106,7 @@ impl Service {
 
     /// How the templates of a server's connections are found.
     pub(super) fn scope(&self, server: &Server) -> Scope {
-        if self.config.persistence.is_none() {
-            return Scope::default();
-        }
-        let scope = Scope::of(&self.entry());
+        let scope = if self.config.persistence.is_some() { Scope::of(&self.entry()) } else { Scope::default() };
         Scope { flags: scope.flags | if server.config.weight == 0 { scope_flags::QUIESCENT } else { 0 }, ..scope }
     }
 

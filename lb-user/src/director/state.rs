@@ -17,6 +17,8 @@ use serde::{Deserialize, Serialize};
 use super::{
     model::{MarkRule, Timeouts},
     service::Service,
+    sysctl,
+    traffic::Overall,
     trash::Removed,
 };
 
@@ -29,6 +31,10 @@ pub struct State {
     /// The cookie of the network namespace that the state belongs to: inode numbers of namespaces are used again.
     pub netns_cookie: u64,
     pub(super) timeouts: Timeouts,
+    #[serde(default)]
+    pub(super) sysctls: sysctl::Values,
+    #[serde(default)]
+    pub(super) overall: Overall,
     /// FULLNAT's local addresses for all services.
     #[serde(default)]
     pub(super) locals: Vec<IpAddr>,

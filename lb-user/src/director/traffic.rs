@@ -11,6 +11,7 @@
 use std::time::Duration;
 
 use lb_common::statistics::Statistics;
+use serde::{Deserialize, Serialize};
 
 use super::model::Totals;
 
@@ -53,7 +54,19 @@ impl Totals {
     }
 }
 
-/// The moving averages of one service or real server.
+/// What all real servers together have done, those among them that are forgotten.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
+pub(super) struct Overall {
+    /// The totals of those that are forgotten.
+    pub(super) forgotten: Totals,
+    /// What the totals were at the last zeroing.
+    pub(super) zero: Totals,
+    /// Rates.
+    #[serde(skip)]
+    pub(super) estimator: Estimator,
+}
+
+/// The moving averages of one service or real server, or of all.
 #[doc(alias = "ip_vs_estimator")]
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Estimator {

@@ -31,6 +31,9 @@ pub(super) struct Removed {
     /// Whether it had too many connections.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(super) overloaded: bool,
+    /// What its totals were when it was removed. Since then there have been no more: its packets are dropped.
+    #[serde(default)]
+    pub(super) totals: Totals,
     /// What its totals were at the last zeroing.
     #[serde(default, skip_serializing_if = "Totals::is_zero")]
     pub(super) zero: Totals,

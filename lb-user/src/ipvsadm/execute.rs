@@ -18,7 +18,7 @@ use crate::director::model::{Command, Outcome, Refusal, RefusalKind};
 /// The version line.
 const VERSION: &str = "ipvsadm v1.31 2019/12/24 (compiled with popt and IPVS v1.2.1)\n";
 /// The help behind it.
-const HELP: &str = include_str!("help.txt");
+pub(super) const HELP: &str = include_str!("help.txt");
 
 /// One run of ipvsadm.
 pub(super) struct Session<'a> {
@@ -170,6 +170,7 @@ fn refusal_text<'a>(refusal: &'a Refusal, command: &Command) -> &'a str {
         | RefusalKind::NoLocalAddress
         | RefusalKind::NoSuchLocalAddress
         | RefusalKind::NoSuchRule
+        | RefusalKind::NoSuchSysctl
         | RefusalKind::RuleExists
         | RefusalKind::Unsupported => &refusal.message,
     }

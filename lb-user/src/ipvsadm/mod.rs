@@ -86,6 +86,11 @@ pub enum Unreachable {
     Other(String),
 }
 
+/// What `ipvsadm -h` prints after the version.
+pub fn help() -> String {
+    execute::HELP.replace("{program}", "ipvsadm")
+}
+
 /// Where a run reads from and writes to. Nobody listening any more is no error.
 pub struct Streams<'a> {
     /// Standard input: read by `-R` and `ipvsadm-restore` only.

@@ -98,6 +98,7 @@ impl FileTable {
                 }
             }
             Command::AddMarkRule(_) | Command::RemoveMarkRule(_) => unreachable!("ipvsadm has no mark rules"),
+            Command::SetSysctl { .. } => unreachable!("ipvsadm has no sysctls"),
             Command::SetTimeouts(wanted) => {
                 let timeouts = &mut self.content.timeouts;
                 let pairs =

@@ -1,4 +1,5 @@
-//! Clients that come back: whether bpfvs leads them where the kernel's IPVS does, and remembers the same of them.
+//! Clients that come back: whether bpfvs leads them where the kernel's IPVS does, and remembers the same of them, whatever IPVS's sysctls
+//! say.
 //!
 //! A story is a persistent service of some kind, made up from a seed, and what happens to it: clients of a few networks begin
 //! connections to several ports, establish and end them; weights change, real servers go and come back, the service is edited.
@@ -22,7 +23,10 @@ use super::{
     player::{Director, stay_on_this_processor},
     wire::{Sight, Wire},
 };
-use crate::frame::{ACK, FIN, Frame, RST, SYN};
+use crate::{
+    frame::{ACK, FIN, Frame, RST, SYN},
+    wait,
+};
 
 /// Things that happen in a story.
 const STEPS: usize = 60;
@@ -43,11 +47,27 @@ struct Kind {
     ports: &'static [u16],
     /// Port of a service beside it that is not persistent.
     beside: Option<u16>,
+    /// IPVS's sysctls that are turned, each up to a value. Then there are also packets in the middle of connections that nobody knows of,
+    /// and SYNs on old ones.
+    sysctls: &'static [(&'static str, u32)],
 }
 
+/// Those that persistence and the beginning of connections go by.
+const SYSCTLS: &[(&str, u32)] =
+    &[("expire_nodest_conn", 1), ("expire_quiescent_template", 1), ("sloppy_tcp", 1), ("conn_reuse_mode", 3)];
+
 /// What most of them have.
-const PLAIN: Kind =
-    Kind { protocol: 't', ipv6: false, port: 80, mark: false, options: "-p 300", edited: "-p 300", ports: &[80], beside: None };
+const PLAIN: Kind = Kind {
+    protocol: 't',
+    ipv6: false,
+    port: 80,
+    mark: false,
+    options: "-p 300",
+    edited: "-p 300",
+    ports: &[80],
+    beside: None,
+    sysctls: &[],
+};
 
 const KINDS: &[Kind] = &[
     Kind { edited: "-p 600", ports: &[80, 81], ..PLAIN },
@@ -65,6 +85,8 @@ const KINDS: &[Kind] = &[
     Kind { mark: true, port: 0, options: "-p 300 -M 255.255.255.0", ports: &[80, 443], ..PLAIN },
     Kind { mark: true, protocol: 'u', port: 0, ports: &[53, 54], ..PLAIN },
     Kind { mark: true, ipv6: true, port: 0, edited: "-p 300 -M 64", ports: &[80, 443], ..PLAIN },
+    Kind { options: "", edited: "-p 300", sysctls: SYSCTLS, ..PLAIN },
+    Kind { ipv6: true, edited: "-p 600", sysctls: SYSCTLS, ..PLAIN },
 ];
 
 /// One thing that happens.
@@ -72,6 +94,10 @@ const KINDS: &[Kind] = &[
 pub enum Step {
     /// Somebody types a line of `ipvsadm`.
     Line(String),
+    /// Somebody turns one of IPVS's sysctls.
+    Sysctl(&'static str, u32),
+    /// Connections to a removed real server are to be gone.
+    Gone(SocketAddr),
     /// Somebody types a line of `nft`.
     Rule(String),
     /// A client sends a packet.
@@ -154,8 +180,24 @@ impl Story {
         }
         let mut present: Vec<u8> = (1..=SERVERS).collect();
         let mut open: Vec<(SocketAddr, SocketAddr)> = Vec::new();
+        let mut forsakes = false;
         for step in 0..STEPS {
             match random.u8(..20) {
+                _ if !kind.sysctls.is_empty() && random.u8(..6) == 0 => {
+                    let (name, most) = kind.sysctls[random.usize(..kind.sysctls.len())];
+                    let value = random.u32(..=most);
+                    match name {
+                        // Of those that were removed before, bpfvs lets go at once, and IPVS packet by packet.
+                        "expire_nodest_conn" if present.len() < usize::from(SERVERS) => continue,
+                        "expire_nodest_conn" => forsakes = value != 0,
+                        _ => {}
+                    }
+                    steps.push(Step::Sysctl(name, value));
+                }
+                5 if !kind.sysctls.is_empty() && !open.is_empty() => {
+                    let (client, vip) = open[random.usize(..open.len())];
+                    steps.push(Step::Packet(client, vip, Meaning::Syn));
+                }
                 0 => {
                     let number = present[random.usize(..present.len())];
                     let weight = random.u8(..3);
@@ -164,6 +206,9 @@ impl Story {
                 1 if present.len() > 1 => {
                     let number = present.swap_remove(random.usize(..present.len()));
                     line(&mut steps, format!("-d {} -r {}", service(kind.port), server(number, kind.port)));
+                    if forsakes {
+                        steps.push(Step::Gone(server(number, kind.port)));
+                    }
                 }
                 2 | 3 if present.len() < usize::from(SERVERS) => {
                     let number = (1..=SERVERS).find(|number| !present.contains(number)).unwrap_or(1);
@@ -191,12 +236,20 @@ impl Story {
                     };
                     let client = SocketAddr::new(address, 2000 + step as u16);
                     let vip = SocketAddr::new(vip, kind.ports[random.usize(..kind.ports.len())]);
-                    let meaning = if kind.protocol == 't' { Meaning::Syn } else { Meaning::Datagram };
+                    let meaning = match kind.protocol {
+                        't' if !kind.sysctls.is_empty() && random.u8(..3) == 0 => {
+                            [Meaning::Ack, Meaning::Fin, Meaning::Rst][random.usize(..3)]
+                        }
+                        't' => Meaning::Syn,
+                        _ => Meaning::Datagram,
+                    };
                     open.push((client, vip));
                     steps.push(Step::Packet(client, vip, meaning));
                 }
             }
         }
+        // For the next story.
+        steps.extend(kind.sysctls.iter().map(|&(name, _)| Step::Sysctl(name, (name == "conn_reuse_mode").into())));
         let mask = |options: &str| options.split_once("-M ").map(|(_, mask)| mask.to_owned());
         Self { seed, vip, mark: kind.mark.then_some(mark), steps, is_regrouped: mask(kind.options) != mask(kind.edited) }
     }
@@ -213,6 +266,15 @@ impl Story {
         for step in &self.steps {
             match step {
                 Step::Line(line) => drop(director.ipvsadm(line).with_context(|| format!("type {line}"))?),
+                Step::Sysctl(name, value) => director.set(name, *value)?,
+                Step::Gone(server) => {
+                    let mut listing = String::new();
+                    let gone = || {
+                        listing = director.ipvsadm("-Lnc").unwrap_or_default();
+                        self.entries(&listing).iter().all(|entry| !entry.ends_with(&format!(" {server}")))
+                    };
+                    wait::until("connections to a removed real server to go", wait::SOON, gone).with_context(|| listing.clone())?;
+                }
                 Step::Rule(line) => drop(wire.director.run("nft", line.split_whitespace())?),
                 Step::Packet(client, vip, meaning) => {
                     let frame = match meaning {
@@ -292,6 +354,8 @@ impl fmt::Display for Step {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Line(line) => write!(formatter, "ipvsadm {line}"),
+            Self::Sysctl(name, value) => write!(formatter, "sysctl net.ipv4.vs.{name}={value}"),
+            Self::Gone(server) => write!(formatter, "connections to {server} are gone"),
             Self::Rule(line) => write!(formatter, "nft {line}"),
             Self::Packet(client, vip, meaning) => write!(formatter, "{client} -> {vip} {meaning:?}"),
         }

@@ -5,6 +5,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    fs,
     net::SocketAddr,
     thread,
     time::{Duration, Instant},
@@ -34,6 +35,10 @@ pub trait Director {
     fn type_lines(&self, lines: &str) -> Result<()>;
     /// Types a line of `ipvsadm`, and returns what it printed.
     fn ipvsadm(&self, line: &str) -> Result<String>;
+    /// Sets one of IPVS's sysctls.
+    fn set(&self, name: &str, value: u32) -> Result<()>;
+    /// Reads a file of /proc/net.
+    fn proc(&self, name: &str) -> Result<String>;
 }
 
 impl Director for Bpfvs {
@@ -43,6 +48,14 @@ impl Director for Bpfvs {
 
     fn ipvsadm(&self, line: &str) -> Result<String> {
         Self::ipvsadm(self, line)
+    }
+
+    fn set(&self, name: &str, value: u32) -> Result<()> {
+        self.succeed(&["sysctl", &format!("{name}={value}")]).map(|_| ())
+    }
+
+    fn proc(&self, name: &str) -> Result<String> {
+        self.succeed(&["proc", name])
     }
 }
 
@@ -54,6 +67,16 @@ impl Director for Namespace {
 
     fn ipvsadm(&self, line: &str) -> Result<String> {
         self.run("ipvsadm", line.split_whitespace())
+    }
+
+    fn set(&self, name: &str, value: u32) -> Result<()> {
+        self.sysctl(&[(&format!("net.ipv4.vs.{name}"), &value.to_string())])
+    }
+
+    fn proc(&self, name: &str) -> Result<String> {
+        // Not /proc/net: that is the first thread's, which has entered nothing.
+        let path = format!("/proc/thread-self/net/{name}");
+        self.enter(|| fs::read_to_string(&path)).with_context(|| format!("read {path}"))
     }
 }
 

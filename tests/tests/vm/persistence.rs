@@ -1,5 +1,6 @@
 //! Clients of persistent services go where the kernel's own IPVS leads them, and both remember the same: Linux 6.12 in a virtual
-//! machine is the judge. What is compared, and how: see [`bpfvs_tests::differential::persistence`].
+//! machine is the judge. What is compared, and how: see [`bpfvs_tests::differential::persistence`]. On the way, `bpfvs proc` and
+//! `bpfvs sysctl` are held against IPVS's files ([`bpfvs_tests::differential::proc`]).
 //!
 //! `BPFVS_STORIES` says how many stories to play, `BPFVS_STORIES_SEED` from which seed on.
 
@@ -10,6 +11,7 @@ use bpfvs_tests::{
     bpfvs::Bpfvs,
     differential::{
         persistence::{Record, Story},
+        proc::{self, Files},
         wire::Wire,
     },
     needs_bpfvs, needs_machines,
@@ -18,7 +20,7 @@ use bpfvs_tests::{
 };
 
 /// How many stories are played.
-const STORIES: u64 = 30;
+const STORIES: u64 = 34;
 /// Of the stories about which the directors differ, so many are shown.
 const SHOWN: usize = 3;
 
@@ -37,15 +39,24 @@ fn clients_come_back_as_with_the_kernels_ipvs() -> Result<()> {
         .modules(ipvs(Version::V6_12))
         .modules(&["nf_tables"])
         .add(Path::new(env!("CARGO_BIN_EXE_kernel_ipvs")), "/usr/local/bin/kernel_ipvs")?;
-    let outcome = machine.run(&format!("kernel_ipvs {first} {count} --persistence"))?;
+    // Where the values are that IPVS has at its start, and then what a few packets make of its files.
+    let script = format!(
+        "for file in /proc/sys/net/ipv4/vs/*; do echo ${{file##*/}} $(cat $file); done
+         echo
+         kernel_ipvs 0 0 --proc && kernel_ipvs {first} {count} --persistence"
+    );
+    let outcome = machine.run(&script)?;
     ensure!(outcome.status == 0, "kernel_ipvs in the guest: status {}:\n{}", outcome.status, outcome.output);
+    let (sysctls, output) = outcome.output.split_once("\n\n").context("the sysctls")?;
+    let (files, output) = output.split_once('\n').context("the files of /proc/net")?;
     let read = |line| serde_json::from_str(line).with_context(|| format!("read what the guest printed: {line}"));
-    let kernel: Vec<Record> = outcome.output.lines().map(read).collect::<Result<_>>()?;
+    let kernel: Vec<Record> = output.lines().map(read).collect::<Result<_>>()?;
     ensure!(kernel.len() == stories.len(), "the guest printed {} records for {count} stories", kernel.len());
 
     let wire = Wire::new()?;
     let bpfvs = Bpfvs::start(&wire.director, &["--interface", "eth0", "--max-connections", "65536"])?;
     Pinned::open(bpfvs.pins())?.lift_answer_limit()?;
+    shows_what_the_kernel_shows(&bpfvs, &wire, sysctls, &serde_json::from_str(files)?)?;
     // In a thread of its own, which will stay on one CPU.
     let play = || stories.iter().map(|story| story.play(&bpfvs, &wire)).collect::<Result<Vec<_>>>();
     let records = thread::scope(|scope| scope.spawn(play).join().expect("a panic fails the test"))?;
@@ -71,5 +82,27 @@ fn clients_come_back_as_with_the_kernels_ipvs() -> Result<()> {
         differences.len(),
         shown.join("\n")
     );
+    Ok(())
+}
+
+/// `bpfvs proc` prints the files of /proc/net, and `bpfvs sysctl` knows all sysctls, with IPVS's defaults.
+fn shows_what_the_kernel_shows(bpfvs: &Bpfvs, wire: &Wire, sysctls: &str, kernel: &Files) -> Result<()> {
+    let clock_rate = bpfvs.get("/v1/status")?["clock_rate"].as_u64().context("the clock rate")?;
+    let own = proc::play(bpfvs, wire, clock_rate)?;
+    let pairs = [(&kernel.services, &own.services), (&kernel.connections, &own.connections), (&kernel.statistics, &own.statistics)];
+    for (kernel, own) in pairs {
+        ensure!(kernel == own, "IPVS:\n{}\nbpfvs:\n{}", kernel.join("\n"), own.join("\n"));
+    }
+    bpfvs.ipvsadm("-C")?;
+
+    let listed = bpfvs.get("/v1/sysctls")?;
+    let listed = listed.as_array().context("a list of sysctls")?;
+    let names: Vec<_> = listed.iter().filter_map(|sysctl| sysctl["name"].as_str()).collect();
+    let (known, defaults): (Vec<_>, Vec<_>) = sysctls.lines().filter_map(|line| line.split_once(' ')).unzip();
+    ensure!(names == known, "IPVS has {known:?}, bpfvs {names:?}");
+    for (sysctl, default) in listed.iter().zip(defaults) {
+        let own = sysctl["default"].as_u64();
+        ensure!(own.is_none() || own == default.parse().ok(), "{sysctl}: IPVS has {default}");
+    }
     Ok(())
 }

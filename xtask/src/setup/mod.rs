@@ -29,6 +29,7 @@ use crate::{
 };
 
 const LINKER_VERSION: &str = "0.13.0";
+const DEB_VERSION: &str = "3.8.0";
 
 /// The LLVM versions that this version of the linker can be built against, the newest first.
 const LINKER_LLVM: [u32; 3] = [23, 22, 21];
@@ -100,6 +101,19 @@ pub(crate) fn lints() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Sees to it that `cargo deb` is there.
+pub(crate) fn cargo_deb() -> Result<()> {
+    if find("cargo-deb").is_some() {
+        return Ok(());
+    }
+    // Without optimisation, and without a compressor of C's: neither matters to a package that is made now and then.
+    run(cargo()
+        .args(["install", "cargo-deb", "--version", DEB_VERSION, "--locked", "--debug", "--no-default-features"])
+        .env("CARGO_PROFILE_DEV_DEBUG", "0")
+        .env_remove("RUSTFLAGS")
+        .env_remove("CARGO_BUILD_TARGET"))
 }
 
 /// The newest LLVM that apt offers and that the linker can be built against.

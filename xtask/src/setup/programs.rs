@@ -24,7 +24,7 @@ pub(crate) enum Purpose {
 }
 
 /// A program, the Debian package that brings it, and the first purpose that needs it.
-const PROGRAMS: [(&str, &str, Purpose); 26] = [
+const PROGRAMS: [(&str, &str, Purpose); 28] = [
     ("curl", "curl", Purpose::Demo),
     ("ip", "iproute2", Purpose::Demo),
     ("nginx", "nginx-light", Purpose::Demo),
@@ -32,7 +32,9 @@ const PROGRAMS: [(&str, &str, Purpose); 26] = [
     ("sysctl", "procps", Purpose::Demo),
     ("busybox", "busybox-static", Purpose::Test),
     ("dnsmasq", "dnsmasq-base", Purpose::Test),
+    ("dpkg-shlibdeps", "dpkg-dev", Purpose::Test),
     ("ethtool", "ethtool", Purpose::Test),
+    ("groff", "groff-base", Purpose::Test),
     ("ifconfig", "net-tools", Purpose::Test),
     ("iperf3", "iperf3", Purpose::Test),
     ("iptables-legacy", "iptables", Purpose::Test),
