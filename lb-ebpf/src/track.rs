@@ -297,18 +297,12 @@ pub fn lifetime(config: &Config, protocol: u8, state: u8) -> u32 {
     seconds.wrapping_mul(HZ.load())
 }
 
-/// What a connection adds to its real server's counters.
-#[inline(always)]
-pub const fn share(connection: &Connection) -> u64 {
-    if connection.flags & flags::ACTIVE != 0 { Counters::TOTAL + Counters::ACTIVE } else { Counters::TOTAL }
-}
-
 /// Takes a deleted connection out of its real server's counters.
 #[inline(always)]
 pub fn forget(connection: &Connection) {
     if let Some(counter) = COUNTERS.get_ptr_mut(connection.server) {
         // SAFETY: an element of the counter array.
-        unsafe { atomic::add(counter, share(connection).wrapping_neg()) };
+        unsafe { atomic::add(counter, connection.share().wrapping_neg()) };
         bell::ring();
     }
 }
@@ -393,7 +387,7 @@ fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8, to: Leg) -> u64 
     }
     if let Some(counter) = COUNTERS.get_ptr_mut(server) {
         // SAFETY: an element of the counter array.
-        unsafe { atomic::add(counter, share(&connection)) };
+        unsafe { atomic::add(counter, connection.share()) };
         bell::ring();
     }
     account::connection(server);

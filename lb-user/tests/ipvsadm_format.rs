@@ -15,7 +15,7 @@ use std::{
 use bpfvs::{
     director::model::{
         Command, ConnectionView, EngineData, Family, Method, Outcome, Persistence, Protocol, ServerConfig, ServerId, ServerView,
-        ServiceConfig, ServiceId, ServiceView, Timeouts, Totals, Traffic, Tunnel, TunnelChecksum,
+        ServiceConfig, ServiceId, ServiceView, SyncDaemon, SyncRole, Timeouts, Totals, Traffic, Tunnel, TunnelChecksum,
     },
     ipvsadm::{self, Streams, Table, Unreachable},
 };
@@ -57,18 +57,6 @@ const EXCEPTIONS: &[Exception] = &[
         lines: &["192.0.2.1:19"],
         reason: "no service of that protocol can be made",
     },
-    Exception {
-        case: "07-daemons-timeouts",
-        table: Some("daemon "),
-        lines: &["sync daemon"],
-        reason: "there are no synchronisation daemons",
-    },
-    Exception {
-        case: "08-daemon-ipv6-group",
-        table: Some("daemon "),
-        lines: &["sync daemon"],
-        reason: "there are no synchronisation daemons",
-    },
 ];
 
 /// A table that was read from a file.
@@ -77,6 +65,7 @@ struct Fixed {
     services: Vec<ServiceView>,
     connections: Vec<ConnectionView>,
     timeouts: Timeouts,
+    sync_daemons: Vec<SyncDaemon>,
 }
 
 impl Table for Fixed {
@@ -98,6 +87,10 @@ impl Table for Fixed {
 
     fn timeouts(&mut self) -> Result<Timeouts, Unreachable> {
         Ok(self.timeouts)
+    }
+
+    fn sync_daemons(&mut self) -> Result<Vec<SyncDaemon>, Unreachable> {
+        Ok(self.sync_daemons.clone())
     }
 }
 
@@ -228,6 +221,21 @@ fn connection(line: &str) -> ConnectionView {
     }
 }
 
+fn sync_daemon(line: &str) -> SyncDaemon {
+    let words: Vec<&str> = line.split(' ').collect();
+    let values = Words::of(line);
+    let number = |name| values.0.get(name).map_or(0, |value| value.parse().expect("a number"));
+    SyncDaemon {
+        role: if words[1] == "master" { SyncRole::Master } else { SyncRole::Backup },
+        interface: words[2].to_owned(),
+        sync_id: words[3].parse().expect("a number"),
+        max_length: number("maxlen"),
+        group: values.0.get("group").copied().unwrap_or("0.0.0.0").parse().expect("an address"),
+        port: number("port"),
+        ttl: number("ttl") as u8,
+    }
+}
+
 fn table(text: &str, left_out: Option<&str>) -> Fixed {
     let mut table = Fixed::default();
     for line in text.lines().filter(|line| left_out.is_none_or(|part| !line.contains(part))) {
@@ -244,6 +252,7 @@ fn table(text: &str, left_out: Option<&str>) -> Fixed {
                 let numbers: Vec<u32> = line.split(' ').skip(1).map(|word| word.parse().expect("a number")).collect();
                 table.timeouts = Timeouts { tcp: numbers[0], tcp_fin: numbers[1], udp: numbers[2] };
             }
+            "daemon" => table.sync_daemons.push(sync_daemon(line)),
             _ => panic!("what is {line:?}?"),
         }
     }

@@ -21,7 +21,7 @@ use tokio::{net::UnixStream, runtime::Runtime, task::JoinHandle};
 
 use super::{Attach, Detach, Failure, Stop};
 use crate::director::model::{
-    Command, ConnectionView, Hook, LocalAddresses, MarkRule, Outcome, ReasonView, ServiceView, Status, Timeouts,
+    Command, ConnectionView, Hook, LocalAddresses, MarkRule, Outcome, ReasonView, ServiceView, Status, SyncDaemonView, Timeouts,
 };
 
 /// How long a daemon may take to end after it said that it would.
@@ -129,6 +129,11 @@ impl Client {
     /// The timeouts.
     pub fn timeouts(&mut self) -> Result<Timeouts, Error> {
         self.get("/v1/timeouts")
+    }
+
+    /// The synchronisation daemons, the master first.
+    pub fn sync_daemons(&mut self) -> Result<Vec<SyncDaemonView>, Error> {
+        self.get("/v1/sync-daemons")
     }
 
     /// How the daemon is.

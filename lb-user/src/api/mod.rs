@@ -26,6 +26,7 @@ pub const ROUTES: &[(&str, &str, &str)] = &[
     ("GET", "/v1/mark-rules", "the mark rules"),
     ("GET", "/v1/local-addresses", "FULLNAT's local addresses, and how much of them is in use"),
     ("GET", "/v1/timeouts", "the timeouts"),
+    ("GET", "/v1/sync-daemons", "the synchronisation daemons, and what they have told or heard"),
     ("GET", "/v1/status", "how the daemon is"),
     ("GET", "/v1/reasons", "why packets were not forwarded"),
     ("POST", "/v1/attach", "attaches an interface: {\"interface\": name, \"hook\": \"auto\", \"xdp\" or \"tc\"}"),

@@ -17,7 +17,9 @@ use tracing::warn;
 use super::{Attach, Detach, Failure, ROUTES, Route, Stop};
 use crate::{
     daemon::{Daemon, Instance},
-    director::model::{Command, ConnectionView, LocalAddresses, MarkRule, Outcome, ReasonView, ServiceView, Status, Timeouts},
+    director::model::{
+        Command, ConnectionView, LocalAddresses, MarkRule, Outcome, ReasonView, ServiceView, Status, SyncDaemonView, Timeouts,
+    },
 };
 
 /// The largest request: some hundred thousand commands.
@@ -39,6 +41,7 @@ pub fn router<I: Instance>(daemon: Shared<I>) -> Router {
         .route("/v1/mark-rules", get(mark_rules::<I>))
         .route("/v1/local-addresses", get(local_addresses::<I>))
         .route("/v1/timeouts", get(timeouts::<I>))
+        .route("/v1/sync-daemons", get(sync_daemons::<I>))
         .route("/v1/status", get(status::<I>))
         .route("/v1/reasons", get(reasons::<I>))
         .route("/v1/attach", post(attach::<I>))
@@ -119,6 +122,10 @@ async fn local_addresses<I: Instance>(State(daemon): State<Shared<I>>) -> Answer
 
 async fn timeouts<I: Instance>(State(daemon): State<Shared<I>>) -> Json<Timeouts> {
     Json(daemon.lock().await.timeouts())
+}
+
+async fn sync_daemons<I: Instance>(State(daemon): State<Shared<I>>) -> Json<Vec<SyncDaemonView>> {
+    Json(daemon.lock().await.synchronisation().views())
 }
 
 async fn status<I: Instance>(State(daemon): State<Shared<I>>) -> Json<Status> {

@@ -35,10 +35,15 @@ use super::{
     lock::Lock,
     namespace::{self, Identity},
     remove_file,
+    synchronisation::{keep_listening, keep_telling},
 };
 use crate::{
     api::server::router,
-    director::{Director, model::Hook, state::State},
+    director::{
+        Director,
+        model::{Hook, SyncRole},
+        state::State,
+    },
 };
 
 /// Pauses between two looks at the live counters while they change: the shortest and the longest.
@@ -102,6 +107,7 @@ pub fn serve<I: Instance>(options: Options) -> anyhow::Result<()> {
     let runtime = runtime.context("cannot run the daemon: there is no event loop to be had; see the limits of open files")?;
     let outcome = runtime.block_on(async {
         let found = opening.pins.exists();
+        let sync_daemons = state.as_ref().map_or_else(Vec::new, |state| state.sync_daemons.clone());
         let director = match start::<I>(&opening, state, &state_file).await {
             Ok(director) => director,
             // What could not begin leaves no trace; what was at work before stays at work.
@@ -114,7 +120,9 @@ pub fn serve<I: Instance>(options: Options) -> anyhow::Result<()> {
             Err(error) => return Err(error),
         };
         info!("instance {} listens at {}", identity.name(), socket.display());
-        run(Daemon::new(director, identity, state_file), listener, lock, &socket).await
+        let daemon = Daemon::new(director, identity, state_file);
+        daemon.synchronisation().resume(sync_daemons);
+        run(daemon, listener, lock, &socket).await
     });
     if outcome.is_err() {
         remove_file(&socket);
@@ -184,6 +192,7 @@ pub(super) async fn run<I: Instance>(
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM; see the limits of open files")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT; see the limits of open files")?;
     let (commanded, stopping) = (daemon.commanded(), daemon.stopping());
+    let [master, backup] = SyncRole::ALL.map(|role| daemon.synchronisation().work(role));
     let daemon = Arc::new(Mutex::new(daemon));
     let closing = Arc::new(Notify::new());
     let closed = Arc::clone(&closing);
@@ -192,7 +201,12 @@ pub(super) async fn run<I: Instance>(
 
     let mut seconds = interval(Duration::from_secs(1));
     seconds.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let tasks = [tokio::spawn(keep_sweeping(Arc::clone(&daemon))), tokio::spawn(keep_true(Arc::clone(&daemon), commanded))];
+    let tasks = [
+        tokio::spawn(keep_sweeping(Arc::clone(&daemon))),
+        tokio::spawn(keep_true(Arc::clone(&daemon), commanded)),
+        tokio::spawn(keep_telling(Arc::clone(&daemon), master)),
+        tokio::spawn(keep_listening(Arc::clone(&daemon), backup)),
+    ];
     // Nobody may be there to read it; that is no reason to end.
     drop(writeln!(io::stdout(), "ready").and_then(|()| io::stdout().flush()));
     notify(NotifyState::Ready);

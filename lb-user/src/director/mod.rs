@@ -26,6 +26,7 @@ mod live;
 mod locals;
 mod marks;
 pub mod model;
+mod place;
 pub mod rules;
 mod servers;
 mod service;
@@ -300,6 +301,7 @@ impl<D: Datapath> Director<D> {
             mark_rules: self.mark_rules.list().to_vec(),
             trash: self.trash.iter().cloned().collect(),
             next_incarnation: self.next_incarnation,
+            sync_daemons: Vec::new(),
         }
     }
 
@@ -401,6 +403,10 @@ impl<D: Datapath> Director<D> {
             }
             Command::AddLocalAddress { address, service } => self.add_local(*address, service.as_ref()),
             Command::RemoveLocalAddress { address, service } => self.remove_local(*address, service.as_ref()),
+            Command::StartSync(_) | Command::StopSync(_) => refuse(
+                RefusalKind::Unsupported,
+                "a director has no synchronisation daemons by itself; ask the daemon that runs it".to_owned(),
+            ),
         }
     }
 

@@ -105,7 +105,7 @@ impl Service {
     /// How the templates of a server's connections are found.
     pub(super) fn scope(&self, server: &Server) -> Scope {
         if self.config.persistence.is_none() {
-            return Scope::default();
+            return Scope { mark: self.id.mark(), ..Scope::default() };
         }
         let scope = Scope::of(&self.entry());
         Scope { flags: scope.flags | if server.config.weight == 0 { scope_flags::QUIESCENT } else { 0 }, ..scope }
