@@ -77,7 +77,7 @@ unsafe extern "C" fn visit<F: Family>(
             return 0;
         }
         if let Some(counter) = SWEPT.get_ptr_mut(known.server) {
-            atomic::add(counter, known.share());
+            atomic::add(counter, track::share(&known));
         }
         template::meet::<F>(&*key, &known);
     }

@@ -297,12 +297,18 @@ pub fn lifetime(config: &Config, protocol: u8, state: u8) -> u32 {
     seconds.wrapping_mul(HZ.load())
 }
 
+/// What a connection adds to its real server's counters.
+#[inline(always)]
+pub const fn share(connection: &Connection) -> u64 {
+    connection.share()
+}
+
 /// Takes a deleted connection out of its real server's counters.
 #[inline(always)]
 pub fn forget(connection: &Connection) {
     if let Some(counter) = COUNTERS.get_ptr_mut(connection.server) {
         // SAFETY: an element of the counter array.
-        unsafe { atomic::add(counter, connection.share().wrapping_neg()) };
+        unsafe { atomic::add(counter, share(connection).wrapping_neg()) };
         bell::ring();
     }
 }
@@ -387,7 +393,7 @@ fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8, to: Leg) -> u64 
     }
     if let Some(counter) = COUNTERS.get_ptr_mut(server) {
         // SAFETY: an element of the counter array.
-        unsafe { atomic::add(counter, connection.share()) };
+        unsafe { atomic::add(counter, share(&connection)) };
         bell::ring();
     }
     account::connection(server);
