@@ -63,7 +63,9 @@ impl Pair {
     fn account(&self) -> String {
         let known = |director: &Bpfvs| {
             let entries = director.ipvsadm("-Lnc").unwrap_or_default();
-            entries + &director.succeed(&["status"]).unwrap_or_default() + &director.succeed(&["stats", "--reasons"]).unwrap_or_default()
+            entries
+                + &director.succeed(&["status"]).unwrap_or_default()
+                + &director.succeed(&["stats", "--reasons"]).unwrap_or_default()
         };
         format!("the first knows\n{}the second knows\n{}", known(&self.first.bpfvs), known(&self.second))
     }

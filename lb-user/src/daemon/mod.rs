@@ -141,6 +141,8 @@ pub struct Daemon<I> {
     commanded: Arc<Notify>,
     stopping: Arc<Notify>,
     synchronisation: Synchronisation,
+    /// Whether the state file does not know of it yet.
+    sync_changed: bool,
 }
 
 impl<I: Instance> Daemon<I> {
@@ -156,6 +158,7 @@ impl<I: Instance> Daemon<I> {
             commanded: Arc::default(),
             stopping: Arc::default(),
             synchronisation: Synchronisation::default(),
+            sync_changed: false,
         }
     }
 
@@ -197,7 +200,7 @@ impl<I: Instance> Daemon<I> {
         let mut outcomes = Vec::with_capacity(commands.len());
         for together in commands.chunk_by(|one, other| one.is_sync() == other.is_sync()) {
             if together[0].is_sync() {
-                self.unsaved = true;
+                self.sync_changed = true;
                 outcomes.extend(together.iter().map(|command| self.synchronisation.execute(command)));
             } else {
                 outcomes.extend(self.director.execute(together));
@@ -291,6 +294,7 @@ impl<I: Instance> Daemon<I> {
             }
             // What is not there any more must not be written down again.
             self.director.take_changed();
+            self.sync_changed = false;
             self.unsaved = false;
         }
         self.stopping.notify_one();
@@ -345,7 +349,8 @@ impl<I: Instance> Daemon<I> {
 
     /// Writes the state down if it has changed; if that fails, again at the next tick.
     pub fn save(&mut self) {
-        if !self.director.take_changed() && !self.unsaved {
+        let changed = self.director.take_changed() | std::mem::take(&mut self.sync_changed);
+        if !changed && !self.unsaved {
             return;
         }
         let mut state = self.director.state();

@@ -233,14 +233,19 @@ impl Work {
         if let Some(socket) = self.progress().socket.take() {
             return socket;
         }
+        let mut tried = false;
         loop {
             match channel::open(&self.daemon) {
                 Ok(socket) => {
-                    self.goes_on();
+                    // What came of an earlier one, the next message shows.
+                    if tried {
+                        self.goes_on();
+                    }
                     return socket;
                 }
                 Err(error) => self.stumbles(&error),
             }
+            tried = true;
             sleep(RETRY).await;
         }
     }
@@ -353,6 +358,7 @@ pub(super) async fn keep_listening<I: Instance>(daemon: Arc<AsyncMutex<Daemon<I>
         async move {
             loop {
                 let socket = work.socket().await;
+                work.goes_on();
                 let error = listen(&daemon, &work, &socket).await;
                 work.stumbles(&error);
                 sleep(RETRY).await;

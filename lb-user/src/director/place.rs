@@ -51,3 +51,72 @@ fn server_of(service: &Service, entry: &Entry) -> Option<u32> {
     let by_address = || service.servers.iter().find(|server| server.id.address == address).map(|server| server.index);
     ports.into_iter().find_map(by_port).or_else(|| if service.id.spans_ports() { by_address() } else { None })
 }
+
+#[cfg(test)]
+mod tests {
+    use lb_common::config::Config;
+
+    use super::*;
+    use crate::director::{
+        model::{Command, Method, Persistence, ServerConfig, ServiceConfig},
+        testing::Memory,
+    };
+
+    fn entry(protocol: u8, vip: &str, server: &str, mark: u32, flags: u32) -> Entry {
+        let address = |text: &str| text.parse().expect("an address");
+        let client = address(if vip.starts_with('[') { "[2001:db8::9]:1000" } else { "192.0.2.9:1000" });
+        Entry { protocol, flags, state: 1, client, vip: address(vip), server: address(server), mark, timeout: 60 }
+    }
+
+    #[test]
+    fn services_and_servers_are_found_as_in_ipvs() {
+        let mut director = Director::new(Memory::default(), Config::DEFAULT).expect("memory refuses nothing");
+        let tcp = |address: &str, port| ServiceId::Address {
+            protocol: Protocol::Tcp,
+            address: address.parse().expect("an address"),
+            port,
+        };
+        let services = [
+            (tcp("10.0.0.200", 80), "10.0.0.1", 8080, 0),
+            (tcp("10.0.0.200", 0), "10.0.0.2", 0, 300),
+            (tcp("10.0.0.201", 21), "10.0.0.3", 21, 300),
+            (ServiceId::Mark { mark: 7, family: Family::Ipv4 }, "10.0.0.4", 80, 60),
+            (tcp("2001:db8::200", 80), "2001:db8::1", 80, 0),
+        ];
+        let mut commands = Vec::new();
+        for (service, server, port, timeout) in services {
+            let persistence = (timeout != 0).then_some(Persistence { timeout, mask: u32::MAX });
+            let config = ServiceConfig { scheduler: "rr".to_owned(), flags: 0, persistence, one_packet: false, engine: None };
+            commands.push(Command::AddService { service, config });
+            let server = ServerId { address: server.parse().expect("an address"), port };
+            let config = ServerConfig { method: Method::Masquerade, weight: 1, upper_threshold: 0, lower_threshold: 0 };
+            commands.push(Command::AddServer { service, server, config });
+        }
+        let outcomes = director.execute(&commands);
+        assert!(outcomes.iter().all(|outcome| *outcome == crate::director::model::Outcome::Ok), "{outcomes:?}");
+
+        let place = |server, persistence| Ok(Place { server, persistence });
+        let template = flags::TEMPLATE;
+        for (found, expected) in [
+            (entry(6, "10.0.0.200:80", "10.0.0.1:8080", 0, 0), place(0, 0)),
+            (entry(6, "10.0.0.200:80", "10.0.0.1:80", 0, 0), Err(LeftOut::NoServer)),
+            (entry(17, "10.0.0.200:80", "10.0.0.1:8080", 0, 0), Err(LeftOut::NoService)),
+            (entry(6, "10.0.0.202:80", "10.0.0.1:8080", 0, 0), Err(LeftOut::NoService)),
+            // All ports.
+            (entry(6, "10.0.0.200:443", "10.0.0.2:443", 0, 0), place(1, 300)),
+            (entry(6, "10.0.0.200:0", "10.0.0.2:0", 0, template), place(1, 300)),
+            // FTP's data connections, and its template for all ports.
+            (entry(6, "10.0.0.201:2000", "10.0.0.3:2000", 0, 0), place(2, 300)),
+            (entry(6, "10.0.0.201:0", "10.0.0.3:0", 0, template), place(2, 300)),
+            (entry(6, "10.0.0.201:80", "10.0.0.3:80", 0, 0), Err(LeftOut::NoService)),
+            // The mark goes before the address, and an unknown one means nothing.
+            (entry(6, "10.0.0.200:80", "10.0.0.4:80", 7, 0), place(3, 60)),
+            (entry(17, "10.0.0.9:53", "10.0.0.4:53", 7, flags::ROUTE), place(3, 60)),
+            (entry(0, "0.0.0.7:0", "10.0.0.4:0", 7, template), place(3, 60)),
+            (entry(6, "10.0.0.200:80", "10.0.0.1:8080", 8, 0), place(0, 0)),
+            (entry(6, "[2001:db8::200]:80", "[2001:db8::1]:80", 0, 0), place(4, 0)),
+        ] {
+            assert_eq!(director.place(&found), expected, "{found:?}");
+        }
+    }
+}

@@ -82,6 +82,8 @@ pub fn max_length(daemon: &SyncDaemon, mtu: u32) -> u16 {
 
 #[cfg(test)]
 mod tests {
+    use SyncRole::{Backup, Master};
+
     use super::*;
 
     #[test]
@@ -91,7 +93,6 @@ mod tests {
             max_length,
             ..SyncDaemon::new(role, "eth0".to_owned())
         };
-        use SyncRole::{Backup, Master};
         for (role, group, asked, mtu, expected) in [
             (Master, "224.0.0.81", 0, 1500, 1472),
             (Master, "224.0.0.81", 0, 9000, 1472),
