@@ -235,6 +235,100 @@ fn what_cannot_be_taken_over_is_counted() -> Result<()> {
     Ok(())
 }
 
+/// A stranger who speaks IPVS's protocol, in the segment of a director.
+struct Master {
+    namespace: Namespace,
+}
+
+/// The flags of an entry.
+const ROUTE: u32 = 0x83;
+const INACTIVE: u32 = 0x100;
+const TEMPLATE: u32 = 0x1000;
+/// States of TCP.
+const ESTABLISHED: u16 = 1;
+const FIN_WAIT: u16 = 4;
+
+impl Master {
+    /// Tells of a connection from 192.0.2.9, or a template of it.
+    fn tell(&self, flags: u32, state: u16, client_port: u16, server: u8, timeout: u32) -> Result<()> {
+        let mut message = vec![0, 5, 0, 44, 1, 1, 0, 0, 0, 6, 0, 36];
+        message.extend(flags.to_be_bytes());
+        for number in [state, client_port, 80, 80] {
+            message.extend(number.to_be_bytes());
+        }
+        message.extend([0; 4]);
+        message.extend(timeout.to_be_bytes());
+        message.extend([192, 0, 2, 9, 10, 9, 9, 9, 10, 0, 0, server]);
+        self.namespace.enter(|| {
+            let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+            socket.send_to(&message, (Ipv4Addr::new(224, 0, 0, 81), 8848))
+        })?;
+        Ok(())
+    }
+}
+
+/// What a message makes of what is known, step by step.
+#[test]
+fn messages_become_connections() -> Result<()> {
+    needs!(root);
+    needs_bpfvs!();
+    let (director, master) = (Namespace::new("director")?, Master { namespace: Namespace::new("master")? });
+    director.connect("eth0", &master.namespace, "eth0")?;
+    director.ip("addr add 10.0.0.204/24 dev eth0")?;
+    master.namespace.ip("addr add 10.0.0.203/24 dev eth0\nroute add default dev eth0")?;
+    let bpfvs = Bpfvs::start(&director, &["--max-connections", "3"])?;
+    bpfvs.restore(
+        "-A -t 10.9.9.9:80 -s rr -p 60\n-a -t 10.9.9.9:80 -r 10.0.0.1:80 -g\n-a -t 10.9.9.9:80 -r 10.0.0.2:80 -g\n\
+         --start-daemon backup --mcast-interface eth0 --syncid 5",
+    )?;
+    // After each message: the entries, and active, inactive and persistent ones of both real servers.
+    let after = |expected: &[&str], counts: [[u64; 3]; 2]| -> Result<()> {
+        let mut last = (Vec::new(), Vec::new());
+        wait::until("what was told to be known", wait::SOON, || {
+            let listing = bpfvs.ipvsadm("-Lnc").unwrap_or_default();
+            let mut entries: Vec<String> = listing.lines().skip(2).map(|line| words_without_time(line)).collect();
+            entries.sort();
+            let services = bpfvs.get("/v1/services").unwrap_or_default();
+            let servers = services[0]["servers"].as_array().cloned().unwrap_or_default();
+            let numbers = |server: &Value| ["active", "inactive", "persistent"].map(|name| server[name].as_u64().unwrap_or(9));
+            last = (entries, servers.iter().rev().map(numbers).collect());
+            last.0 == expected && last.1 == counts
+        })
+        .with_context(|| format!("{expected:?} {counts:?} became {last:?}"))
+    };
+    master.tell(ROUTE, ESTABLISHED, 1000, 1, 900)?;
+    after(&["TCP ESTABLISHED 192.0.2.9:1000 10.0.0.1:80"], [[1, 0, 0], [0, 0, 0]])?;
+    // Another state; the time that is left is told.
+    master.tell(ROUTE | INACTIVE, FIN_WAIT, 1000, 1, 30)?;
+    after(&["TCP FIN_WAIT 192.0.2.9:1000 10.0.0.1:80"], [[0, 1, 0], [0, 0, 0]])?;
+    let expires = entries(&bpfvs, [10, 9, 9, 9].into(), false)?[0]["expires"].as_u64().context("a time")?;
+    ensure!((20..=30).contains(&expires), "{expires} s are left of 30");
+    // The end of a connection with another server is not this one's; its beginning is.
+    master.tell(ROUTE | INACTIVE, FIN_WAIT, 1000, 2, 120)?;
+    master.tell(ROUTE | TEMPLATE | INACTIVE, 0, 0, 1, 50)?;
+    after(&["TCP FIN_WAIT 192.0.2.9:1000 10.0.0.1:80", "TCP NONE 192.0.2.9:0 10.0.0.1:80"], [[0, 1, 1], [0, 0, 0]])?;
+    master.tell(ROUTE, ESTABLISHED, 1000, 2, 900)?;
+    after(&["TCP ESTABLISHED 192.0.2.9:1000 10.0.0.2:80", "TCP NONE 192.0.2.9:0 10.0.0.1:80"], [[0, 0, 1], [1, 0, 0]])?;
+    // A template that leads elsewhere, and is assured.
+    master.tell(ROUTE | TEMPLATE | INACTIVE, 1, 0, 2, 60)?;
+    after(&["TCP ASSURED 192.0.2.9:0 10.0.0.2:80", "TCP ESTABLISHED 192.0.2.9:1000 10.0.0.2:80"], [[0, 0, 0], [1, 0, 1]])?;
+    // No state of TCP's; then more than there is room for.
+    master.tell(ROUTE, 11, 1001, 1, 60)?;
+    (1002..1010).try_for_each(|port| master.tell(ROUTE, ESTABLISHED, port, 1, 900))?;
+    wait::until("the table to be full", wait::SOON, || {
+        let daemon = bpfvs.get("/v1/sync-daemons").unwrap_or_default()[0].clone();
+        let count = |reason: &str| daemon["refused"][reason].as_u64().unwrap_or_default();
+        daemon["messages"] == 15 && count("table_full") >= 1 && count("unsupported") == 1 && count("stale") == 1
+    })
+    .with_context(|| format!("{:#}", bpfvs.get("/v1/sync-daemons").unwrap_or_default()))
+}
+
+/// Protocol, state, client and real server of a line of `ipvsadm -Lnc`.
+fn words_without_time(line: &str) -> String {
+    let words: Vec<_> = line.split_whitespace().collect();
+    [0, 2, 3, 5].map(|place| words.get(place).copied().unwrap_or_default()).join(" ")
+}
+
 /// The daemons outlive `-C` and a killed bpfvs, and end by `--stop-daemon`.
 #[test]
 fn they_come_back_with_the_daemon() -> Result<()> {
