@@ -6,6 +6,7 @@
 //! | [`kernels`] | bpfvs on the oldest kernel and on Debian's newer one |
 //! | [`nat`] | packets are translated as by the kernel's IPVS |
 //! | [`persistence`] | clients come back as with the kernel's IPVS |
+//! | [`synchronisation`] | the kernel's IPVS and bpfvs go on with each other's connections |
 //!
 //! They are one program, so that there is always a machine that boots while another one is waited for. `vm_schedulers.rs` is by
 //! itself: its arrivals are 20 ms apart, which nobody must disturb.
@@ -14,3 +15,4 @@ mod kernels;
 mod machine;
 mod nat;
 mod persistence;
+mod synchronisation;
