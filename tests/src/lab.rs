@@ -291,8 +291,8 @@ impl Lab {
             }
         }
         // Instead of gratuitous ARP.
-        let neighbours = self.router.iter().chain([&self.client]).chain(&self.servers);
-        neighbours.map(|host| host.ip("neigh flush all")).collect()
+        let mut neighbours = self.router.iter().chain([&self.client]).chain(&self.servers);
+        neighbours.try_for_each(|host| host.ip("neigh flush all"))
     }
 
     /// Every host with an interface in this lab, and that interface.

@@ -286,7 +286,7 @@ fn messages_become_connections() -> Result<()> {
         let mut last = (Vec::new(), Vec::new());
         wait::until("what was told to be known", wait::SOON, || {
             let listing = bpfvs.ipvsadm("-Lnc").unwrap_or_default();
-            let mut entries: Vec<String> = listing.lines().skip(2).map(|line| words_without_time(line)).collect();
+            let mut entries: Vec<String> = listing.lines().skip(2).map(words_without_time).collect();
             entries.sort();
             let services = bpfvs.get("/v1/services").unwrap_or_default();
             let servers = services[0]["servers"].as_array().cloned().unwrap_or_default();
