@@ -18,7 +18,7 @@ use bpfvs_tests::{
 use serde_json::Value;
 
 /// How long a backup may take to learn of something. The master looks each second.
-const TOLD: Duration = Duration::from_secs(10);
+const TOLD: Duration = Duration::from_secs(20);
 
 /// Two directors with the same services, each of which tells the other. The first has the addresses.
 struct Pair {

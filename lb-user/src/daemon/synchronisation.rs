@@ -14,7 +14,7 @@ use std::{
     collections::BTreeMap,
     io,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use nix::net::if_::if_nametoindex;
@@ -304,7 +304,6 @@ pub(super) async fn keep_telling<I: Instance>(daemon: Arc<AsyncMutex<Daemon<I>>>
 async fn tell<I: Instance>(daemon: &AsyncMutex<Daemon<I>>, work: &Work, socket: &UdpSocket) -> anyhow::Error {
     let changes = Arc::new(Mutex::new(Changes::default()));
     loop {
-        let begin = Instant::now();
         let walk = daemon.lock().await.tell(Arc::clone(&changes));
         let mut took = Duration::ZERO;
         if let Some(walk) = walk {
@@ -312,7 +311,7 @@ async fn tell<I: Instance>(daemon: &AsyncMutex<Daemon<I>>, work: &Work, socket: 
                 Ok(told) => told,
                 Err(error) => return error,
             };
-            took = begin.elapsed();
+            took = told.took;
             if let Err(error) = send(work, socket, told).await {
                 work.progress().counters.count(Err(LeftOut::NotSent));
                 return error.into();

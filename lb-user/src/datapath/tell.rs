@@ -6,7 +6,7 @@
 use std::{
     collections::HashMap,
     net::{IpAddr, SocketAddr},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
@@ -21,6 +21,8 @@ use lb_common::{
     server::{Method, Server, Status, flags as server_flags},
     template::{Choice, Scope, Template, TemplateKey},
 };
+
+use nix::time::{ClockId, clock_gettime};
 
 use super::{
     connections::{Clock, lifetime},
@@ -52,6 +54,8 @@ pub struct Told {
     pub entries: Vec<Entry>,
     /// What is news, but cannot be said.
     pub left_out: Vec<LeftOut>,
+    /// Time of a processor that it took.
+    pub took: Duration,
 }
 
 impl Told {
@@ -80,6 +84,7 @@ impl Teller {
 
     /// Goes through all tables once.
     pub fn walk(&self, config: &Config, clock: Clock, changes: &mut Changes) -> anyhow::Result<Told> {
+        let begin = processor_time()?;
         changes.begin(1 + self.opened.elapsed().as_secs());
         let mut servers = Servers { teller: self, known: HashMap::new() };
         let mut told = Told::default();
@@ -87,8 +92,15 @@ impl Teller {
         connections::<Ipv6>(&self.connections_v6, config, clock, &mut servers, changes, &mut told)?;
         templates::<Ipv4>(&self.templates_v4, config, clock, &mut servers, changes, &mut told)?;
         templates::<Ipv6>(&self.templates_v6, config, clock, &mut servers, changes, &mut told)?;
+        told.took = processor_time()?.saturating_sub(begin);
         Ok(told)
     }
+}
+
+/// Time of a processor that this thread has had.
+fn processor_time() -> anyhow::Result<Duration> {
+    let time = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).context("the clock cannot be read")?;
+    Ok(time.into())
 }
 
 /// The real servers that a walk has met, with their services' marks. Each is read once.
