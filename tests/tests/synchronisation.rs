@@ -128,15 +128,13 @@ fn a_transfer_survives(layout: Layout, method: &str) -> Result<()> {
         ensure!(active == 1 && packets > 0, "{family:?}: {active} active connections, {packets} packets by the second director");
         drop(download);
         let vip = pair.vip(family);
-        let ended = wait::for_some("the connection to end", TOLD, || {
-            entries(&pair.second, vip, false).ok()?.pop().filter(|entry| entry["state"] != "ESTABLISHED")
-        })?;
-        let state = ended["state"].as_str().context("a state")?;
+        let state = |director| Some(entries(director, vip, false).ok()?.pop()?["state"].clone());
         // CLOSE is over so soon that it may never be told.
-        if state != "CLOSE" {
-            wait_for_state(&pair.first.bpfvs, vip, state)?;
-            ensure!(sums(&pair.first.bpfvs, vip)?.0 == 0, "it is not active any more");
-        }
+        wait::until("both to know how the connection ended", TOLD, || {
+            let [told, own] = [&pair.first.bpfvs, &pair.second].map(state);
+            own.as_ref().is_none_or(|own| own == "CLOSE") || own == told && own.is_some_and(|own| own != "ESTABLISHED")
+        })
+        .with_context(|| pair.account())?;
     }
     Ok(())
 }
