@@ -3,7 +3,7 @@
 //! The datapath makes entries, the sweep deletes them, userspace lists them. IPv4 and IPv6 have tables of their own, so
 //! that the common key stays at 16 bytes.
 
-use crate::{local::Local, packet::transport::Ports, wire::plain};
+use crate::{local::Local, packet::transport::Ports, server::Counters, wire::plain};
 
 /// Who talks to whom: the key of the connection table. Made of words, see [`Ports`].
 #[doc(alias = "ip_vs_conn_param")]
@@ -22,7 +22,7 @@ pub struct ConnectionKey<A> {
 
 /// What the datapath knows of a connection.
 ///
-/// Written by the datapath alone, one 16-byte entry at a time. Two CPUs that meet the same flow may both write; every
+/// Written by the datapath, one 16-byte entry at a time, and by a daemon that takes over what another director tells. Two CPUs that meet the same flow may both write; every
 /// value they can leave behind is a legal one, and the counters that depend on them are recounted by the sweep.
 #[doc(alias = "ip_vs_conn")]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -47,6 +47,12 @@ impl Connection {
     #[inline(always)]
     pub const fn leg(&self) -> Leg {
         Leg::new(self.server, self.local)
+    }
+
+    /// What it adds to its real server's [`Counters`], as their word.
+    #[inline(always)]
+    pub const fn share(&self) -> u64 {
+        if self.flags & flags::ACTIVE != 0 { Counters::TOTAL + Counters::ACTIVE } else { Counters::TOTAL }
     }
 }
 
@@ -100,6 +106,9 @@ pub mod flags {
     pub const UNNAMED: u8 = 64;
     /// The connection is over: it makes way for a new one of the same client as soon as that has a real server.
     pub const LEAVING: u8 = 32;
+    /// Another director has told of it, and no packet of its own has come here yet: the first one takes this flag away.
+    #[doc(alias = "IP_VS_CONN_F_SYNC")]
+    pub const SYNCED: u8 = 128;
 }
 
 /// Which packet a fragment belongs to: the key of the table that leads later fragments after the first.

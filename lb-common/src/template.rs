@@ -52,8 +52,22 @@ pub struct Template {
     pub held: u8,
     /// Not 0: the running sweep has met one of its connections.
     pub met: u8,
-    /// Always zero.
-    pub zero: u8,
+    /// Not 0: another director has told of it. See [`Template::is_synced`].
+    pub synced: u8,
+}
+
+impl Template {
+    /// What [`Template::synced`] is for one that another director tells of, and whose last new connection came then.
+    pub const fn synced(last_seen: u32) -> u8 {
+        (last_seen % 255) as u8 + 1
+    }
+
+    /// Whether another director has told of it, and no new connection has come here since: its time would be another.
+    ///
+    /// Once in 255 times it is said of one that has had a new connection, up to the next.
+    pub const fn is_synced(&self) -> bool {
+        self.synced == Self::synced(Choice::from_word(self.choice).last_seen)
+    }
 }
 
 /// What a template says, and since when.
@@ -93,7 +107,7 @@ impl Choice {
 const SKEW: u32 = 1 << 20;
 
 /// How the templates of a real server's connections are found. Written by userspace for each real server of a persistent
-/// service; for others it says no more than whether the weight is 0.
+/// service; of others it says no more than the mark, which other directors have to be told, and whether the weight is 0.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 #[repr(C)]
 pub struct Scope {

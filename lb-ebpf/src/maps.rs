@@ -168,21 +168,21 @@ pub static STATISTICS: PerCpuArray<Statistics> = PerCpuArray::with_max_entries(S
 #[map]
 pub static REASONS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Reason::ALL.len() as u32, 0);
 
-/// Connections. New connections insert, the sweep deletes. Full: new connections are refused and counted; none that
+/// Connections. New connections insert, and userspace what other directors tell; the sweep deletes. Full: new connections are refused and counted; none that
 /// exists is ever pushed out.
 #[map]
 static CONNECTIONS_V4: HashMap<ConnectionKey<Ipv4>, Connection> = HashMap::with_max_entries(CONNECTION_COUNT, 0);
 #[map]
 static CONNECTIONS_V6: HashMap<ConnectionKey<Ipv6>, Connection> = HashMap::with_max_entries(CONNECTION_COUNT, 0);
 
-/// What the replies of masqueraded connections need. New connections insert, replies read and write, whoever deletes the
+/// What the replies of masqueraded connections need. Who inserts a connection inserts it, replies read and write, whoever deletes the
 /// connection deletes. Takes memory for what is in it only; as large as the connection tables, so never full before them.
 #[map]
 static REPLIES_V4: HashMap<ConnectionKey<Ipv4>, Reply<Ipv4>> = HashMap::with_max_entries(CONNECTION_COUNT, BPF_F_NO_PREALLOC);
 #[map]
 static REPLIES_V6: HashMap<ConnectionKey<Ipv6>, Reply<Ipv6>> = HashMap::with_max_entries(CONNECTION_COUNT, BPF_F_NO_PREALLOC);
 
-/// Templates. New connections of persistent services insert and change, the sweep deletes. Takes memory for what is in it
+/// Templates. New connections of persistent services insert and change, and userspace what other directors tell; the sweep deletes. Takes memory for what is in it
 /// only. Full: clients that have none are refused and counted.
 #[map]
 static TEMPLATES_V4: HashMap<TemplateKey<Ipv4>, Template> = HashMap::with_max_entries(CONNECTION_COUNT, BPF_F_NO_PREALLOC);

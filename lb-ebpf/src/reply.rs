@@ -321,7 +321,8 @@ fn find_way<P: Packet, F: Family>(context: *mut c_void, known: *mut Reply<F::Add
         hop.ifindex = ifindex;
         hop.port_ifindex = port;
         hop.vlan = vlan;
-        hop.mtu = lookup.__bindgen_anon_1.mtu_result;
+        // Of a way whose neighbour is not known the kernel does not tell how much fits: it has to see for itself this time.
+        hop.mtu = if resolved { lookup.__bindgen_anon_1.mtu_result } else { u16::MAX };
         hop.link = link_addresses(lookup.dmac, lookup.smac);
         let learnt = if resolved { flags::KNOWN } else { 0 } | redirect;
         (*known).flags = (*known).flags & !(flags::KNOWN | flags::REDIRECT) | learnt;

@@ -320,7 +320,7 @@ pub fn lifetime(config: &Config, protocol: u8, state: u8) -> u32 {
 /// What a connection adds to its real server's counters.
 #[inline(always)]
 pub const fn share(connection: &Connection) -> u64 {
-    if connection.flags & flags::ACTIVE != 0 { Counters::TOTAL + Counters::ACTIVE } else { Counters::TOTAL }
+    connection.share()
 }
 
 /// Takes a deleted connection out of its real server's counters.

@@ -257,6 +257,44 @@ impl Lab {
         Ok(())
     }
 
+    /// Another director beside the first, without the virtual addresses; in [`Layout::Masquerade`] it is nobody's gateway.
+    pub fn second_director(&self) -> Result<Namespace> {
+        let second = Namespace::new("second")?;
+        self.plug(&second, "eth0", "inside", "second", INSIDE.host(203))?;
+        if self.layout == Layout::Masquerade {
+            self.plug(&second, "eth1", "outside", "second-out", OUTSIDE.host(203))?;
+        } else if self.router.is_some() {
+            default_route(&second, INSIDE.host(207))?;
+        }
+        second.sysctl(&FORWARDING)?;
+        second.sysctl(&[("net.ipv4.conf.all.send_redirects", "0"), ("net.ipv4.conf.eth0.send_redirects", "0")])?;
+        Ok(second)
+    }
+
+    /// Takes the addresses that clients and real servers know from the first director, and gives them to the second, as a
+    /// program for hot standby does.
+    pub fn fail_over(&self, second: &Namespace) -> Result<()> {
+        let moved: &[(Twins, &str)] = match self.layout {
+            Layout::Masquerade => &[(self.vip, "eth1"), (self.director_address, "eth0")],
+            _ => &[(self.vip, "eth0")],
+        };
+        for (twins, device) in moved {
+            for address in Family::ALL.map(|family| twins.of(family)) {
+                let devices = self.director.run("ip", ["-oneline", "addr", "show", "to", &address.to_string()])?;
+                for line in devices.lines() {
+                    let mut words = line.split_whitespace().skip(1);
+                    let (Some(device), Some(address)) = (words.next(), words.nth(1)) else { continue };
+                    self.director.ip(&format!("addr del {address} dev {device}"))?;
+                }
+                let (length, nodad) = if address.is_ipv4() { (24, "") } else { (64, "nodad") };
+                second.ip(&format!("addr add {address}/{length} dev {device} {nodad}"))?;
+            }
+        }
+        // Instead of gratuitous ARP.
+        let mut neighbours = self.router.iter().chain([&self.client]).chain(&self.servers);
+        neighbours.try_for_each(|host| host.ip("neigh flush all"))
+    }
+
     /// Every host with an interface in this lab, and that interface.
     pub fn interfaces(&self) -> Vec<(&Namespace, &'static str)> {
         let mut all = vec![(&self.client, "eth0"), (&self.director, "eth0")];

@@ -21,8 +21,8 @@ use tokio::{net::UnixStream, runtime::Runtime, task::JoinHandle};
 
 use super::{Attach, Detach, Failure, MORE, Stop};
 use crate::director::model::{
-    Command, ConnectionView, Hook, LocalAddresses, MarkRule, Outcome, ReasonView, ServiceView, Status, SysctlView, Timeouts,
-    Traffic,
+    Command, ConnectionView, Hook, LocalAddresses, MarkRule, Outcome, ReasonView, ServiceView, Status, SyncDaemonView, SysctlView,
+    Timeouts, Traffic,
 };
 
 /// How long a daemon may take to end after it said that it would.
@@ -149,6 +149,11 @@ impl Client {
     /// The timeouts.
     pub fn timeouts(&mut self) -> Result<Timeouts, Error> {
         self.get("/v1/timeouts")
+    }
+
+    /// The synchronisation daemons, the master first.
+    pub fn sync_daemons(&mut self) -> Result<Vec<SyncDaemonView>, Error> {
+        self.get("/v1/sync-daemons")
     }
 
     /// How the daemon is.

@@ -28,6 +28,7 @@ pub const ROUTES: &[(&str, &str, &str)] = &[
     ("GET", "/v1/timeouts", "the timeouts"),
     ("GET", "/v1/sysctls", "IPVS's sysctls, and what each does here"),
     ("GET", "/v1/traffic", "counters and rates of all real servers together"),
+    ("GET", "/v1/sync-daemons", "the synchronisation daemons, and what they have told or heard"),
     ("GET", "/v1/status", "how the daemon is"),
     ("GET", "/v1/reasons", "why packets were not forwarded"),
     ("POST", "/v1/attach", "attaches an interface: {\"interface\": name, \"hook\": \"auto\", \"xdp\" or \"tc\"}"),

@@ -21,7 +21,8 @@ use super::{Attach, Detach, Failure, MORE, ROUTES, Route, Stop};
 use crate::{
     daemon::{Daemon, Instance},
     director::model::{
-        Command, ConnectionView, LocalAddresses, MarkRule, Outcome, ReasonView, ServiceView, Status, SysctlView, Timeouts, Traffic,
+        Command, ConnectionView, LocalAddresses, MarkRule, Outcome, ReasonView, ServiceView, Status, SyncDaemonView, SysctlView,
+        Timeouts, Traffic,
     },
 };
 
@@ -46,6 +47,7 @@ pub fn router<I: Instance>(daemon: Shared<I>) -> Router {
         .route("/v1/timeouts", get(timeouts::<I>))
         .route("/v1/sysctls", get(sysctls::<I>))
         .route("/v1/traffic", get(traffic::<I>))
+        .route("/v1/sync-daemons", get(sync_daemons::<I>))
         .route("/v1/status", get(status::<I>))
         .route("/v1/reasons", get(reasons::<I>))
         .route("/v1/attach", post(attach::<I>))
@@ -137,6 +139,10 @@ async fn sysctls<I: Instance>(State(daemon): State<Shared<I>>) -> Json<Vec<Sysct
 
 async fn traffic<I: Instance>(State(daemon): State<Shared<I>>) -> Answer<Traffic> {
     Ok(Json(daemon.lock().await.traffic()?))
+}
+
+async fn sync_daemons<I: Instance>(State(daemon): State<Shared<I>>) -> Json<Vec<SyncDaemonView>> {
+    Json(daemon.lock().await.synchronisation().views())
 }
 
 async fn status<I: Instance>(State(daemon): State<Shared<I>>) -> Json<Status> {

@@ -4,7 +4,7 @@ use std::{ffi::OsString, io, path::PathBuf, process::ExitCode};
 
 use crate::{
     api::client::{Client, Error},
-    director::model::{Command, ConnectionView, Outcome, ServiceView, Timeouts},
+    director::model::{Command, ConnectionView, Outcome, ServiceView, SyncDaemon, Timeouts},
     ipvsadm::{self, Streams, Table, Unreachable},
 };
 
@@ -57,5 +57,9 @@ impl Table for Daemon {
 
     fn timeouts(&mut self) -> Result<Timeouts, Unreachable> {
         self.ask(Client::timeouts)
+    }
+
+    fn sync_daemons(&mut self) -> Result<Vec<SyncDaemon>, Unreachable> {
+        Ok(self.ask(Client::sync_daemons)?.into_iter().map(|view| view.daemon).collect())
     }
 }

@@ -2,9 +2,9 @@
 
 use super::{
     Global,
-    table::{table, text},
+    table::{number, table, text},
 };
-use crate::director::model::{InterfaceView, Status};
+use crate::director::model::{InterfaceView, Status, SyncDaemonView};
 
 pub(super) fn run(global: &Global) -> anyhow::Result<()> {
     let status = global.client()?.status()?;
@@ -24,7 +24,28 @@ fn describe(status: &Status) -> String {
         ("connections", format!("{} (each table has room for {})", status.connections, status.max_connections)),
     ];
     let text: Vec<String> = lines.into_iter().map(|(name, value)| format!("{name:<13}{value}\n")).collect();
-    text.concat() + "\n" + &interfaces(&status.interfaces)
+    text.concat() + "\n" + &interfaces(&status.interfaces) + &sync_daemons(&status.sync_daemons)
+}
+
+/// Nothing if there are none: most directors stand alone.
+fn sync_daemons(daemons: &[SyncDaemonView]) -> String {
+    if daemons.is_empty() {
+        return String::new();
+    }
+    let columns = [text("SYNC DAEMON"), text("INTERFACE"), number("SYNC ID"), number("MESSAGES"), number("ENTRIES"), text("STATE")];
+    let rows = daemons.iter().map(|view| {
+        let mut state = vec![view.obstacle.clone().unwrap_or_else(|| "at work".to_owned())];
+        state.extend(view.refused.iter().map(|(reason, count)| format!("{reason} {count}")));
+        [
+            view.daemon.role.to_string(),
+            view.daemon.interface.clone(),
+            view.daemon.sync_id.to_string(),
+            view.messages.to_string(),
+            view.entries.to_string(),
+            state.join(", "),
+        ]
+    });
+    format!("\n{}", table(columns, rows))
 }
 
 fn interfaces(interfaces: &[InterfaceView]) -> String {

@@ -1,6 +1,11 @@
 //! The daemon's datapath in this machine's kernel.
 
-use std::{collections::HashMap, net::IpAddr, path::Path};
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    path::Path,
+    sync::{Arc, Mutex},
+};
 
 use anyhow::Context;
 
@@ -11,8 +16,9 @@ use super::{
     serve::{Options, serve},
 };
 use crate::{
-    datapath::{self, KernelDatapath, attach::Attachments, mark_device::MarkDevice},
+    datapath::{self, KernelDatapath, attach::Attachments, mark_device::MarkDevice, take_over::Place, tell::Told},
     director::model::{ConnectionView, Hook, InterfaceView, LocalUsage, ReasonView},
+    synchronisation::{LeftOut, changes::Changes, message::Entry},
 };
 
 /// Runs a daemon until it is told to end.
@@ -103,5 +109,13 @@ impl Instance for KernelDatapath {
 
     fn reasons(&self) -> anyhow::Result<Vec<ReasonView>> {
         Self::reasons(self)
+    }
+
+    fn tell(&self, changes: Arc<Mutex<Changes>>) -> impl Future<Output = anyhow::Result<Told>> + Send + use<> {
+        Self::tell(self, changes)
+    }
+
+    fn take_over(&mut self, entry: &Entry, place: Place) -> Result<(), LeftOut> {
+        Self::take_over(self, entry, place)
     }
 }

@@ -9,6 +9,7 @@ pub mod kernel;
 pub mod lock;
 pub mod namespace;
 pub mod serve;
+pub mod synchronisation;
 
 #[cfg(test)]
 mod tests;
@@ -19,7 +20,7 @@ use std::{
     net::{IpAddr, UdpSocket},
     path::{Path, PathBuf},
     process,
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::Instant,
 };
 
@@ -27,15 +28,23 @@ use lb_common::reason::Reason;
 use tokio::sync::Notify;
 use tracing::{error, info, warn};
 
-use self::namespace::Identity;
+use self::{
+    namespace::Identity,
+    synchronisation::{Counters, Synchronisation},
+};
 use crate::{
-    datapath::Datapath,
+    datapath::{Datapath, take_over::Place, tell::Told},
     director::{
         Director,
         model::{
             Command, ConnectionView, Hook, InterfaceView, LocalAddressView, LocalAddresses, LocalUsage, MarkRule, Outcome,
             ReasonView, ServiceView, Status, SysctlView, Timeouts, Traffic,
         },
+    },
+    synchronisation::{
+        LeftOut,
+        changes::Changes,
+        message::{Entry, Fault},
     },
 };
 
@@ -87,6 +96,12 @@ pub trait Instance: Datapath + Send + Sized + 'static {
 
     /// The reason counters.
     fn reasons(&self) -> anyhow::Result<Vec<ReasonView>>;
+
+    /// Finds what a master has to tell other directors, beside everything else.
+    fn tell(&self, changes: Arc<Mutex<Changes>>) -> impl Future<Output = anyhow::Result<Told>> + Send + use<Self>;
+
+    /// Takes over what another director tells of a connection, at its place here.
+    fn take_over(&mut self, entry: &Entry, place: Place) -> Result<(), LeftOut>;
 }
 
 /// What a datapath is told when it is opened.
@@ -126,6 +141,9 @@ pub struct Daemon<I> {
     commanded: Arc<Notify>,
     forsaken: Arc<Notify>,
     stopping: Arc<Notify>,
+    synchronisation: Synchronisation,
+    /// Whether the state file does not know of it yet.
+    sync_changed: bool,
 }
 
 impl<I: Instance> Daemon<I> {
@@ -141,7 +159,32 @@ impl<I: Instance> Daemon<I> {
             commanded: Arc::default(),
             forsaken: Arc::default(),
             stopping: Arc::default(),
+            synchronisation: Synchronisation::default(),
+            sync_changed: false,
         }
+    }
+
+    /// The synchronisation daemons.
+    pub fn synchronisation(&self) -> &Synchronisation {
+        &self.synchronisation
+    }
+
+    /// Finds what a master has to tell, beside everything else; nothing if there are no connections.
+    pub fn tell(&self, changes: Arc<Mutex<Changes>>) -> Option<impl Future<Output = anyhow::Result<Told>> + Send + use<I>> {
+        self.director.has_connections().then(|| self.director.datapath().tell(changes))
+    }
+
+    /// Takes over what a message tells.
+    pub fn take_over(&mut self, entries: impl Iterator<Item = Result<Entry, Fault>>, counters: &mut Counters) {
+        for entry in entries {
+            let outcome = entry.map_err(LeftOut::from).and_then(|entry| {
+                let place = self.director.place(&entry)?;
+                self.director.datapath_mut().take_over(&entry, place)
+            });
+            counters.count(outcome);
+        }
+        // Schedules may depend on it.
+        self.commanded.notify_one();
     }
 
     /// Told when commands were done.
@@ -161,7 +204,15 @@ impl<I: Instance> Daemon<I> {
 
     /// Does commands, and writes the state down; if `more` of them follow at once, only the next tick does.
     pub fn execute(&mut self, commands: &[Command], more: bool) -> Vec<Outcome> {
-        let outcomes = self.director.execute(commands);
+        let mut outcomes = Vec::with_capacity(commands.len());
+        for together in commands.chunk_by(|one, other| one.is_sync() == other.is_sync()) {
+            if together[0].is_sync() {
+                self.sync_changed = true;
+                outcomes.extend(together.iter().map(|command| self.synchronisation.execute(command)));
+            } else {
+                outcomes.extend(self.director.execute(together));
+            }
+        }
         report(commands, &outcomes);
         if !more {
             self.save();
@@ -238,6 +289,7 @@ impl<I: Instance> Daemon<I> {
             connections: self.connections,
             max_connections: datapath.max_connections(),
             clock_rate: self.director.clock_rate(),
+            sync_daemons: self.synchronisation.views(),
         }
     }
 
@@ -260,6 +312,7 @@ impl<I: Instance> Daemon<I> {
             }
             // What is not there any more must not be written down again.
             self.director.take_changed();
+            self.sync_changed = false;
             self.unsaved = false;
         }
         self.stopping.notify_one();
@@ -314,10 +367,13 @@ impl<I: Instance> Daemon<I> {
 
     /// Writes the state down if it has changed; if that fails, again at the next tick.
     pub fn save(&mut self) {
-        if !self.director.take_changed() && !self.unsaved {
+        let changed = self.director.take_changed() | std::mem::take(&mut self.sync_changed);
+        if !changed && !self.unsaved {
             return;
         }
-        let outcome = self.director.state().write(&self.state.path);
+        let mut state = self.director.state();
+        state.sync_daemons = self.synchronisation.daemons();
+        let outcome = state.write(&self.state.path);
         if let Err(error) = &outcome
             && !self.unsaved
         {

@@ -37,12 +37,13 @@ use super::{
     lock::Lock,
     namespace::{self, Identity},
     remove_file,
+    synchronisation::{keep_listening, keep_telling},
 };
 use crate::{
     api::server::router,
     director::{
         Director,
-        model::{Command, Hook, Outcome, ServiceView},
+        model::{Command, Hook, Outcome, ServiceView, SyncRole},
         state::State,
     },
 };
@@ -125,6 +126,7 @@ pub fn serve<I: Instance>(options: Options) -> anyhow::Result<()> {
     let (socket, own) = (door.path.clone(), door.own);
     let outcome = runtime.block_on(async {
         let found = opening.pins.exists();
+        let sync_daemons = state.as_ref().map_or_else(Vec::new, |state| state.sync_daemons.clone());
         let director = match start::<I>(&opening, state, &state_file, options.rules.as_ref()).await {
             Ok(director) => director,
             // What could not begin leaves no trace; what was at work before stays at work.
@@ -137,7 +139,9 @@ pub fn serve<I: Instance>(options: Options) -> anyhow::Result<()> {
             Err(error) => return Err(error),
         };
         info!("instance {} listens at {}", identity.name(), socket.display());
-        run(Daemon::new(director, identity, state_file), door, lock, options.rules).await
+        let daemon = Daemon::new(director, identity, state_file);
+        daemon.synchronisation().resume(sync_daemons);
+        run(daemon, door, lock, options.rules).await
     });
     if outcome.is_err() && own {
         remove_file(&socket);
@@ -238,6 +242,7 @@ pub(super) async fn run<I: Instance>(
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM; see the limits of open files")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT; see the limits of open files")?;
     let (commanded, forsaken, stopping) = (daemon.commanded(), daemon.forsaken(), daemon.stopping());
+    let [master, backup] = SyncRole::ALL.map(|role| daemon.synchronisation().work(role));
     let daemon = Arc::new(Mutex::new(daemon));
     let closing = Arc::new(Notify::new());
     let closed = Arc::clone(&closing);
@@ -246,8 +251,12 @@ pub(super) async fn run<I: Instance>(
 
     let mut seconds = interval(Duration::from_secs(1));
     seconds.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let sweeping = tokio::spawn(keep_sweeping(Arc::clone(&daemon), forsaken));
-    let tasks = [sweeping, tokio::spawn(keep_true(Arc::clone(&daemon), commanded))];
+    let tasks = [
+        tokio::spawn(keep_sweeping(Arc::clone(&daemon), forsaken)),
+        tokio::spawn(keep_true(Arc::clone(&daemon), commanded)),
+        tokio::spawn(keep_telling(Arc::clone(&daemon), master)),
+        tokio::spawn(keep_listening(Arc::clone(&daemon), backup)),
+    ];
     // Nobody may be there to read it; that is no reason to end.
     drop(writeln!(io::stdout(), "ready").and_then(|()| io::stdout().flush()));
     notify(NotifyState::Ready);

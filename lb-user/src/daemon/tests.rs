@@ -75,6 +75,14 @@ impl Instance for Memory {
     fn reasons(&self) -> anyhow::Result<Vec<ReasonView>> {
         Ok(vec![])
     }
+
+    fn tell(&self, _changes: Arc<Mutex<Changes>>) -> impl Future<Output = anyhow::Result<Told>> + Send + use<> {
+        future::ready(Ok(Told::default()))
+    }
+
+    fn take_over(&mut self, _entry: &Entry, _place: Place) -> Result<(), LeftOut> {
+        Ok(())
+    }
 }
 
 /// Runs a daemon in a thread of its own while `talk` talks to it.

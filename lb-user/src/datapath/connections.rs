@@ -5,7 +5,7 @@
 //!
 //! A listing is no snapshot: connections come and go while it is made.
 
-use std::{collections::HashMap, net::IpAddr};
+use std::{collections::HashMap, net::IpAddr, time::Duration};
 
 use anyhow::Context as _;
 use aya::maps::MapData;
@@ -20,6 +20,8 @@ use lb_common::{
     tcp,
     template::Choice,
 };
+
+use nix::time::{ClockId, clock_gettime};
 
 use super::{maps::Pins, system::for_each_entry, way::address};
 use crate::director::model::{ConnectionView, LocalUsage};
@@ -146,7 +148,7 @@ fn names(protocol: u8, state: u8) -> (&'static str, &'static str) {
 }
 
 /// Seconds that a connection in this state lives without a packet.
-fn lifetime(config: &Config, protocol: u8, state: u8) -> u32 {
+pub(super) fn lifetime(config: &Config, protocol: u8, state: u8) -> u32 {
     let state = usize::from(state & 0xf);
     match protocol {
         6 => config.tcp_timeouts[state],
@@ -163,6 +165,12 @@ pub struct Clock {
 }
 
 impl Clock {
+    /// The present time. Never ahead of the kernel's.
+    pub fn read(report: &SweepReport, hz: u32) -> anyhow::Result<Self> {
+        let monotonic = clock_gettime(ClockId::CLOCK_MONOTONIC).context("the clock cannot be read")?;
+        Ok(Self::now(report, Duration::from(monotonic).as_nanos() as u64, hz))
+    }
+
     /// Goes on from both clocks as the sweep saw them.
     pub fn now(report: &SweepReport, monotonic_ns: u64, hz: u32) -> Self {
         let elapsed = u128::from(monotonic_ns.saturating_sub(report.monotonic_ns));
@@ -175,8 +183,13 @@ impl Clock {
         self.jiffies.wrapping_sub(tick).cast_signed().max(0).cast_unsigned() / self.hz
     }
 
+    /// The tick so many seconds ago.
+    pub fn ago(self, seconds: u32) -> u32 {
+        self.jiffies.wrapping_sub(seconds.wrapping_mul(self.hz))
+    }
+
     /// Seconds that are left of a lifetime that began at a tick; nothing if it is over.
-    fn remaining(self, since: u32, lifetime: u32) -> Option<u32> {
+    pub(super) fn remaining(self, since: u32, lifetime: u32) -> Option<u32> {
         // A packet that came after this clock was read is younger than nothing.
         let idle = self.jiffies.wrapping_sub(since).cast_signed();
         let left = i64::from(lifetime) * i64::from(self.hz) - i64::from(idle.max(0));

@@ -31,7 +31,6 @@ use lb_common::{
     statistics::Statistics,
     template::Scope,
 };
-use nix::time::{ClockId, clock_gettime};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
@@ -54,11 +53,14 @@ use super::{
     services::Services,
     shared::Words,
     sweep::{SweepOutcome, Sweeper},
+    take_over::{Place, Successor, Surroundings},
+    tell::{Teller, Told},
     templates::Templates,
 };
 use crate::{
     director::model::{ConnectionView, Hook, InterfaceView, LocalUsage, MarkRule, Method, ReasonView, ServiceId},
     scheduler::Run,
+    synchronisation::{LeftOut, changes::Changes, message::Entry},
 };
 
 /// What the programs are loaded with until the real rate is known. Distributions choose it.
@@ -103,6 +105,8 @@ pub struct KernelDatapath {
     attachments: Arc<Mutex<Attachments>>,
     mark_device: Arc<Mutex<MarkDevice>>,
     sweeper: Arc<Mutex<Sweeper>>,
+    teller: Arc<Mutex<Teller>>,
+    successor: Successor,
     connections: Connections,
     reasons: Reasons,
     orders: mpsc::UnboundedSender<Order>,
@@ -174,6 +178,8 @@ impl KernelDatapath {
             ))),
             mark_device: Arc::default(),
             sweeper: Arc::new(Mutex::new(Sweeper::open(&pins)?)),
+            teller: Arc::new(Mutex::new(Teller::open(&pins)?)),
+            successor: Successor::open(&pins)?,
             reasons: Reasons::open(&pins)?,
             services,
             connections,
@@ -293,14 +299,34 @@ impl KernelDatapath {
 
     /// All connections and templates.
     pub fn connections(&self) -> anyhow::Result<Vec<ConnectionView>> {
-        let monotonic = clock_gettime(ClockId::CLOCK_MONOTONIC).context("the clock cannot be read")?;
-        let report = lock(&self.sweeper).report()?;
-        let clock = Clock::now(&report, Duration::from(monotonic).as_nanos() as u64, self.config.hz);
+        let clock = self.clock()?;
         let servers = lock(&self.servers);
         let server = |index| servers.entry(index).ok().filter(|entry| entry.status != Status::Free as u8);
         let mut views = self.connections.list(&self.config, clock, server)?;
         self.templates.list(clock, server, &mut views)?;
         Ok(views)
+    }
+
+    /// Finds what a master has to tell others of, on a thread of its own.
+    pub fn tell(&self, changes: Arc<Mutex<Changes>>) -> impl Future<Output = anyhow::Result<Told>> + Send + use<> {
+        let (teller, sweeper, config) = (Arc::clone(&self.teller), Arc::clone(&self.sweeper), self.config);
+        let walk = move || {
+            let clock = Clock::read(&lock(&sweeper).report()?, config.hz)?;
+            lock(&teller).walk(&config, clock, &mut lock(&changes))
+        };
+        async move { tokio::task::spawn_blocking(walk).await.context("the walk through the connections broke off")? }
+    }
+
+    /// Takes over what a master tells.
+    pub fn take_over(&mut self, entry: &Entry, place: Place) -> Result<(), LeftOut> {
+        let clock = self.clock().map_err(|_| LeftOut::Kernel)?;
+        let servers = lock(&self.servers);
+        let server = |index| servers.entry(index).ok().filter(|entry| entry.status != Status::Free as u8);
+        self.successor.take_over(entry, place, &Surroundings { config: &self.config, clock, server: &server })
+    }
+
+    fn clock(&self) -> anyhow::Result<Clock> {
+        Clock::read(&lock(&self.sweeper).report()?, self.config.hz)
     }
 
     /// How much of each local address is in use.

@@ -16,6 +16,7 @@
 //! | templates of persistent services | [`templates`] |
 //! | local addresses of FULLNAT | [`locals`] |
 //! | real servers and the ways to them | [`servers`], [`way`], [`resolve`] |
+//! | what other directors are told, and what they tell | [`tell`], [`take_over`] |
 //! | what the kernel counts | [`sweep`], [`connections`], [`reasons`] |
 //! | the kernel's clock rate | [`hz`] |
 
@@ -41,6 +42,8 @@ pub mod services;
 pub mod shared;
 pub mod sweep;
 pub mod system;
+pub mod take_over;
+pub mod tell;
 pub mod templates;
 pub mod way;
 

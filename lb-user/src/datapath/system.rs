@@ -1,5 +1,5 @@
-//! System calls that no crate offers: reading and writing a map in batches, taking an entry out of a hash map, and the cookie of
-//! a network namespace.
+//! System calls that no crate offers: reading and writing a map in batches, taking an entry out of a hash map, the cookie of a
+//! network namespace, and the MTU of an interface.
 //!
 //! Nothing else here; every call checks its result and returns an [`io::Error`].
 #![expect(unsafe_code, reason = "raw system calls")]
@@ -27,6 +27,27 @@ pub fn netns_cookie() -> io::Result<u64> {
     let result =
         unsafe { libc::getsockopt(any.as_raw_fd(), libc::SOL_SOCKET, SO_NETNS_COOKIE, (&raw mut cookie).cast(), &raw mut length) };
     if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}
+
+/// The MTU of an interface in this thread's network namespace.
+pub fn interface_mtu(name: &str) -> io::Result<u32> {
+    let any = socket(AddressFamily::Unix, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    let mut request: libc::ifreq =
+        libc::ifreq { ifr_name: [0; libc::IFNAMSIZ], ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_mtu: 0 } };
+    // The last byte stays 0.
+    if name.len() >= libc::IFNAMSIZ {
+        return Err(io::Error::from_raw_os_error(libc::ENODEV));
+    }
+    for (place, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *place = byte.cast_signed();
+    }
+    // SAFETY: the kernel reads the name, which ends with 0, and writes the number, both within `request`.
+    let result = unsafe { libc::ioctl(any.as_raw_fd(), libc::SIOCGIFMTU, &raw mut request) };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: this request's answer is this number.
+    Ok(unsafe { request.ifr_ifru.ifru_mtu }.cast_unsigned())
 }
 
 /// The part of `union bpf_attr` that batches use.

@@ -28,6 +28,7 @@ mod locals;
 mod marks;
 pub mod model;
 pub mod paper;
+mod place;
 pub mod rules;
 mod servers;
 mod service;
@@ -319,6 +320,7 @@ impl<D: Datapath> Director<D> {
             mark_rules: self.mark_rules.list().to_vec(),
             trash: self.trash.iter().cloned().collect(),
             next_incarnation: self.next_incarnation,
+            sync_daemons: Vec::new(),
         }
     }
 
@@ -458,6 +460,10 @@ impl<D: Datapath> Director<D> {
                 pending.locals = None;
                 self.remove_local(*address, service.as_ref())
             }
+            Command::StartSync(_) | Command::StopSync(_) => refuse(
+                RefusalKind::Unsupported,
+                "a director has no synchronisation daemons by itself; ask the daemon that runs it".to_owned(),
+            ),
         }
     }
 

@@ -3,12 +3,15 @@
 //! All of it is plain data with serde names; nothing here decides anything.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     str::FromStr,
 };
 
 use serde::{Deserialize, Serialize};
+
+use crate::synchronisation;
 
 /// The transport protocol of a service.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize, clap::ValueEnum)]
@@ -400,6 +403,73 @@ impl Default for Timeouts {
     }
 }
 
+/// What a synchronisation daemon does.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum SyncRole {
+    /// Tells other directors what connections there are.
+    Master,
+    /// Listens to a master.
+    Backup,
+}
+
+impl SyncRole {
+    /// Both, the master first.
+    pub const ALL: [Self; 2] = [Self::Master, Self::Backup];
+}
+
+impl fmt::Display for SyncRole {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Master => "master",
+            Self::Backup => "backup",
+        })
+    }
+}
+
+/// A synchronisation daemon (`--start-daemon`).
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct SyncDaemon {
+    /// What it does.
+    pub role: SyncRole,
+    /// The interface that messages leave or come by.
+    pub interface: String,
+    /// Which messages are heard: a backup with 0 hears all.
+    #[serde(default)]
+    pub sync_id: u8,
+    /// The largest message, in bytes behind the UDP header; 0 for what suits the interface.
+    #[serde(default)]
+    pub max_length: u16,
+    /// The multicast group.
+    #[serde(default = "default_group")]
+    pub group: IpAddr,
+    /// The UDP port.
+    #[serde(default = "default_port")]
+    pub port: u16,
+    /// How many routers messages may pass, and one: their time to live.
+    #[serde(default = "default_ttl")]
+    pub ttl: u8,
+}
+
+const fn default_group() -> IpAddr {
+    synchronisation::GROUP
+}
+
+const fn default_port() -> u16 {
+    synchronisation::PORT
+}
+
+const fn default_ttl() -> u8 {
+    1
+}
+
+impl SyncDaemon {
+    /// A daemon with IPVS's own group and port, that hears or says everything.
+    pub const fn new(role: SyncRole, interface: String) -> Self {
+        Self { role, interface, sync_id: 0, max_length: 0, group: default_group(), port: default_port(), ttl: default_ttl() }
+    }
+}
+
 /// One change that a director is asked for. The API takes lists of them (`POST /v1/commands`), done in order, each on
 /// its own: one that is refused changes nothing and does not stop the others.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
@@ -490,6 +560,17 @@ pub enum Command {
         #[serde(default)]
         service: Option<ServiceId>,
     },
+    /// Starts a synchronisation daemon (`--start-daemon`).
+    StartSync(SyncDaemon),
+    /// Stops the synchronisation daemon with this role (`--stop-daemon`).
+    StopSync(SyncRole),
+}
+
+impl Command {
+    /// Whether it is about synchronisation, and not about services.
+    pub const fn is_sync(&self) -> bool {
+        matches!(self, Self::StartSync(_) | Self::StopSync(_))
+    }
 }
 
 /// Why a director refused a command.
@@ -504,6 +585,8 @@ pub enum RefusalKind {
     LocalAddressExists,
     /// A FULLNAT server would have no local address.
     NoLocalAddress,
+    /// There is no such network device. IPVS: ENODEV.
+    NoSuchDevice,
     /// There is no such local address.
     NoSuchLocalAddress,
     /// There is no such real server. IPVS: ENOENT.
@@ -514,6 +597,8 @@ pub enum RefusalKind {
     NoSuchSysctl,
     /// There is no such service. IPVS: ESRCH.
     NoSuchService,
+    /// No synchronisation daemon has this role. IPVS: ESRCH.
+    NoSuchSync,
     /// A number is out of its range. IPVS: ERANGE.
     OutOfRange,
     /// There is no room left in a table of the kernel. IPVS: ENOMEM.
@@ -526,6 +611,8 @@ pub enum RefusalKind {
     ServerExists,
     /// The service exists. IPVS: EEXIST.
     ServiceExists,
+    /// A synchronisation daemon has this role already. IPVS: EEXIST.
+    SyncExists,
     /// IPVS can do it, this version of bpfvs cannot. The message says what.
     Unsupported,
 }
@@ -742,6 +829,23 @@ pub struct InterfaceView {
     pub tc: bool,
 }
 
+/// A synchronisation daemon, as listed.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct SyncDaemonView {
+    /// Which, and how.
+    #[serde(flatten)]
+    pub daemon: SyncDaemon,
+    /// What keeps it from its work, if anything does.
+    #[serde(default)]
+    pub obstacle: Option<String>,
+    /// Messages sent or received.
+    pub messages: u64,
+    /// Connections and templates in them that others were told of, or that were taken over.
+    pub entries: u64,
+    /// What was left out or not taken over, by reason: messages if they could not be understood or sent, else entries.
+    pub refused: BTreeMap<String, u64>,
+}
+
 /// How the daemon is.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct Status {
@@ -771,4 +875,7 @@ pub struct Status {
     /// Ticks of the kernel's clock in a second (`CONFIG_HZ`).
     #[serde(default)]
     pub clock_rate: u32,
+    /// The synchronisation daemons.
+    #[serde(default)]
+    pub sync_daemons: Vec<SyncDaemonView>,
 }

@@ -5,7 +5,7 @@
 //! Finding the place of one takes a walk.
 
 use std::{
-    collections::{HashSet, VecDeque, vec_deque},
+    collections::{HashMap, VecDeque, vec_deque},
     ops::{Index, IndexMut},
 };
 
@@ -18,13 +18,18 @@ use super::{model::ServerId, service::Server};
 #[serde(from = "VecDeque<Server>")]
 pub(super) struct Servers {
     order: VecDeque<Server>,
-    ids: HashSet<ServerId>,
+    indices: HashMap<ServerId, u32>,
 }
 
 impl Servers {
     /// Whether this one is there.
     pub(super) fn contains(&self, id: &ServerId) -> bool {
-        self.ids.contains(id)
+        self.indices.contains_key(id)
+    }
+
+    /// The index in the datapath's array of the server with this name.
+    pub(super) fn index(&self, id: &ServerId) -> Option<u32> {
+        self.indices.get(id).copied()
     }
 
     /// Where a server stands in the order.
@@ -37,14 +42,14 @@ impl Servers {
 
     /// Puts a new one before all others.
     pub(super) fn add(&mut self, server: Server) {
-        self.ids.insert(server.id);
+        self.indices.insert(server.id, server.index);
         self.order.push_front(server);
     }
 
     /// Takes one out.
     pub(super) fn remove(&mut self, place: usize) {
         if let Some(server) = self.order.remove(place) {
-            self.ids.remove(&server.id);
+            self.indices.remove(&server.id);
         }
     }
 
@@ -58,7 +63,7 @@ impl Servers {
         self.order.iter()
     }
 
-    /// All, the newest first. Whoever changes one leaves its address and port alone.
+    /// All, the newest first. Whoever changes one leaves its address, port and index alone.
     pub(super) fn iter_mut(&mut self) -> vec_deque::IterMut<'_, Server> {
         self.order.iter_mut()
     }
@@ -72,7 +77,7 @@ impl Index<usize> for Servers {
     }
 }
 
-/// Whoever changes a server leaves its address and port alone.
+/// Whoever changes a server leaves its address, port and index alone.
 impl IndexMut<usize> for Servers {
     fn index_mut(&mut self, place: usize) -> &mut Server {
         &mut self.order[place]
@@ -90,8 +95,8 @@ impl<'a> IntoIterator for &'a Servers {
 
 impl From<VecDeque<Server>> for Servers {
     fn from(order: VecDeque<Server>) -> Self {
-        let ids = order.iter().map(|server| server.id).collect();
-        Self { order, ids }
+        let indices = order.iter().map(|server| (server.id, server.index)).collect();
+        Self { order, indices }
     }
 }
 

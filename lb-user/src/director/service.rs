@@ -106,7 +106,11 @@ impl Service {
 
     /// How the templates of a server's connections are found.
     pub(super) fn scope(&self, server: &Server) -> Scope {
-        let scope = if self.config.persistence.is_some() { Scope::of(&self.entry()) } else { Scope::default() };
+        let scope = if self.config.persistence.is_some() {
+            Scope::of(&self.entry())
+        } else {
+            Scope { mark: self.id.mark(), ..Scope::default() }
+        };
         Scope { flags: scope.flags | if server.config.weight == 0 { scope_flags::QUIESCENT } else { 0 }, ..scope }
     }
 

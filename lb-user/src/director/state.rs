@@ -15,7 +15,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    model::{MarkRule, Timeouts},
+    model::{MarkRule, SyncDaemon, Timeouts},
     service::Service,
     sysctl,
     traffic::Overall,
@@ -43,6 +43,9 @@ pub struct State {
     pub(super) mark_rules: Vec<MarkRule>,
     pub(super) trash: Vec<Removed>,
     pub(super) next_incarnation: u64,
+    /// The synchronisation daemons: not the director's, but of the same life.
+    #[serde(default)]
+    pub sync_daemons: Vec<SyncDaemon>,
 }
 
 /// The outermost part of the file: the version is looked at before anything else.

@@ -79,14 +79,6 @@ impl Session<'_> {
                 Err(reason) => self.unreadable(&reason),
             },
             Action::Restore => unreachable!("a line of ipvsadm -R is never another -R, and `run` has seen to the first"),
-            Action::SyncDaemon => {
-                complain(
-                    self.error,
-                    "Synchronisation daemons are not supported: bpfvs will hand connections over between directors by itself, \
-                     but not in this version. Leave --start-daemon and --stop-daemon out",
-                );
-                STATUS_REFUSED
-            }
         }
     }
 
@@ -131,8 +123,7 @@ impl Session<'_> {
                 listing::connections(&self.table.connections()?, *engines, names(&self.names, *numeric))
             }
             List::Timeouts => listing::timeouts(self.table.timeouts()?),
-            // There never are any.
-            List::SyncDaemons => String::new(),
+            List::SyncDaemons => listing::sync_daemons(&self.table.sync_daemons()?),
         };
         print(self.output, &text);
         Ok(STATUS_OK)
@@ -155,6 +146,9 @@ const NO_SUCH_SERVICE: &str = "No such service";
 fn refusal_text<'a>(refusal: &'a Refusal, command: &Command) -> &'a str {
     match refusal.kind {
         RefusalKind::Invalid => "Invalid operation.  Possibly wrong module version, address not unicast, ...",
+        RefusalKind::NoSuchDevice => "No such device",
+        RefusalKind::NoSuchSync => "No daemon is running",
+        RefusalKind::SyncExists => "Daemon has already run",
         RefusalKind::NoSuchServer => "No such destination",
         RefusalKind::NoSuchService => match command {
             Command::AddServer { .. } | Command::EditServer { .. } | Command::RemoveServer { .. } => "Service not defined",

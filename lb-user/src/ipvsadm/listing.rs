@@ -11,7 +11,7 @@
 use std::fmt::Write;
 
 use super::{format, names::Names, sort, values};
-use crate::director::model::{ConnectionView, ServerView, ServiceView, Timeouts, Totals};
+use crate::director::model::{ConnectionView, ServerView, ServiceView, SyncDaemon, Timeouts, Totals};
 
 /// The first line of a listing of everything. The versions are those of the kernel's IPVS, for scripts that look at them.
 pub(super) const TITLE: &str = "IP Virtual Server version 1.2.1 (size=4096)\n";
@@ -160,4 +160,21 @@ pub(super) fn connections(connections: &[ConnectionView], engines: bool, names: 
 pub(super) fn timeouts(timeouts: Timeouts) -> String {
     let [tcp, tcp_fin, udp] = [timeouts.tcp, timeouts.tcp_fin, timeouts.udp].map(u32::cast_signed);
     format!("Timeout (tcp tcpfin udp): {tcp} {tcp_fin} {udp}\n")
+}
+
+/// Lists the synchronisation daemons. What is 0 is not known, as of kernels before Linux 4.3.
+pub(super) fn sync_daemons(daemons: &[SyncDaemon]) -> String {
+    let line = |daemon: &SyncDaemon| {
+        let SyncDaemon { role, interface, sync_id, max_length, group, port, ttl } = daemon;
+        let mut line = format!("{role} sync daemon (mcast={interface}, syncid={sync_id}");
+        let pieces = [
+            (*max_length != 0, format!(", maxlen={max_length}")),
+            (!group.is_unspecified(), format!(", group={group}")),
+            (*port != 0, format!(", port={port}")),
+            (*ttl != 0, format!(", ttl={ttl}")),
+        ];
+        line.extend(pieces.into_iter().filter(|(is_known, _)| *is_known).map(|(_, piece)| piece));
+        line + ")\n"
+    };
+    daemons.iter().map(line).collect()
 }

@@ -11,7 +11,7 @@
 //! director is known only as a [`Table`], so that all of this can be tested without one.
 //!
 //! Nothing here decides what the director can do: marks, persistence and all schedulers are understood, and the
-//! director's refusal is printed. The only exceptions are the synchronisation daemons, which bpfvs does not have.
+//! director's refusal is printed.
 
 mod complaint;
 mod execute;
@@ -35,7 +35,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::director::model::{Command, ConnectionView, Outcome, ServiceView, Timeouts};
+use crate::director::model::{Command, ConnectionView, Outcome, ServiceView, SyncDaemon, Timeouts};
 
 /// The exit status when all went well.
 const STATUS_OK: u8 = 0;
@@ -67,6 +67,9 @@ pub trait Table {
 
     /// The timeouts.
     fn timeouts(&mut self) -> Result<Timeouts, Unreachable>;
+
+    /// The synchronisation daemons, the master first.
+    fn sync_daemons(&mut self) -> Result<Vec<SyncDaemon>, Unreachable>;
 }
 
 /// Why there is no table. The text is the reason alone: `Can't initialize ipvs: «reason»`.

@@ -15,8 +15,8 @@ use super::{
     values,
 };
 use crate::director::model::{
-    Command, Family, Method, Persistence, Protocol, ServerConfig, ServerId, ServiceConfig, ServiceId, Timeouts, Tunnel,
-    TunnelChecksum,
+    Command, Family, Method, Persistence, Protocol, ServerConfig, ServerId, ServiceConfig, ServiceId, SyncDaemon, SyncRole,
+    Timeouts, Tunnel, TunnelChecksum,
 };
 
 /// What a command line asks for.
@@ -37,8 +37,6 @@ pub(super) enum Action {
     },
     /// Read command lines.
     Restore,
-    /// Start or stop a synchronisation daemon.
-    SyncDaemon,
 }
 
 /// What to list.
@@ -87,14 +85,14 @@ pub(super) fn parse(words: &[String], restoring: bool, names: &Names) -> Result<
         Meaning::Command(command) => command,
         _ => return Err(Complaint::Hint),
     };
-    let is_role = first.argument.is_none_or(|role| matches!(role, "master" | "backup"));
-    match command {
-        CommandName::StartDaemon if !is_role => return Err(Complaint::usage("illegal start-daemon parameter specified")),
-        CommandName::StopDaemon if !is_role => return Err(Complaint::usage("illegal start_daemon specified")),
+    let mut typed = Typed::default();
+    match (first.argument, command) {
+        (Some("master"), _) => typed.sync.role = SyncRole::Master,
+        (Some("backup"), _) => typed.sync.role = SyncRole::Backup,
+        (Some(_), CommandName::StartDaemon) => return Err(Complaint::usage("illegal start-daemon parameter specified")),
+        (Some(_), CommandName::StopDaemon) => return Err(Complaint::usage("illegal start_daemon specified")),
         _ => {}
     }
-
-    let mut typed = Typed::default();
     while let Some(occurrence) = reader.next() {
         let occurrence = occurrence?;
         match (occurrence.option, occurrence.switch.meaning) {
@@ -150,6 +148,7 @@ struct Typed {
     lower_threshold: u32,
     tunnel_type: String,
     tunnel_port: u16,
+    sync: SyncDaemon,
 }
 
 impl Default for Typed {
@@ -174,6 +173,7 @@ impl Default for Typed {
             lower_threshold: 0,
             tunnel_type: "ipip".to_owned(),
             tunnel_port: 0,
+            sync: SyncDaemon::new(SyncRole::Master, "eth0".to_owned()),
         }
     }
 }
@@ -223,22 +223,14 @@ impl Typed {
                 value.clone_into(&mut self.tunnel_type);
             }
             OptionName::TunnelPort => self.tunnel_port = limited(1..=65535, "illegal tunnel port specified")? as u16,
-            OptionName::SyncId => {
-                limited(0..=255, "illegal syncid specified")?;
-            }
-            OptionName::SyncMaxlen => {
-                limited(1..=65507, "illegal sync-maxlen specified")?;
-            }
-            OptionName::McastPort => {
-                limited(1..=65535, "illegal mcast-port specified")?;
-            }
-            OptionName::McastTtl => {
-                limited(1..=255, "illegal mcast-ttl specified")?;
-            }
-            OptionName::McastGroup => multicast_group(value)?,
+            OptionName::SyncId => self.sync.sync_id = limited(0..=255, "illegal syncid specified")? as u8,
+            OptionName::SyncMaxlen => self.sync.max_length = limited(1..=65507, "illegal sync-maxlen specified")? as u16,
+            OptionName::McastPort => self.sync.port = limited(1..=65535, "illegal mcast-port specified")? as u16,
+            OptionName::McastTtl => self.sync.ttl = limited(1..=255, "illegal mcast-ttl specified")? as u8,
+            OptionName::McastGroup => self.sync.group = multicast_group(value)?,
+            OptionName::McastInterface => values::cut(value, 15).clone_into(&mut self.sync.interface),
             OptionName::Numeric
             | OptionName::Connection
-            | OptionName::McastInterface
             | OptionName::Timeout
             | OptionName::Daemon
             | OptionName::Stats
@@ -354,7 +346,8 @@ impl Typed {
             CommandName::List => return self.list().map(Action::List),
             CommandName::Save => return Ok(Action::Save { numeric: self.given.has(OptionName::Numeric) }),
             CommandName::Restore => return Ok(Action::Restore),
-            CommandName::StartDaemon | CommandName::StopDaemon => return Ok(Action::SyncDaemon),
+            CommandName::StartDaemon => Command::StartSync(self.sync),
+            CommandName::StopDaemon => Command::StopSync(self.sync.role),
         }))
     }
 
@@ -481,12 +474,13 @@ fn timeout(value: &str, least: u32) -> Result<u32, Complaint> {
     seconds.ok_or_else(|| Complaint::Usage(format!("invalid timeout value `{value}' specified")))
 }
 
-/// Checks the value of `--mcast-group`.
-fn multicast_group(value: &str) -> Result<(), Complaint> {
-    let (family, is_multicast) = if value.contains(':') {
-        ("IPv6", value.parse::<Ipv6Addr>().is_ok_and(|group| group.is_multicast()))
+/// Reads the value of `--mcast-group`.
+fn multicast_group(value: &str) -> Result<IpAddr, Complaint> {
+    let (family, group) = if value.contains(':') {
+        ("IPv6", value.parse::<Ipv6Addr>().ok().map(IpAddr::from))
     } else {
-        ("IPv4", value.parse::<Ipv4Addr>().is_ok_and(|group| group.is_multicast()))
+        ("IPv4", value.parse::<Ipv4Addr>().ok().map(IpAddr::from))
     };
-    if is_multicast { Ok(()) } else { Err(Complaint::Usage(format!("invalid {family} mcast-group `{value}'"))) }
+    let invalid = || Complaint::Usage(format!("invalid {family} mcast-group `{value}'"));
+    group.filter(IpAddr::is_multicast).ok_or_else(invalid)
 }

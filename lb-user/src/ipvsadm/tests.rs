@@ -10,7 +10,7 @@ use std::{
 use proptest::prelude::*;
 
 use super::{Streams, Table, Unreachable, names::Names, options, parse, run};
-use crate::director::model::{Command, ConnectionView, Outcome, Refusal, RefusalKind, ServiceView, Timeouts};
+use crate::director::model::{Command, ConnectionView, Outcome, Refusal, RefusalKind, ServiceView, SyncDaemon, Timeouts};
 
 /// A table that notes what happens to it, together with its input.
 #[derive(Default)]
@@ -43,6 +43,10 @@ impl Table for Noted<'_> {
 
     fn timeouts(&mut self) -> Result<Timeouts, Unreachable> {
         Ok(Timeouts::default())
+    }
+
+    fn sync_daemons(&mut self) -> Result<Vec<SyncDaemon>, Unreachable> {
+        Ok(Vec::new())
     }
 }
 

@@ -1,11 +1,12 @@
-//! A table of services in a JSON file, with the refusals of the kernel's IPVS. No traffic ever meets it.
+//! A table of services in a JSON file, with the refusals of the kernel's IPVS. No traffic ever meets it, and it has no network
+//! interfaces.
 
 use std::{fs, io::ErrorKind, net::IpAddr, path::PathBuf};
 
 use bpfvs::{
     director::model::{
         Command, ConnectionView, Outcome, Refusal, RefusalKind, ServerConfig, ServerView, ServiceConfig, ServiceId, ServiceView,
-        Timeouts, Traffic,
+        SyncDaemon, Timeouts, Traffic,
     },
     ipvsadm::{Table, Unreachable},
 };
@@ -97,6 +98,8 @@ impl FileTable {
                     self.service(service)?;
                 }
             }
+            Command::StartSync(_) => return Err(RefusalKind::NoSuchDevice),
+            Command::StopSync(_) => return Err(RefusalKind::NoSuchSync),
             Command::AddMarkRule(_) | Command::RemoveMarkRule(_) => unreachable!("ipvsadm has no mark rules"),
             Command::SetSysctl { .. } => unreachable!("ipvsadm has no sysctls"),
             Command::SetTimeouts(wanted) => {
@@ -158,5 +161,9 @@ impl Table for FileTable {
 
     fn timeouts(&mut self) -> Result<Timeouts, Unreachable> {
         Ok(self.content.timeouts)
+    }
+
+    fn sync_daemons(&mut self) -> Result<Vec<SyncDaemon>, Unreachable> {
+        Ok(Vec::new())
     }
 }

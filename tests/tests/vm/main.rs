@@ -8,6 +8,7 @@
 //! | [`nat`] | packets are translated as by the kernel's IPVS |
 //! | [`persistence`] | clients come back as with the kernel's IPVS |
 //! | [`rules`] | rule files go from ipvsadm over the kernel's IPVS to bpfvs, and back |
+//! | [`synchronisation`] | the kernel's IPVS and bpfvs go on with each other's connections |
 //!
 //! They are one program, so that there is always a machine that boots while another one is waited for. `vm_schedulers.rs` is by
 //! itself: its arrivals are 20 ms apart, which nobody must disturb.
@@ -18,3 +19,4 @@ mod machine;
 mod nat;
 mod persistence;
 mod rules;
+mod synchronisation;
