@@ -171,6 +171,21 @@ pub(super) fn server_supported(server: &ServerId, config: &ServerConfig) -> Resu
     }
 }
 
+/// Whether a server can belong to a service that takes each packet for itself, or not. Each packet would claim a local port, and no
+/// connection would ever give it back.
+pub(super) fn one_packet(service: &ServiceId, config: &ServiceConfig, server: &ServerId, method: Method) -> Result<(), Refusal> {
+    if !config.one_packet || !matches!(method, Method::FullNat { .. }) {
+        return Ok(());
+    }
+    refuse(
+        RefusalKind::Unsupported,
+        format!(
+            "the real server {server} cannot serve {service} by FULLNAT while the service schedules each packet by itself: a local port \
+             belongs to a connection, and there would be none; use the method masquerade (`-m`), or the service without that (`-o`)"
+        ),
+    )
+}
+
 /// IPVS's rule about timeouts: 31 bits count the ticks of the kernel's clock, of which there are `clock_rate` in a second.
 pub(super) fn timeouts(timeouts: &Timeouts, clock_rate: u32) -> Result<(), Refusal> {
     let longest = LARGEST / clock_rate.max(1);

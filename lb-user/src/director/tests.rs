@@ -691,6 +691,28 @@ fn a_fullnat_server_always_has_a_local_address() {
     assert_eq!(director.local_addresses().count(), 1);
 }
 
+/// A claim to a local port would never be given back: there is no connection that could end.
+#[test]
+fn fullnat_does_not_go_with_one_packet_scheduling() {
+    use RefusalKind::Unsupported;
+    let udp = ServiceId::Address { protocol: Protocol::Udp, address: Ipv4Addr::new(10, 0, 0, 200).into(), port: 53 };
+    let mark = ServiceId::Mark { family: super::model::Family::Ipv4, mark: 7 };
+    let each = || ServiceConfig { one_packet: true, ..scheduled("rr") };
+    let masquerade = || ServerConfig { method: Method::Masquerade, ..weight(1) };
+    for service in [udp, mark] {
+        let add = |config| Command::AddServer { service, server: server(1), config };
+        let edit = |config| Command::EditServer { service, server: server(1), config };
+        let mut director = director();
+        accept(&mut director, &[add_local(LOCAL, None), Command::AddService { service, config: each() }]);
+        assert_eq!(refused(&mut director, add(fullnat())), Unsupported);
+        accept(&mut director, &[add(masquerade())]);
+        assert_eq!(refused(&mut director, edit(fullnat())), Unsupported);
+        accept(&mut director, &[Command::EditService { service, config: scheduled("rr") }, edit(fullnat())]);
+        assert_eq!(refused(&mut director, Command::EditService { service, config: each() }), Unsupported);
+        accept(&mut director, &[edit(masquerade()), Command::EditService { service, config: each() }]);
+    }
+}
+
 #[test]
 fn local_addresses_that_cannot_be_are_refused() {
     use RefusalKind::*;
