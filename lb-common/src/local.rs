@@ -83,9 +83,13 @@ pub struct Pool {
 pub struct PoolKey {
     /// The service's index, or [`SHARED`].
     pub service: u32,
-    /// `AF_INET` or `AF_INET6`.
+    /// `AF_INET`, `AF_INET6`, or [`MAPPED`].
     pub family: u32,
 }
+
+/// [`PoolKey::family`] of the addresses of IPv4 for real servers of services of IPv6: the same addresses, mapped, by indices of
+/// their own.
+pub const MAPPED: u32 = 1 << 8;
 
 /// [`PoolKey::service`] of the pool of all services that have none of their own.
 pub const SHARED: u32 = u32::MAX;

@@ -1,7 +1,7 @@
 //! Local addresses, as the packet path has them: addresses by index, and pools of indices.
 //!
 //! An address keeps its index for as long as the instance lives, also when it leaves its pools: connections go on naming it, and
-//! when it comes back it has the same one. There are as many indices as addresses that an instance will ever see.
+//! when it comes back it has the same one. An address of IPv4 has a second index, mapped, for clients of IPv6. There are as many indices as addresses that an instance will ever see.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -12,7 +12,7 @@ use anyhow::Context as _;
 use aya::maps::{Array, HashMap as MapHashMap, MapData};
 use lb_common::{
     family::{AF_INET, AF_INET6},
-    local::{LocalAddress, POOL_SIZE, Pool, PoolKey},
+    local::{LocalAddress, MAPPED, POOL_SIZE, Pool, PoolKey},
 };
 
 use super::{
@@ -48,18 +48,21 @@ impl Locals {
 
     /// The address with this index.
     pub fn address(&self, index: u32) -> Option<IpAddr> {
-        self.known.get(index as usize).copied()
+        self.known.get(index as usize).map(IpAddr::to_canonical)
     }
 
     /// Sets the addresses of a pool, those of each family by one write.
     pub fn set_pool(&mut self, service: u32, addresses: &[IpAddr]) -> Result<(), Error> {
-        let mut wanted = [(AF_INET, Vec::new()), (AF_INET6, Vec::new())];
+        let mut wanted = [(AF_INET.into(), Vec::new()), (AF_INET6.into(), Vec::new()), (MAPPED, Vec::new())];
         for &address in addresses {
             let index = self.index(address)?;
             wanted[usize::from(address.is_ipv6())].1.push(index as u16);
+            if let IpAddr::V4(address) = address {
+                wanted[2].1.push(self.index(address.to_ipv6_mapped().into())? as u16);
+            }
         }
         for (family, indices) in wanted {
-            let key = PoolKey { service, family: family.into() };
+            let key = PoolKey { service, family };
             let count = indices.len().min(POOL_SIZE);
             if count == 0 {
                 if self.pools.get(&key, 0).is_ok() {

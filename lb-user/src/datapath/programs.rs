@@ -23,12 +23,15 @@ const XDP_ODD: &str = "xdp_odd";
 const TC_ODD: &str = "tc_odd";
 const XDP_TRANSLATE: &str = "xdp_translate";
 const TC_TRANSLATE: &str = "tc_translate";
+const XDP_CROSS: &str = "xdp_cross";
+const TC_CROSS: &str = "tc_cross";
 const SWEEP: &str = "sweep";
 /// The arrays through which programs call others, and the places in them.
 const XDP_NEXT: &str = "XDP_NEXT";
 const TC_NEXT: &str = "TC_NEXT";
 const NEXT_ODD: u32 = 0;
 const NEXT_TRANSLATE: u32 = 1;
+const NEXT_CROSS: u32 = 2;
 /// The maps with the programs' global variables, the filters.
 const DESTINATIONS: &str = ".bss";
 const SOURCES: &str = ".bss.sources";
@@ -39,6 +42,8 @@ pub struct Programs {
     ebpf: Ebpf,
     /// The programs for translation are loaded.
     translates: bool,
+    /// Those for translation between IPv6 and IPv4 are.
+    crosses: bool,
 }
 
 impl Programs {
@@ -70,7 +75,7 @@ impl Programs {
         for name in [XDP, TC, XDP_ODD, TC_ODD, SWEEP] {
             pin(&mut ebpf, pins, name)?;
         }
-        Ok(Self { ebpf, translates: false })
+        Ok(Self { ebpf, translates: false, crosses: false })
     }
 
     /// Loads the programs for translation, unless that is done. The verifier has more to do with them than with all others,
@@ -79,13 +84,30 @@ impl Programs {
         if self.translates {
             return Ok(());
         }
-        load_program::<Xdp>(&mut self.ebpf, XDP_TRANSLATE, Xdp::load)?;
-        load_program::<SchedClassifier>(&mut self.ebpf, TC_TRANSLATE, SchedClassifier::load)?;
-        for (array, name) in [(XDP_NEXT, XDP_TRANSLATE), (TC_NEXT, TC_TRANSLATE)] {
-            make_callable(&mut self.ebpf, array, NEXT_TRANSLATE, name)?;
+        self.load_pair(pins, NEXT_TRANSLATE, XDP_TRANSLATE, TC_TRANSLATE)?;
+        self.translates = true;
+        Ok(())
+    }
+
+    /// Loads the programs for translation between IPv6 and IPv4, unless that is done, and those for all translation.
+    pub fn load_crossing(&mut self, pins: &Pins) -> anyhow::Result<()> {
+        self.load_translation(pins)?;
+        if self.crosses {
+            return Ok(());
+        }
+        self.load_pair(pins, NEXT_CROSS, XDP_CROSS, TC_CROSS)?;
+        self.crosses = true;
+        Ok(())
+    }
+
+    /// Loads a program for each hook, and puts them where the others call them.
+    fn load_pair(&mut self, pins: &Pins, place: u32, xdp: &str, tc: &str) -> anyhow::Result<()> {
+        load_program::<Xdp>(&mut self.ebpf, xdp, Xdp::load)?;
+        load_program::<SchedClassifier>(&mut self.ebpf, tc, SchedClassifier::load)?;
+        for (array, name) in [(XDP_NEXT, xdp), (TC_NEXT, tc)] {
+            make_callable(&mut self.ebpf, array, place, name)?;
             pin(&mut self.ebpf, pins, name)?;
         }
-        self.translates = true;
         Ok(())
     }
 

@@ -46,7 +46,7 @@ impl Servers {
     pub fn open(pins: &Pins, sources: Array<MapData, Bitmap>) -> anyhow::Result<Self> {
         let data = pins.data("SERVERS")?;
         let found = in_use(&data)?;
-        let addresses = found.iter().filter_map(|(_, server)| source(server));
+        let addresses = found.iter().flat_map(|(_, server)| heard_from(server));
         Ok(Self {
             sources: Filter::new(Some(sources), addresses).context("the filter of sources cannot be written")?,
             data,
@@ -183,17 +183,13 @@ impl Servers {
     }
 
     fn put(&mut self, index: u32, entry: &Server) -> Result<(), Error> {
-        let (old, new) = (source(&self.entry(index)?), source(entry));
-        if old != new
-            && let Some(new) = new
-        {
-            self.sources.add(new).map_err(|error| failed("heard", index, &error))?;
+        let (old, new) = (heard_from(&self.entry(index)?), heard_from(entry));
+        for &source in new.difference(&old) {
+            self.sources.add(source).map_err(|error| failed("heard", index, &error))?;
         }
         self.entries.set(index, entry, 0).map_err(|error| failed("written", index, &error))?;
-        if old != new
-            && let Some(old) = old
-        {
-            self.sources.remove(old).map_err(|error| failed("left unheard", index, &error))?;
+        for &source in old.difference(&new) {
+            self.sources.remove(source).map_err(|error| failed("left unheard", index, &error))?;
         }
         Ok(())
     }
@@ -226,10 +222,11 @@ fn in_use(data: &MapData) -> Result<Vec<(u32, Server)>, Error> {
     Ok(found)
 }
 
-/// Where a server's replies come from, if they pass the director.
-fn source(server: &Server) -> Option<IpAddr> {
+/// Where a server's replies come from, if they pass the director. What XDP has made a packet of IPv6 tc may have to send.
+fn heard_from(server: &Server) -> BTreeSet<IpAddr> {
     let masqueraded = server.status != Status::Free as u8 && Method::translates(server.method);
-    masqueraded.then(|| way::address(server.address, server.flags & flags::IPV6 != 0))
+    let as_seen = [way::server_address(server), way::address(server.address, server.flags & flags::IPV6 != 0)];
+    as_seen.into_iter().filter(|_| masqueraded).collect()
 }
 
 fn failed(what: &str, index: u32, error: &MapError) -> Error {

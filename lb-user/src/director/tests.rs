@@ -13,7 +13,7 @@ use lb_common::{
 };
 
 use super::{
-    model::{Method, Persistence, Protocol, Tunnel, TunnelChecksum},
+    model::{Family, Method, Persistence, Protocol, Tunnel, TunnelChecksum},
     testing::Memory,
     *,
 };
@@ -140,8 +140,8 @@ fn ipvs_refusals_in_the_order_of_ipvs() {
     for (command, kind) in [
         (add(service(), "nonsense"), ServiceExists),
         (add(other, "nonsense"), SchedulerNotFound),
-        (add(ServiceId::Mark { mark: 1, family: model::Family::Ipv4 }, "nonsense"), SchedulerNotFound),
-        (add(ServiceId::Mark { mark: 0, family: model::Family::Ipv4 }, "rr"), Invalid),
+        (add(ServiceId::Mark { mark: 1, family: Family::Ipv4 }, "nonsense"), SchedulerNotFound),
+        (add(ServiceId::Mark { mark: 0, family: Family::Ipv4 }, "rr"), Invalid),
         (
             Command::AddService {
                 service: other,
@@ -696,7 +696,7 @@ fn a_fullnat_server_always_has_a_local_address() {
 fn fullnat_does_not_go_with_one_packet_scheduling() {
     use RefusalKind::Unsupported;
     let udp = ServiceId::Address { protocol: Protocol::Udp, address: Ipv4Addr::new(10, 0, 0, 200).into(), port: 53 };
-    let mark = ServiceId::Mark { family: super::model::Family::Ipv4, mark: 7 };
+    let mark = ServiceId::Mark { family: Family::Ipv4, mark: 7 };
     let each = || ServiceConfig { one_packet: true, ..scheduled("rr") };
     let masquerade = || ServerConfig { method: Method::Masquerade, ..weight(1) };
     for service in [udp, mark] {
