@@ -31,9 +31,10 @@ fn programs_stay_within_their_budget() -> Result<()> {
     needs_bpfvs!();
     let director = Namespace::new("budget")?;
     let bpfvs = Bpfvs::start(&director, &[])?;
-    // The programs for translation are loaded for the first real server that is masqueraded.
-    bpfvs.ipvsadm("-A -t 192.0.2.1:80 -s rr")?;
-    bpfvs.ipvsadm("-a -t 192.0.2.1:80 -r 192.0.2.2:80 -m")?;
+    // The programs for translation are loaded for the first real server that needs them.
+    bpfvs.succeed(&["localaddr", "add", "192.0.2.3"])?;
+    bpfvs.ipvsadm("-A -t [2001:db8::1]:80 -s rr")?;
+    bpfvs.ipvsadm("-a -t [2001:db8::1]:80 -r 192.0.2.2:80 -m --fullnat")?;
     let measured = measure(&bpfvs.pins().join("programs"))?;
     for (program, instructions) in &measured {
         println!("{program}: {instructions} verified instructions");

@@ -691,6 +691,29 @@ fn a_fullnat_server_always_has_a_local_address() {
     assert_eq!(director.local_addresses().count(), 1);
 }
 
+#[test]
+fn fullnat_leads_from_ipv6_to_ipv4_and_not_back() {
+    use RefusalKind::*;
+    let ipv6: IpAddr = "2001:db8::80".parse().expect("an address");
+    let outside = ServiceId::Address { protocol: Protocol::Tcp, address: ipv6, port: 80 };
+    let add = |service, server, method| Command::AddServer { service, server, config: ServerConfig { method, ..weight(1) } };
+    let mut director = with_servers("rr", &[]);
+    accept(&mut director, &[Command::AddService { service: outside, config: scheduled("rr") }]);
+    let fullnat = |toa| Method::FullNat { toa };
+    assert_eq!(refused(&mut director, add(outside, server(1), fullnat(false))), NoLocalAddress);
+    accept(&mut director, &[add_local("2001:db8::230".parse::<IpAddr>().expect("an address"), None)]);
+    assert_eq!(refused(&mut director, add(outside, server(1), fullnat(false))), NoLocalAddress, "it is of the other family");
+    accept(&mut director, &[add_local(LOCAL, None)]);
+    assert_eq!(refused(&mut director, add(outside, server(1), fullnat(true))), Unsupported);
+    assert_eq!(refused(&mut director, add(outside, server(1), Method::Masquerade)), Invalid);
+    let server_of_ipv6 = ServerId { address: "2001:db8::5".parse().expect("an address"), port: 80 };
+    assert_eq!(refused(&mut director, add(service(), server_of_ipv6, fullnat(false))), Unsupported);
+    accept(&mut director, &[add(outside, server(1), fullnat(false)), add(outside, server_of_ipv6, fullnat(false))]);
+    let targets: Vec<_> = director.datapath().servers.values().map(crate::datapath::Target::crosses).collect();
+    assert_eq!(targets, [true, false]);
+    assert_eq!(refused(&mut director, remove_local(LOCAL, None)), Invalid, "the server needs it");
+}
+
 /// A claim to a local port would never be given back: there is no connection that could end.
 #[test]
 fn fullnat_does_not_go_with_one_packet_scheduling() {
