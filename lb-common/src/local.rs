@@ -56,12 +56,8 @@ impl Local {
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 #[repr(C)]
 pub struct LocalAddress {
-    /// The address in network order; IPv4 in the first word.
+    /// The address in network order; IPv4 mapped ([`crate::packet::mapped`]), because clients may have IPv6. Zero for none.
     pub address: [u32; 4],
-    /// `AF_INET`, `AF_INET6`, or 0 for none.
-    pub family: u32,
-    /// Always zero.
-    pub zero: u32,
 }
 
 /// How many addresses a pool can have.
@@ -83,13 +79,9 @@ pub struct Pool {
 pub struct PoolKey {
     /// The service's index, or [`SHARED`].
     pub service: u32,
-    /// `AF_INET`, `AF_INET6`, or [`MAPPED`].
+    /// `AF_INET` or `AF_INET6`: that of the real servers.
     pub family: u32,
 }
-
-/// [`PoolKey::family`] of the addresses of IPv4 for real servers of services of IPv6: the same addresses, mapped, by indices of
-/// their own.
-pub const MAPPED: u32 = 1 << 8;
 
 /// [`PoolKey::service`] of the pool of all services that have none of their own.
 pub const SHARED: u32 = u32::MAX;
@@ -125,7 +117,7 @@ impl Walk {
 
 plain! {
     Local = 4,
-    LocalAddress = 24,
+    LocalAddress = 16,
     Pool = 132,
     PoolKey = 8,
 }

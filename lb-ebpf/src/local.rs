@@ -15,8 +15,8 @@ use aya_ebpf::{
 use lb_common::{
     connection::{Connection, ConnectionKey},
     family::Address,
-    local::{Local, MAPPED, POOL_SIZE, PORTS, Pool, PoolKey, SHARED, Walk},
-    packet::{V4, transport::Ports},
+    local::{Local, POOL_SIZE, PORTS, Pool, PoolKey, SHARED, Walk},
+    packet::{Network as _, V4, transport::Ports},
     reason::Reason,
     reply::{self, Reply, flags},
     server::{Method, Server},
@@ -53,7 +53,7 @@ pub fn of_new<F: Family>(key: &ConnectionKey<F::Address>, server: u32) -> Result
 /// The address that an index stands for.
 #[inline(always)]
 pub fn address<F: Family>(local: Local) -> Option<F::Address> {
-    LOCALS.get(local.address()).map(|entry| F::Address::from_words(&entry.address))
+    LOCALS.get(local.address()).map(|entry| F::Address::from_mapped(&entry.address))
 }
 
 /// What a search would insert, for one CPU: too large for the stack.
@@ -108,7 +108,7 @@ fn claim<F: Family>(key: &ConnectionKey<F::Address>, server: u32) -> u32 {
 /// The pool of a server's service: its own, or the shared one.
 #[inline(always)]
 fn pool<F: Family>(server: &Server) -> Option<*const Pool> {
-    let family = if server.method == Method::Cross as u8 { MAPPED } else { F::AF.into() };
+    let family = if server.method == Method::Cross as u8 { V4::AF } else { F::AF }.into();
     POOLS
         .get_ptr(PoolKey { service: server.outer_source[0], family })
         .or_else(|| POOLS.get_ptr(PoolKey { service: SHARED, family }))

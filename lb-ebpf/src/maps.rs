@@ -201,7 +201,7 @@ pub static PERSISTED: Array<u64> = Array::with_max_entries(SERVER_COUNT, MMAPABL
 /// The new connection of a persistent service that each CPU has at hand.
 #[map]
 pub static ARRIVALS: PerCpuArray<Arrival> = PerCpuArray::with_max_entries(1, 0);
-/// Local addresses, by index. Userspace writes each once, packets of FULLNAT connections read.
+/// Local addresses, by index, IPv4 mapped. Userspace writes each once, packets of FULLNAT connections read.
 #[map]
 pub static LOCALS: Array<LocalAddress> = Array::with_max_entries(LOCAL_COUNT, 0);
 

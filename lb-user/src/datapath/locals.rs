@@ -1,7 +1,7 @@
 //! Local addresses, as the packet path has them: addresses by index, and pools of indices.
 //!
 //! An address keeps its index for as long as the instance lives, also when it leaves its pools: connections go on naming it, and
-//! when it comes back it has the same one. An address of IPv4 has a second index, mapped, for clients of IPv6. There are as many indices as addresses that an instance will ever see.
+//! when it comes back it has the same one. There are as many indices as addresses that an instance will ever see.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -12,7 +12,7 @@ use anyhow::Context as _;
 use aya::maps::{Array, HashMap as MapHashMap, MapData};
 use lb_common::{
     family::{AF_INET, AF_INET6},
-    local::{LocalAddress, MAPPED, POOL_SIZE, Pool, PoolKey},
+    local::{LocalAddress, POOL_SIZE, Pool, PoolKey},
 };
 
 use super::{
@@ -37,10 +37,10 @@ impl Locals {
         let mut known = Vec::new();
         for index in 0..addresses.len() {
             let entry = addresses.get(&index, 0).context("the table of local addresses cannot be read")?;
-            if entry.family == 0 {
+            if entry == LocalAddress::default() {
                 break;
             }
-            known.push(address(entry.address, entry.family == u32::from(AF_INET6)));
+            known.push(address(entry.address, true).to_canonical());
         }
         let indices = known.iter().zip(0..).map(|(address, index)| (*address, index)).collect();
         Ok(Self { addresses, pools: pins.typed("POOLS")?, known, indices })
@@ -48,21 +48,18 @@ impl Locals {
 
     /// The address with this index.
     pub fn address(&self, index: u32) -> Option<IpAddr> {
-        self.known.get(index as usize).map(IpAddr::to_canonical)
+        self.known.get(index as usize).copied()
     }
 
     /// Sets the addresses of a pool, those of each family by one write.
     pub fn set_pool(&mut self, service: u32, addresses: &[IpAddr]) -> Result<(), Error> {
-        let mut wanted = [(AF_INET.into(), Vec::new()), (AF_INET6.into(), Vec::new()), (MAPPED, Vec::new())];
+        let mut wanted = [(AF_INET, Vec::new()), (AF_INET6, Vec::new())];
         for &address in addresses {
             let index = self.index(address)?;
             wanted[usize::from(address.is_ipv6())].1.push(index as u16);
-            if let IpAddr::V4(address) = address {
-                wanted[2].1.push(self.index(address.to_ipv6_mapped().into())? as u16);
-            }
         }
         for (family, indices) in wanted {
-            let key = PoolKey { service, family };
+            let key = PoolKey { service, family: family.into() };
             let count = indices.len().min(POOL_SIZE);
             if count == 0 {
                 if self.pools.get(&key, 0).is_ok() {
@@ -98,13 +95,20 @@ impl Locals {
                 advice: "use one of the earlier ones, or start anew after `bpfvs stop --detach`",
             });
         }
-        let family = if address.is_ipv6() { AF_INET6 } else { AF_INET };
-        let entry = LocalAddress { address: words(address), family: family.into(), zero: 0 };
+        let entry = LocalAddress { address: words(mapped(address)) };
         self.addresses
             .set(index, entry, 0)
             .map_err(|error| kernel_error(format!("the local address {address} cannot be written"), error))?;
         self.known.push(address);
         self.indices.insert(address, index);
         Ok(index)
+    }
+}
+
+/// An address as one of IPv6.
+fn mapped(address: IpAddr) -> IpAddr {
+    match address {
+        IpAddr::V4(address) => address.to_ipv6_mapped().into(),
+        IpAddr::V6(_) => address,
     }
 }
