@@ -9,6 +9,8 @@
 //! # anyhow::Ok(())
 //! ```
 
+use std::cell::Cell;
+
 use anyhow::{Result, ensure};
 
 use crate::{
@@ -26,6 +28,8 @@ pub struct Balanced {
     pub nginx: Vec<Nginx>,
     /// The namespaces.
     pub lab: Lab,
+    /// The real servers have our own decapsulation.
+    decapsulates: Cell<bool>,
 }
 
 impl Balanced {
@@ -45,7 +49,7 @@ impl Balanced {
             .map(|(server, number)| Nginx::start(server, &format!("rs{number}")))
             .collect::<Result<_>>()?;
         let bpfvs = Bpfvs::start(&lab.director, arguments)?;
-        let balanced = Self { bpfvs, nginx, lab };
+        let balanced = Self { bpfvs, nginx, lab, decapsulates: Cell::new(false) };
         match balanced.lab.layout {
             Layout::Tunnel => balanced.set_up_tunnels(&[])?,
             Layout::Masquerade => {}
@@ -56,6 +60,7 @@ impl Balanced {
 
     /// `bpfvs realserver setup` on every real server, with our own decapsulation.
     pub fn set_up_tunnels(&self, options: &[&str]) -> Result<()> {
+        self.decapsulates.set(true);
         for server in &self.lab.servers {
             let mut command = server.command(crate::bpfvs::binary()?);
             command.args(["realserver", "setup", "--method", "tunnel", "--decap", "bpf", "--interface", "eth0"]).args(options);
@@ -95,7 +100,7 @@ impl Balanced {
 
 impl Drop for Balanced {
     fn drop(&mut self) {
-        if self.lab.layout != Layout::Tunnel {
+        if !self.decapsulates.get() {
             return;
         }
         // The pins of our own decapsulation outlive a namespace.

@@ -116,7 +116,7 @@ impl Bench {
              neigh add fd01::2 lladdr 02:00:00:00:01:02 dev eth0 nud permanent
              neigh add fd01::fe lladdr 02:00:00:00:01:fe dev eth0 nud permanent")?;
         director.sysctl(&[("net.ipv4.ip_forward", "1"), ("net.ipv6.conf.all.forwarding", "1")])?;
-        let mut all = vec!["--interface", "eth0"];
+        let mut all = vec!["--interface", "eth0", "--hook", "xdp"];
         all.extend(arguments);
         let bpfvs = Bpfvs::start(&director, &all)?;
         let pinned = Pinned::open(bpfvs.pins())?;

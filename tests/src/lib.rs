@@ -17,7 +17,7 @@
 //! | control groups, and processes in them | [`control_group`] |
 //! | pinned programs, run on one frame | [`test_run`], with a director to do it on: [`mod@bench`] |
 //! | connections that begin and end on it, for schedulers | [`arrivals`], and who should get them: [`book`] |
-//! | nanoseconds per packet | [`speed`] |
+//! | nanoseconds per packet | [`speed`], and others beside bpfvs: [`peers`] |
 //! | a program for the far end of a veth pair | [`pass`] |
 //! | other kernels | [`vm`] |
 //! | bpfvs and the kernel's own IPVS, compared: what they choose | [`differential`] |
@@ -41,6 +41,7 @@ pub mod frame;
 pub mod lab;
 pub mod netns;
 pub mod pass;
+pub mod peers;
 pub mod programs;
 pub mod skip;
 pub mod speed;

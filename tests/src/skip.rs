@@ -64,7 +64,7 @@ macro_rules! needs_machines {
 }
 
 /// Ends a test that the running kernel has no code for, while another test does the same on a kernel that has it. This is no
-/// failure in CI, because nothing that could be installed would help: `skip_kernel!("vm_kernels::vlan", "no VLANs")`.
+/// failure in CI, because nothing that could be installed would help: `skip_kernel!("vm::kernels::vlan", "no VLANs")`.
 #[macro_export]
 macro_rules! skip_kernel {
     ($instead:literal, $($reason:tt)+) => {{

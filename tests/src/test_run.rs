@@ -18,6 +18,7 @@
 //! What this does not show: that the frame arrives. The namespace tests show it.
 
 use std::{
+    io,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
 };
@@ -44,6 +45,9 @@ use lb_common::{
     statistics::Statistics,
     template::{Template, TemplateKey},
 };
+use nix::errno::Errno;
+
+use crate::wait;
 
 /// Bytes of the kernel's `struct __sk_buff`, and where its mark stands.
 const SK_BUFF: usize = 192;
@@ -98,7 +102,8 @@ pub struct Run {
 /// Programs and maps of an instance, opened from its pins.
 #[derive(Debug)]
 pub struct Pinned {
-    xdp: Xdp,
+    /// Only if an interface has it.
+    xdp: Option<Xdp>,
     tc: SchedClassifier,
     maps: PathBuf,
 }
@@ -107,15 +112,21 @@ impl Pinned {
     /// Opens the programs; maps are opened when they are asked for.
     pub fn open(pins: &Path) -> Result<Self> {
         let program = |name: &str| pins.join("programs").join(name);
-        let xdp = Xdp::from_pin(program("xdp_director"), XdpAttachType::Interface).context("open the pinned XDP program")?;
+        let path = program("xdp_director");
+        let xdp = path.exists().then(|| Xdp::from_pin(&path, XdpAttachType::Interface));
+        let xdp = xdp.transpose().context("open the pinned XDP program")?;
         let tc = SchedClassifier::from_pin(program("tc_director")).context("open the pinned tc program")?;
         Ok(Self { xdp, tc, maps: pins.join("maps") })
+    }
+
+    fn xdp(&self) -> Result<&Xdp> {
+        self.xdp.as_ref().context("the XDP program was not loaded, because no interface wanted it: begin with `--hook xdp`")
     }
 
     /// A program, to be called by another.
     pub fn descriptor(&self, hook: Hook) -> Result<&ProgramFd> {
         let descriptor = match hook {
-            Hook::Xdp => self.xdp.fd(),
+            Hook::Xdp => self.xdp()?.fd(),
             Hook::Tc => self.tc.fd(),
         };
         descriptor.with_context(|| format!("the {hook:?} program is not loaded"))
@@ -133,7 +144,7 @@ impl Pinned {
     pub fn run_into(&self, hook: Hook, frame: &[u8], buffer: &mut [u8]) -> Result<(Verdict, usize)> {
         let options = TestRunOptions { data_in: Some(frame), data_out: Some(buffer), ..TestRunOptions::new() };
         let result = match hook {
-            Hook::Xdp => self.xdp.test_run(options),
+            Hook::Xdp => self.xdp()?.test_run(options),
             Hook::Tc => self.tc.test_run(options),
         };
         let result = result.with_context(|| format!("run the {hook:?} program on {} bytes", frame.len()))?;
@@ -189,6 +200,12 @@ impl Pinned {
     pub fn counters(&self, server: u32) -> Result<Counters> {
         let map: Array<MapData, u64> = self.map("COUNTERS", Map::Array)?;
         Ok(Counters::from_word(map.get(&server, 0)?))
+    }
+
+    /// Says that the real server with this index has no connections.
+    pub fn forget_counters(&self, server: u32) -> Result<()> {
+        let mut map: Array<MapData, u64> = self.map("COUNTERS", Map::Array)?;
+        Ok(map.set(server, 0, 0)?)
     }
 
     /// Whether the daemon sleeps, and the forecast of the service with this index is for the connections from now on.
@@ -360,11 +377,20 @@ where
 fn clear<K: Pod, V: Pod>(map: &mut HashMap<MapData, K, V>) -> Result<()> {
     let keys: Vec<K> = map.keys().collect::<Result<_, _>>()?;
     for key in keys {
-        match map.remove(&key) {
+        wait::for_some("a connection to leave its table", wait::SOON, || match map.remove(&key) {
             // The sweep may have been faster.
-            Ok(()) | Err(MapError::KeyNotFound) => {}
-            Err(error) => bail!("take a connection out of its table: {error}"),
-        }
+            Ok(()) | Err(MapError::KeyNotFound) => Some(Ok(())),
+            Err(MapError::SyscallError(error)) if is_contention(&error.io_error) => None,
+            Err(error) => Some(Err(error)),
+        })?
+        .context("take a connection out of its table")?;
     }
     Ok(())
+}
+
+/// Whether the kernel did not get a lock in the time that it takes, or believes it never would. Another try is all it needs.
+fn is_contention(error: &io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    println!("a lock of the kernel's was not to be had: {error}");
+    matches!(errno, Some(Errno::EBUSY | Errno::EDEADLK | Errno::ETIMEDOUT))
 }

@@ -2,8 +2,13 @@
 //!
 //! The datapath is optimised in every profile, and nothing else is timed, so the ordinary build will do. The figures are
 //! printed, and written as JSON to `bench.json` in cargo's target directory, or where `--json` says.
+//!
+//! `cargo xtask bench peers` measures bpfvs beside plain routing, nftables, HAProxy and nginx, with wrk and iperf3.
 
-use std::{ffi::OsString, path::PathBuf};
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+};
 
 use anyhow::Result;
 
@@ -16,6 +21,8 @@ use crate::{
 /// What the benchmark is told.
 #[derive(clap::Args)]
 pub(crate) struct Options {
+    #[command(subcommand)]
+    what: Option<What>,
     /// Fewer rounds, and no table of a million flows
     #[arg(long)]
     quick: bool,
@@ -27,22 +34,47 @@ pub(crate) struct Options {
     further: Vec<OsString>,
 }
 
+/// What else can be measured.
+#[derive(clap::Subcommand)]
+enum What {
+    /// bpfvs beside plain routing, nftables, HAProxy and nginx: requests, throughput, CPU
+    Peers(Peers),
+}
+
+/// What the benchmark of peers is told.
+#[derive(clap::Args)]
+struct Peers {
+    /// Writes the figures to this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Further options of the benchmark itself (`-- --help` lists them)
+    #[arg(last = true, value_name = "OPTIONS")]
+    further: Vec<OsString>,
+}
+
 /// Builds and measures.
 pub(crate) fn run(options: &Options) -> Result<()> {
+    if let Some(What::Peers(peers)) = &options.what {
+        setup::programs(Purpose::Peers)?;
+        let figures = peers.json.clone().unwrap_or_else(|| target_directory().join("peers.json"));
+        return measure(Profile::Release, "peers", &figures, &peers.further);
+    }
     setup::programs(Purpose::Test)?;
-    let program = build::bpfvs(Profile::Debug)?;
-    execute(cargo().args(["build", "--package", "bpfvs-tests", "--bin", "bench"]))?;
     let figures = options.json.clone().unwrap_or_else(|| target_directory().join("bench.json"));
+    let quick = options.quick.then(|| OsString::from("--quick"));
+    measure(Profile::Debug, "bench", &figures, quick.iter().chain(&options.further))
+}
+
+fn measure<'a>(profile: Profile, name: &str, figures: &Path, options: impl IntoIterator<Item = &'a OsString>) -> Result<()> {
+    let program = build::bpfvs(profile)?;
+    execute(cargo().args(["build", "--package", "bpfvs-tests", "--bin", name]))?;
     let mut command = as_root("env")?;
     command.arg(assignment("BPFVS_BIN", program.as_os_str()));
     // The build of bpfvs leaves it there, whatever the profile.
     let floor = target_directory().join("ebpf/bpfel-unknown-none/release/floor");
     command.arg(assignment("BPFVS_FLOOR", floor.as_os_str()));
-    command.arg(program.with_file_name("bench")).arg("--json").arg(&figures);
-    if options.quick {
-        command.arg("--quick");
-    }
-    execute(command.args(&options.further))?;
+    command.arg(target_directory().join("debug").join(name)).arg("--json").arg(figures);
+    execute(command.args(options))?;
     say(&format!("The figures are in {}.", figures.display()));
     Ok(())
 }

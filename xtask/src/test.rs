@@ -8,7 +8,7 @@
 //! | `netns` | tests in network namespaces: all of `tests/tests` and `lb-user/tests` that belongs to no other part | root |
 //! | `budget` | the verifier's work: `tests/tests/verifier_budget.rs` | root |
 //! | `demo` | `cargo xtask demo --once` | root |
-//! | `vm` | other kernels in a virtual machine: `tests/tests/vm*.rs` | root |
+//! | `vm` | other kernels in a virtual machine: `tests/tests/vm` and `vm_*.rs` | root |
 //!
 //! `cargo xtask test unit netns` runs these two. A part that fails does not keep the next from running: at the end stand the
 //! closing lines of all, with what was skipped. As everything that the tests call was installed before, a test that

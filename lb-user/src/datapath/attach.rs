@@ -186,12 +186,12 @@ impl Attachments {
 
     /// Makes the programs ready to masquerade.
     pub fn translate(&mut self) -> anyhow::Result<()> {
-        self.programs.load_translation(&self.pins)
+        self.programs.load_translation()
     }
 
     /// The same between IPv6 and IPv4.
     pub fn cross(&mut self) -> anyhow::Result<()> {
-        self.programs.load_crossing(&self.pins)
+        self.programs.load_crossing()
     }
 
     /// The interfaces that the programs run on.
@@ -240,6 +240,8 @@ impl Attachments {
             self.remove_xdp(link.index)?;
             None
         } else {
+            // That the kernel refuses the program is no matter of this interface.
+            self.programs.xdp()?;
             match self.attach_xdp(link, modes) {
                 Ok(generic) => Some(generic),
                 Err(error) if hook == Hook::Auto => {

@@ -135,6 +135,8 @@ impl KernelDatapath {
             Some(config) => (programs, config),
             None => make_instance(&pins, programs, options)?,
         };
+        // Every interface gets it. Better no daemon than one that the kernel refuses the programs of.
+        programs.tc()?;
         // Before anything is attached: until then a program lets every packet pass.
         let services = Services::open(&pins, programs.take_destinations()?)?;
         let connections = Connections::open(&pins)?;

@@ -3,6 +3,9 @@
 //! Loading creates the maps that are not pinned yet and reopens the others. The programs themselves are pinned, too, for
 //! whoever wants to look at them or measure them; the daemon always loads its own, so that an upgrade is one.
 //!
+//! A hook's programs are loaded when the first interface wants that hook, and those that translate addresses with the first
+//! real server that is masqueraded: what nobody needs costs neither start time nor memory.
+//!
 //! When the verifier refuses a program, its log is thousands of lines; the last ten say why, and only they are shown.
 
 use anyhow::{Context as _, anyhow};
@@ -17,21 +20,24 @@ use super::{
     maps::{CONNECTION_TABLES, OBJECT, Pins, remove_pin},
 };
 
-const XDP: &str = "xdp_director";
-const TC: &str = "tc_director";
-const XDP_ODD: &str = "xdp_odd";
-const TC_ODD: &str = "tc_odd";
-const XDP_TRANSLATE: &str = "xdp_translate";
-const TC_TRANSLATE: &str = "tc_translate";
-const XDP_CROSS: &str = "xdp_cross";
-const TC_CROSS: &str = "tc_cross";
+/// The programs of a hook.
+struct Hooked {
+    /// What is attached to interfaces.
+    director: &'static str,
+    /// What it calls, and what these call, by their places: for rare packets, for those whose addresses are translated, and for those that
+    /// change their IP version.
+    called: [&'static str; 3],
+    /// The array through which they call each other.
+    next: &'static str,
+}
+
+const XDP: Hooked = Hooked { director: "xdp_director", called: ["xdp_odd", "xdp_translate", "xdp_cross"], next: "XDP_NEXT" };
+const TC: Hooked = Hooked { director: "tc_director", called: ["tc_odd", "tc_translate", "tc_cross"], next: "TC_NEXT" };
 const SWEEP: &str = "sweep";
-/// The arrays through which programs call others, and the places in them.
-const XDP_NEXT: &str = "XDP_NEXT";
-const TC_NEXT: &str = "TC_NEXT";
-const NEXT_ODD: u32 = 0;
-const NEXT_TRANSLATE: u32 = 1;
-const NEXT_CROSS: u32 = 2;
+/// The places in the arrays through which programs call each other.
+const NEXT_ODD: usize = 0;
+const NEXT_TRANSLATE: usize = 1;
+const NEXT_CROSS: usize = 2;
 /// The maps with the programs' global variables, the filters.
 const DESTINATIONS: &str = ".bss";
 const SOURCES: &str = ".bss.sources";
@@ -40,14 +46,18 @@ const SOURCES: &str = ".bss.sources";
 #[derive(Debug)]
 pub struct Programs {
     ebpf: Ebpf,
-    /// The programs for translation are loaded.
-    translates: bool,
-    /// Those for translation between IPv6 and IPv4 are.
-    crosses: bool,
+    pins: Pins,
+    /// The programs for XDP are loaded.
+    xdp: bool,
+    /// The same for tc.
+    tc: bool,
+    /// The places of those that are loaded with the programs of their hook.
+    wanted: Vec<usize>,
 }
 
 impl Programs {
-    /// Loads all programs and pins them and their maps.
+    /// Makes or reopens the maps, and loads and pins the sweep. The others are loaded when they are wanted: the verifier
+    /// takes its time for each.
     pub fn load(pins: &Pins, hz: u32, max_connections: u32) -> anyhow::Result<Self> {
         let object = aya_obj::Object::parse(OBJECT).context("the compiled eBPF object is damaged; build bpfvs anew")?;
         let mut loader = EbpfLoader::new();
@@ -65,49 +75,39 @@ impl Programs {
                 pins.directory().display()
             ))
         })?;
-        load_program::<Xdp>(&mut ebpf, XDP, Xdp::load)?;
-        load_program::<SchedClassifier>(&mut ebpf, TC, SchedClassifier::load)?;
+        for name in [XDP, TC].into_iter().flat_map(|hooked| [&[hooked.director][..], &hooked.called].concat()) {
+            // An earlier daemon's, which this one may not need.
+            unpin(pins, name)?;
+        }
         load_program::<RawTracePoint>(&mut ebpf, SWEEP, RawTracePoint::load)?;
-        load_program::<Xdp>(&mut ebpf, XDP_ODD, Xdp::load)?;
-        load_program::<SchedClassifier>(&mut ebpf, TC_ODD, SchedClassifier::load)?;
-        make_callable(&mut ebpf, XDP_NEXT, NEXT_ODD, XDP_ODD)?;
-        make_callable(&mut ebpf, TC_NEXT, NEXT_ODD, TC_ODD)?;
-        for name in [XDP, TC, XDP_ODD, TC_ODD, SWEEP] {
-            pin(&mut ebpf, pins, name)?;
-        }
-        Ok(Self { ebpf, translates: false, crosses: false })
+        pin(&mut ebpf, pins, SWEEP)?;
+        Ok(Self { ebpf, pins: pins.clone(), xdp: false, tc: false, wanted: vec![NEXT_ODD] })
     }
 
-    /// Loads the programs for translation, unless that is done. The verifier has more to do with them than with all others,
-    /// and most directors never masquerade.
-    pub fn load_translation(&mut self, pins: &Pins) -> anyhow::Result<()> {
-        if self.translates {
+    /// Sees to it that packets can be translated. The verifier has more to do with these programs than with all others, and
+    /// most directors never masquerade.
+    pub fn load_translation(&mut self) -> anyhow::Result<()> {
+        self.want(NEXT_TRANSLATE)
+    }
+
+    /// Sees to it that packets can be translated between IPv6 and IPv4.
+    pub fn load_crossing(&mut self) -> anyhow::Result<()> {
+        self.want(NEXT_TRANSLATE)?;
+        self.want(NEXT_CROSS)
+    }
+
+    /// Sees to it that there are programs at a place.
+    fn want(&mut self, place: usize) -> anyhow::Result<()> {
+        if self.wanted.contains(&place) {
             return Ok(());
         }
-        self.load_pair(pins, NEXT_TRANSLATE, XDP_TRANSLATE, TC_TRANSLATE)?;
-        self.translates = true;
-        Ok(())
-    }
-
-    /// Loads the programs for translation between IPv6 and IPv4, unless that is done, and those for all translation.
-    pub fn load_crossing(&mut self, pins: &Pins) -> anyhow::Result<()> {
-        self.load_translation(pins)?;
-        if self.crosses {
-            return Ok(());
+        if self.xdp {
+            self.load_called::<Xdp>(&XDP, place, Xdp::load)?;
         }
-        self.load_pair(pins, NEXT_CROSS, XDP_CROSS, TC_CROSS)?;
-        self.crosses = true;
-        Ok(())
-    }
-
-    /// Loads a program for each hook, and puts them where the others call them.
-    fn load_pair(&mut self, pins: &Pins, place: u32, xdp: &str, tc: &str) -> anyhow::Result<()> {
-        load_program::<Xdp>(&mut self.ebpf, xdp, Xdp::load)?;
-        load_program::<SchedClassifier>(&mut self.ebpf, tc, SchedClassifier::load)?;
-        for (array, name) in [(XDP_NEXT, xdp), (TC_NEXT, tc)] {
-            make_callable(&mut self.ebpf, array, place, name)?;
-            pin(&mut self.ebpf, pins, name)?;
+        if self.tc {
+            self.load_called::<SchedClassifier>(&TC, place, SchedClassifier::load)?;
         }
+        self.wanted.push(place);
         Ok(())
     }
 
@@ -126,14 +126,45 @@ impl Programs {
         map.try_into().with_context(|| format!("the programs' filter {name} is not what it should be; build bpfvs anew"))
     }
 
-    /// The XDP program.
+    /// The XDP program, ready to be attached.
     pub fn xdp(&mut self) -> anyhow::Result<&mut Xdp> {
-        Ok(self.ebpf.program_mut(XDP).with_context(|| missing(XDP))?.try_into()?)
+        if !self.xdp {
+            self.load_hook::<Xdp>(&XDP, Xdp::load)?;
+            self.xdp = true;
+        }
+        Ok(self.ebpf.program_mut(XDP.director).with_context(|| missing(XDP.director))?.try_into()?)
     }
 
-    /// The tc program.
+    /// The tc program, ready to be attached.
     pub fn tc(&mut self) -> anyhow::Result<&mut SchedClassifier> {
-        Ok(self.ebpf.program_mut(TC).with_context(|| missing(TC))?.try_into()?)
+        if !self.tc {
+            self.load_hook::<SchedClassifier>(&TC, SchedClassifier::load)?;
+            self.tc = true;
+        }
+        Ok(self.ebpf.program_mut(TC.director).with_context(|| missing(TC.director))?.try_into()?)
+    }
+
+    /// Loads the programs of a hook: what is called before what calls it.
+    fn load_hook<P>(&mut self, hooked: &Hooked, load: fn(&mut P) -> Result<(), ProgramError>) -> anyhow::Result<()>
+    where
+        for<'a> &'a mut P: TryFrom<&'a mut Program, Error = ProgramError>,
+    {
+        for place in self.wanted.clone() {
+            self.load_called(hooked, place, load)?;
+        }
+        load_program(&mut self.ebpf, hooked.director, load)?;
+        pin(&mut self.ebpf, &self.pins, hooked.director)
+    }
+
+    /// Loads a program that others call, and puts it where they do.
+    fn load_called<P>(&mut self, hooked: &Hooked, place: usize, load: fn(&mut P) -> Result<(), ProgramError>) -> anyhow::Result<()>
+    where
+        for<'a> &'a mut P: TryFrom<&'a mut Program, Error = ProgramError>,
+    {
+        let name = hooked.called[place];
+        load_program(&mut self.ebpf, name, load)?;
+        make_callable(&mut self.ebpf, hooked.next, place as u32, name)?;
+        pin(&mut self.ebpf, &self.pins, name)
     }
 
     /// The pinned sweep program, by itself.
@@ -159,15 +190,20 @@ fn make_callable(ebpf: &mut Ebpf, array: &str, place: u32, name: &str) -> anyhow
 }
 
 fn pin(ebpf: &mut Ebpf, pins: &Pins, name: &str) -> anyhow::Result<()> {
+    unpin(pins, name)?;
     let path = pins.program(name);
-    remove_pin(&path).with_context(|| format!("the old pin {} cannot be removed", path.display()))?;
     let program = ebpf.program_mut(name).with_context(|| missing(name))?;
     program.pin(&path).with_context(|| format!("the program {name} cannot be pinned at {}", path.display()))
 }
 
-fn load_program<'a, P: 'a>(ebpf: &'a mut Ebpf, name: &str, load: fn(&mut P) -> Result<(), ProgramError>) -> anyhow::Result<()>
+fn unpin(pins: &Pins, name: &str) -> anyhow::Result<()> {
+    let path = pins.program(name);
+    remove_pin(&path).with_context(|| format!("the old pin {} cannot be removed", path.display()))
+}
+
+fn load_program<P>(ebpf: &mut Ebpf, name: &str, load: fn(&mut P) -> Result<(), ProgramError>) -> anyhow::Result<()>
 where
-    &'a mut P: TryFrom<&'a mut Program, Error = ProgramError>,
+    for<'a> &'a mut P: TryFrom<&'a mut Program, Error = ProgramError>,
 {
     let program: &mut P = ebpf.program_mut(name).with_context(|| missing(name))?.try_into()?;
     load(program).map_err(|error| explain(name, error))

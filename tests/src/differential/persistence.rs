@@ -34,6 +34,8 @@ struct Kind {
     protocol: char,
     ipv6: bool,
     port: u16,
+    /// It is a firewall mark that names the service, instead of address and port.
+    mark: bool,
     options: &'static str,
     /// Options after an edit.
     edited: &'static str,
@@ -43,34 +45,26 @@ struct Kind {
     beside: Option<u16>,
 }
 
+/// What most of them have.
+const PLAIN: Kind =
+    Kind { protocol: 't', ipv6: false, port: 80, mark: false, options: "-p 300", edited: "-p 300", ports: &[80], beside: None };
+
 const KINDS: &[Kind] = &[
-    Kind { protocol: 't', ipv6: false, port: 80, options: "-p 300", edited: "-p 600", ports: &[80, 81], beside: None },
-    Kind { protocol: 't', ipv6: false, port: 80, options: "-p 300 -M 255.255.255.0", edited: "-p 300", ports: &[80], beside: None },
-    Kind {
-        protocol: 't',
-        ipv6: false,
-        port: 0,
-        options: "-p 300",
-        edited: "-p 300 -M 255.255.255.0",
-        ports: &[80, 443, 9000],
-        beside: None,
-    },
-    Kind { protocol: 't', ipv6: false, port: 0, options: "-p 300", edited: "-p 300", ports: &[80, 443], beside: Some(443) },
-    Kind {
-        protocol: 't',
-        ipv6: false,
-        port: 21,
-        options: "-p 300",
-        edited: "-p 300",
-        ports: &[21, 1024, 20_000, 80],
-        beside: None,
-    },
-    Kind { protocol: 'u', ipv6: false, port: 53, options: "-p 300", edited: "", ports: &[53], beside: None },
-    Kind { protocol: 'u', ipv6: false, port: 53, options: "-p 300 -o", edited: "-p 300", ports: &[53], beside: None },
-    Kind { protocol: 'u', ipv6: false, port: 53, options: "-o", edited: "-p 300 -o", ports: &[53], beside: None },
-    Kind { protocol: 't', ipv6: true, port: 80, options: "-p 300 -M 64", edited: "-p 300", ports: &[80], beside: None },
-    Kind { protocol: 't', ipv6: true, port: 0, options: "-p 300", edited: "-p 300 -M 64", ports: &[80, 443], beside: None },
-    Kind { protocol: 'u', ipv6: true, port: 53, options: "-p 300 -o", edited: "-p 300", ports: &[53], beside: None },
+    Kind { edited: "-p 600", ports: &[80, 81], ..PLAIN },
+    Kind { options: "-p 300 -M 255.255.255.0", ..PLAIN },
+    Kind { port: 0, edited: "-p 300 -M 255.255.255.0", ports: &[80, 443, 9000], ..PLAIN },
+    Kind { port: 0, ports: &[80, 443], beside: Some(443), ..PLAIN },
+    Kind { port: 21, ports: &[21, 1024, 20_000, 80], ..PLAIN },
+    Kind { protocol: 'u', port: 53, edited: "", ports: &[53], ..PLAIN },
+    Kind { protocol: 'u', port: 53, options: "-p 300 -o", ports: &[53], ..PLAIN },
+    Kind { protocol: 'u', port: 53, options: "-o", edited: "-p 300 -o", ports: &[53], ..PLAIN },
+    Kind { ipv6: true, options: "-p 300 -M 64", ..PLAIN },
+    Kind { ipv6: true, port: 0, edited: "-p 300 -M 64", ports: &[80, 443], ..PLAIN },
+    Kind { protocol: 'u', ipv6: true, port: 53, options: "-p 300 -o", ports: &[53], ..PLAIN },
+    Kind { mark: true, port: 0, edited: "-p 600", ports: &[80, 443], ..PLAIN },
+    Kind { mark: true, port: 0, options: "-p 300 -M 255.255.255.0", ports: &[80, 443], ..PLAIN },
+    Kind { mark: true, protocol: 'u', port: 0, ports: &[53, 54], ..PLAIN },
+    Kind { mark: true, ipv6: true, port: 0, edited: "-p 300 -M 64", ports: &[80, 443], ..PLAIN },
 ];
 
 /// One thing that happens.
@@ -78,6 +72,8 @@ const KINDS: &[Kind] = &[
 pub enum Step {
     /// Somebody types a line of `ipvsadm`.
     Line(String),
+    /// Somebody types a line of `nft`.
+    Rule(String),
     /// A client sends a packet.
     Packet(SocketAddr, SocketAddr, Meaning),
 }
@@ -99,6 +95,8 @@ pub struct Story {
     /// All the rest follows from it.
     pub seed: u64,
     vip: IpAddr,
+    /// The service's mark.
+    mark: Option<u32>,
     steps: Vec<Step>,
     /// The netmask is edited.
     is_regrouped: bool,
@@ -126,7 +124,12 @@ impl Story {
         } else {
             Ipv4Addr::new(10, 99, row, number).into()
         };
-        let service = |port| format!("-{} {}", kind.protocol, SocketAddr::new(vip, port));
+        let mark = u32::from(row) << 8 | u32::from(number);
+        let service = |port| match kind.mark {
+            true if kind.ipv6 => format!("-f {mark} -6"),
+            true => format!("-f {mark}"),
+            false => format!("-{} {}", kind.protocol, SocketAddr::new(vip, port)),
+        };
         let server = |number: u8, port| {
             let address: IpAddr = if kind.ipv6 {
                 Ipv6Addr::new(0xfd01, 0, 0, 0, 0, 0, 0, number.into()).into()
@@ -136,6 +139,12 @@ impl Story {
             SocketAddr::new(address, port)
         };
         let mut steps = Vec::new();
+        if kind.mark {
+            let family = if kind.ipv6 { "ip6" } else { "ip" };
+            steps.push(Step::Rule("add table inet stories".to_owned()));
+            steps.push(Step::Rule("add chain inet stories marks { type filter hook prerouting priority mangle ; }".to_owned()));
+            steps.push(Step::Rule(format!("add rule inet stories marks {family} daddr {vip} meta mark set {mark}")));
+        }
         let line = |steps: &mut Vec<Step>, line: String| steps.push(Step::Line(line));
         for (port, options) in [(kind.port, kind.options)].into_iter().chain(kind.beside.map(|port| (port, ""))) {
             line(&mut steps, format!("-A {} -s rr {options}", service(port)));
@@ -189,7 +198,12 @@ impl Story {
             }
         }
         let mask = |options: &str| options.split_once("-M ").map(|(_, mask)| mask.to_owned());
-        Self { seed, vip, steps, is_regrouped: mask(kind.options) != mask(kind.edited) }
+        Self { seed, vip, mark: kind.mark.then_some(mark), steps, is_regrouped: mask(kind.options) != mask(kind.edited) }
+    }
+
+    /// Whether a firewall mark names its service.
+    pub fn is_of_a_mark(&self) -> bool {
+        self.mark.is_some()
     }
 
     /// Plays it on a director.
@@ -199,6 +213,7 @@ impl Story {
         for step in &self.steps {
             match step {
                 Step::Line(line) => drop(director.ipvsadm(line).with_context(|| format!("type {line}"))?),
+                Step::Rule(line) => drop(wire.director.run("nft", line.split_whitespace())?),
                 Step::Packet(client, vip, meaning) => {
                     let frame = match meaning {
                         Meaning::Syn => Frame::tcp(*client, *vip, SYN),
@@ -226,7 +241,13 @@ impl Story {
             IpAddr::V4(vip) => format!(" {vip}:"),
             IpAddr::V6(vip) => format!(" [{vip}]:"),
         };
-        let lines = listing.lines().filter(|line| line.contains(&vip) && !line.contains(":65535 "));
+        // The template of a mark has it in the place of the address.
+        let template = self.mark.map(|mark| match self.vip {
+            IpAddr::V4(_) => format!(" {}:0 ", Ipv4Addr::from_bits(mark)),
+            IpAddr::V6(_) => format!(" [{}]:0 ", Ipv6Addr::from_bits(u128::from(mark) << 96)),
+        });
+        let is_ours = |line: &str| line.contains(&vip) || template.as_ref().is_some_and(|template| line.contains(template));
+        let lines = listing.lines().filter(|line| is_ours(line) && !line.contains(":65535 "));
         let without_time = |line: &str| {
             let mut words: Vec<_> = line.split_whitespace().collect();
             words.remove(1);
@@ -271,6 +292,7 @@ impl fmt::Display for Step {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Line(line) => write!(formatter, "ipvsadm {line}"),
+            Self::Rule(line) => write!(formatter, "nft {line}"),
             Self::Packet(client, vip, meaning) => write!(formatter, "{client} -> {vip} {meaning:?}"),
         }
     }

@@ -19,10 +19,12 @@ pub(crate) enum Purpose {
     Test,
     /// The tests in a virtual machine: more again
     Machine,
+    /// `cargo xtask bench peers`: whom bpfvs is compared with, too
+    Peers,
 }
 
 /// A program, the Debian package that brings it, and the first purpose that needs it.
-const PROGRAMS: [(&str, &str, Purpose); 22] = [
+const PROGRAMS: [(&str, &str, Purpose); 25] = [
     ("curl", "curl", Purpose::Demo),
     ("ip", "iproute2", Purpose::Demo),
     ("nginx", "nginx-light", Purpose::Demo),
@@ -45,6 +47,9 @@ const PROGRAMS: [(&str, &str, Purpose); 22] = [
     ("modprobe", "kmod", Purpose::Machine),
     ("qemu-system-x86_64", "qemu-system-x86", Purpose::Machine),
     ("xz", "xz-utils", Purpose::Machine),
+    ("haproxy", "haproxy", Purpose::Peers),
+    ("wrk", "wrk", Purpose::Peers),
+    ("/usr/lib/nginx/modules/ngx_stream_module.so", "libnginx-mod-stream", Purpose::Peers),
 ];
 
 /// Installs what is missing of the programs for a purpose.

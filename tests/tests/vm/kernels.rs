@@ -244,13 +244,16 @@ bpfvs realserver toa on --from 10.0.0.230 --from fd00:10::230 >/dev/null
 services -m --fullnat --toa
 echo "fullnat ipv4 $(ask 10.0.0.200 4)"
 echo "fullnat ipv6 $(ask '[fd00:10::200]' 4)"
+ip addr add fd00:10::201/128 dev eth0 nodad preferred_lft 0
+ipvsadm -A -t '[fd00:10::201]:80' -s rr
+for number in 205 206; do ipvsadm -a -t '[fd00:10::201]:80' -r 10.0.0.$number:80 -m --fullnat; done
+echo "from ipv6 to ipv4 $(ask '[fd00:10::201]' 4)"
 bpfvs localaddr list | awk '{ print $1, $3 }'
 bpfvs realserver toa status | sed -n 's/.*shown: \([0-9]*\);.*/clients shown: \1/p'
 bpfvs stop --detach
 "#;
 
-const FULLNAT_OUTPUT: &str =
-    "fullnat ipv4 rs2 rs1 rs2 rs1 \nfullnat ipv6 rs2 rs1 rs2 rs1 \nADDRESS USED\n10.0.0.230 4\nfd00:10::230 4\nclients shown: 8\n";
+const FULLNAT_OUTPUT: &str = "fullnat ipv4 rs2 rs1 rs2 rs1 \nfullnat ipv6 rs2 rs1 rs2 rs1 \nfrom ipv6 to ipv4 rs2 rs1 rs2 rs1 \nADDRESS USED\n10.0.0.230 8\nfd00:10::230 4\nclients shown: 8\n";
 
 /// Instead of bpfvs, for the kernel's own IPVS: there is nothing to serve and nothing to detach.
 const STAND_IN: &str = r#"

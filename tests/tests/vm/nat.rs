@@ -5,7 +5,7 @@
 //! see one again that failed:
 //!
 //! ```text
-//! BPFVS_CONVERSATIONS=1 BPFVS_CONVERSATIONS_SEED=12345 cargo test -p bpfvs-tests --test vm_nat -- --nocapture
+//! BPFVS_CONVERSATIONS=1 BPFVS_CONVERSATIONS_SEED=12345 cargo test -p bpfvs-tests --test vm nat -- --nocapture
 //! ```
 
 use std::{env, path::Path, thread, time::Instant};
