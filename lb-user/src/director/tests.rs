@@ -709,7 +709,7 @@ fn fullnat_leads_from_ipv6_to_ipv4_and_not_back() {
     let server_of_ipv6 = ServerId { address: "2001:db8::5".parse().expect("an address"), port: 80 };
     assert_eq!(refused(&mut director, add(service(), server_of_ipv6, fullnat(false))), Unsupported);
     accept(&mut director, &[add(outside, server(1), fullnat(false)), add(outside, server_of_ipv6, fullnat(false))]);
-    let targets: Vec<_> = director.datapath().servers.values().map(crate::datapath::Target::crosses).collect();
+    let targets: Vec<_> = director.datapath().servers.values().map(datapath::Target::crosses).collect();
     assert_eq!(targets, [true, false]);
     assert_eq!(refused(&mut director, remove_local(LOCAL, None)), Invalid, "the server needs it");
 }
