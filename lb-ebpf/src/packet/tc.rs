@@ -211,20 +211,9 @@ impl Packet for TcBuffer {
             return self.correct_finished(checksum, addresses + ports, kind);
         }
         let kind = if kind == Checksum::Udp { BPF_F_MARK_MANGLED_0 } else { 0 };
-        let replace = |difference: u16, flags: u32| {
-            // SAFETY: the context is the kernel's; a refusal changes nothing.
-            let refused =
-                unsafe { bpf_l4_csum_replace(self.context, checksum as u32, 0, difference.into(), (flags | kind).into()) };
-            if refused == 0 { Ok(()) } else { Err(Reason::Failed) }
-        };
-        let ports = sum::fold(ports);
-        replace(sum::fold(addresses), BPF_F_PSEUDO_HDR)?;
-        // Zero has two faces in one's complement.
-        if ports != 0 && ports != 0xffff {
-            replace(ports, 0)?;
-        }
+        let corrected = correct_unfinished(self.context, checksum as u32, addresses, ports, kind);
         self.reload();
-        Ok(())
+        if corrected { Ok(()) } else { Err(Reason::Failed) }
     }
 
     #[inline(always)]
@@ -281,6 +270,19 @@ impl Packet for TcBuffer {
         // SAFETY: the context is the kernel's.
         unsafe { bpf_redirect((*self.context).ingress_ifindex, 0) as i32 }
     }
+}
+
+/// Has the kernel correct a checksum that may not be finished. `false`: it refused. In a function of its own, for the sake of the
+/// stack.
+#[inline(never)]
+fn correct_unfinished(context: *mut __sk_buff, checksum: u32, addresses: u64, ports: u64, kind: u32) -> bool {
+    let replace = |difference: u16, flags: u32| {
+        // SAFETY: the context is the kernel's; a refusal changes nothing.
+        unsafe { bpf_l4_csum_replace(context, checksum, 0, difference.into(), (flags | kind).into()) == 0 }
+    };
+    let ports = sum::fold(ports);
+    // Zero has two faces in one's complement.
+    replace(sum::fold(addresses), BPF_F_PSEUDO_HDR) && (ports == 0 || ports == 0xffff || replace(ports, 0))
 }
 
 /// Bytes that are moved at once.
