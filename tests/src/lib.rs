@@ -18,6 +18,7 @@
 //! | pinned programs, run on one frame | [`test_run`], with a director to do it on: [`mod@bench`] |
 //! | connections that begin and end on it, for schedulers | [`arrivals`], and who should get them: [`book`] |
 //! | nanoseconds per packet | [`speed`], and others beside bpfvs: [`peers`] |
+//! | what a packet costs from end to end, in instructions | [`chain`] |
 //! | a program for the far end of a veth pair | [`pass`] |
 //! | other kernels | [`vm`] |
 //! | bpfvs and the kernel's own IPVS, compared: what they choose | [`differential`] |
@@ -35,6 +36,7 @@ pub mod book;
 pub mod both_ways;
 pub mod bpfvs;
 pub mod caller;
+pub mod chain;
 pub mod control_group;
 pub mod differential;
 pub mod frame;

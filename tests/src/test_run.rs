@@ -18,6 +18,7 @@
 //! What this does not show: that the frame arrives. The namespace tests show it.
 
 use std::{
+    borrow::BorrowMut,
     io,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
@@ -45,9 +46,6 @@ use lb_common::{
     statistics::Statistics,
     template::{Template, TemplateKey},
 };
-use nix::errno::Errno;
-
-use crate::wait;
 
 /// Bytes of the kernel's `struct __sk_buff`, and where its mark stands.
 const SK_BUFF: usize = 192;
@@ -376,21 +374,28 @@ where
 
 fn clear<K: Pod, V: Pod>(map: &mut HashMap<MapData, K, V>) -> Result<()> {
     let keys: Vec<K> = map.keys().collect::<Result<_, _>>()?;
+    remove(map, keys)
+}
+
+/// Deletes keys, of which some may be gone by then: the sweep is at work, too.
+pub(crate) fn remove<T: BorrowMut<MapData>, K: Pod, V: Pod>(
+    map: &mut HashMap<T, K, V>,
+    keys: impl IntoIterator<Item = K>,
+) -> Result<()> {
     for key in keys {
-        wait::for_some("a connection to leave its table", wait::SOON, || match map.remove(&key) {
-            // The sweep may have been faster.
-            Ok(()) | Err(MapError::KeyNotFound) => Some(Ok(())),
-            Err(MapError::SyscallError(error)) if is_contention(&error.io_error) => None,
-            Err(error) => Some(Err(error)),
-        })?
-        .context("take a connection out of its table")?;
+        match map.remove(&key) {
+            Err(error) if !is_missing(&error) => return Err(error).context("take a connection out of its table"),
+            _ => {}
+        }
     }
     Ok(())
 }
 
-/// Whether the kernel did not get a lock in the time that it takes, or believes it never would. Another try is all it needs.
-fn is_contention(error: &io::Error) -> bool {
-    let errno = error.raw_os_error().map(Errno::from_raw);
-    println!("a lock of the kernel's was not to be had: {error}");
-    matches!(errno, Some(Errno::EBUSY | Errno::EDEADLK | Errno::ETIMEDOUT))
+/// Whether it is about a key that is not there: aya has a word for it, but a deletion hands on the kernel's.
+fn is_missing(error: &MapError) -> bool {
+    match error {
+        MapError::KeyNotFound => true,
+        MapError::SyscallError(error) => error.io_error.kind() == io::ErrorKind::NotFound,
+        _ => false,
+    }
 }

@@ -7,6 +7,9 @@
 //! that was forwarded already. The `wrap` programs undo the change, walk through as many flows as asked for, and then
 //! tail-call the program under test; their own cost is that of a run with `nothing` as the target.
 //!
+//! For whole packets there are a `source`, which fills live frames with the flows of a round and puts them on a wire, and the
+//! `sink` at the end of the wires, which counts them.
+//!
 //! A floor sends in the cheapest way that its hook has: XDP by a verdict, tc, where there is no such verdict, by a redirect.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 #![allow(clippy::needless_pass_by_value, reason = "the macros of aya-ebpf hand contexts over by value")]
@@ -21,12 +24,13 @@
 use aya_ebpf::{
     EbpfContext,
     bindings::xdp_action,
-    helpers::generated::bpf_xdp_adjust_head,
+    helpers::generated::{bpf_redirect, bpf_xdp_adjust_head},
     macros::{classifier, map, xdp},
-    maps::{Array, HashMap, ProgramArray},
+    maps::{Array, HashMap, PerCpuArray, ProgramArray},
     programs::{TcContext, XdpContext},
 };
 use lb_common::{
+    checksum::finish,
     connection::{Connection, ConnectionKey},
     family::{Ipv4, Ipv6},
     floor::Round,
@@ -57,6 +61,13 @@ static FLOOR_V6: HashMap<ConnectionKey<Ipv6>, Connection> = HashMap::with_max_en
 /// The floor's real servers.
 #[map]
 static FLOOR_SERVERS: Array<Server> = Array::with_max_entries(16, 0);
+
+/// The device by which the source sends: its index.
+#[map]
+static WIRE: Array<u32> = Array::with_max_entries(1, 0);
+/// How many frames have come to the sink.
+#[map]
+static ARRIVED: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 
 const TX: i32 = xdp_action::XDP_TX as i32;
 
@@ -191,6 +202,52 @@ unsafe fn restore<P: Packet>(packet: &mut P, round: *mut Round) -> Option<()> {
         .ok()?;
         packet.write(if is_v6 { 54 } else { 34 }, ports).ok()?;
         Some(())
+    }
+}
+
+/// Makes a live frame the next flow's packet, and sends it by the wire. IPv4 alone: its header's checksum is made right, because
+/// the kernel's own stack looks at it.
+#[xdp]
+pub fn source_xdp(context: XdpContext) -> u32 {
+    let (Some(round), Some(wire)) = (ROUND.get_ptr_mut(0), WIRE.get(0)) else { return xdp_action::XDP_ABORTED };
+    // SAFETY: an element of the array; the context is the kernel's own; the helper asks for nothing.
+    unsafe {
+        let frame = &mut XdpFrame::view(context.as_ptr());
+        if restore(frame, round).is_none() || right_checksum(frame).is_none() {
+            return xdp_action::XDP_ABORTED;
+        }
+        bpf_redirect(*wire, 0) as u32
+    }
+}
+
+/// Writes the checksum of an IPv4 header without options.
+#[inline(always)]
+fn right_checksum<P: Packet>(packet: &mut P) -> Option<()> {
+    let words: [u32; 5] = packet.read(ethernet::HEADER)?;
+    // The third one has the checksum in its upper half, as this architecture reads it.
+    let sum = [words[0], words[1], words[2] & 0xffff, words[3], words[4]].into_iter().fold(0, |sum, word| sum + word as u64);
+    packet.write(ethernet::HEADER + Ipv4Header::CHECKSUM, finish(sum)).ok()
+}
+
+/// Counts a frame, which ends here.
+#[xdp]
+pub fn sink_xdp(_context: XdpContext) -> u32 {
+    arrived();
+    xdp_action::XDP_DROP
+}
+
+/// The same at tc.
+#[classifier]
+pub fn sink_tc(_context: TcContext) -> i32 {
+    arrived();
+    TcBuffer::DROP
+}
+
+#[inline(always)]
+fn arrived() {
+    if let Some(count) = ARRIVED.get_ptr_mut(0) {
+        // SAFETY: this CPU's element.
+        unsafe { *count += 1 };
     }
 }
 

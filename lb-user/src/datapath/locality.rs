@@ -21,7 +21,7 @@ use std::{
 use anyhow::Context as _;
 use aya::{
     Pod,
-    maps::{Array, HashMap as MapHashMap, MapData, MapError},
+    maps::{Array, HashMap as MapHashMap, MapData},
 };
 use lb_common::{
     Plain,
@@ -32,7 +32,12 @@ use lb_common::{
 };
 use nix::time::{ClockId, clock_gettime};
 
-use super::{connections::Clock, maps::Pins, shared::Words, system::for_each_entry};
+use super::{
+    connections::Clock,
+    maps::{Pins, is_missing},
+    shared::Words,
+    system::for_each_entry,
+};
 use crate::scheduler::Locality;
 
 /// Between two looks at destinations.
@@ -152,9 +157,9 @@ where
     fn forget(&mut self, keys: impl IntoIterator<Item = DestinationKey<A>>) -> anyhow::Result<()> {
         for key in keys {
             match self.entries.remove(&key) {
+                Err(error) if !is_missing(&error) => return Err(error).context("a destination of lblc cannot be forgotten"),
                 // The packet path may have pushed it out.
-                Ok(()) | Err(MapError::KeyNotFound) => {}
-                Err(error) => return Err(error).context("a destination of lblc cannot be forgotten"),
+                _ => {}
             }
         }
         Ok(())

@@ -16,7 +16,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use aya::maps::{Array, Map, MapData};
+use aya::maps::{Array, Map, MapData, MapError};
 use lb_common::config::{Config, LAYOUT};
 
 /// The compiled programs.
@@ -116,10 +116,19 @@ impl Pins {
     }
 
     /// Opens a pinned map as what it is.
-    pub fn typed<T: TryFrom<Map, Error = aya::maps::MapError>>(&self, name: &str) -> anyhow::Result<T> {
+    pub fn typed<T: TryFrom<Map, Error = MapError>>(&self, name: &str) -> anyhow::Result<T> {
         Map::from_map_data(self.data(name)?).and_then(T::try_from).with_context(|| {
             format!("the map {} is not what it should be; `bpfvs stop --detach` removes it", self.map(name).display())
         })
+    }
+}
+
+/// Whether it is about a key that is not there: aya has a word for it, but a deletion hands on the kernel's.
+pub fn is_missing(error: &MapError) -> bool {
+    match error {
+        MapError::KeyNotFound => true,
+        MapError::SyscallError(error) => error.io_error.kind() == io::ErrorKind::NotFound,
+        _ => false,
     }
 }
 

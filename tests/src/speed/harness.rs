@@ -121,7 +121,7 @@ fn missing(name: &str) -> String {
 }
 
 /// Where the object is.
-fn object() -> Result<PathBuf> {
+pub fn object() -> Result<PathBuf> {
     let path = env::var_os("BPFVS_FLOOR").map_or_else(built, PathBuf::from);
     ensure!(path.is_file(), "the harness {} does not exist; run `cargo build`, or name it in BPFVS_FLOOR", path.display());
     Ok(path)

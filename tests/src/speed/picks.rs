@@ -29,12 +29,12 @@ use serde::Serialize;
 use super::{
     harness::{Floor, Harness},
     measure::{Nanoseconds, cpu_time},
-    stage::{INGRESS, NEW, TCP, open, remove, unknown_clients},
+    stage::{INGRESS, NEW, TCP, open, unknown_clients},
 };
 use crate::{
     bench::{Addresses, Bench},
     lab::Family,
-    test_run::Hook,
+    test_run::{Hook, remove},
 };
 
 /// All of them.

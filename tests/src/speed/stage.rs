@@ -14,7 +14,7 @@ use std::net::{IpAddr, SocketAddr};
 use anyhow::{Context, Result, ensure};
 use aya::{
     Pod,
-    maps::{Array, HashMap, Map, MapData, MapError},
+    maps::{Array, HashMap, Map, MapData},
 };
 use lb_common::{
     connection::{Connection, ConnectionKey},
@@ -39,7 +39,7 @@ use crate::{
     bench::{Addresses, Bench, bracketed},
     frame::{ACK, Frame, SYN},
     lab::Family,
-    test_run::Hook,
+    test_run::{Hook, remove},
 };
 
 /// Ports of the services, which are also those of their real servers.
@@ -407,19 +407,6 @@ pub(super) fn open(bench: &Bench, name: &str) -> Result<MapData> {
     MapData::from_pin(&path).with_context(|| format!("open the pinned map {}", path.display()))
 }
 
-pub(super) fn remove<T: std::borrow::BorrowMut<MapData>, K: Pod, V: Pod>(
-    table: &mut HashMap<T, K, V>,
-    keys: impl Iterator<Item = K>,
-) -> Result<()> {
-    for key in keys {
-        match table.remove(&key) {
-            Ok(()) | Err(MapError::KeyNotFound) => {}
-            Err(error) => return Err(error).context("take a connection out of its table"),
-        }
-    }
-    Ok(())
-}
-
 /// The template of a case's packets, and what the wrapper makes of it.
 pub fn template(family: Family, path: Path, flows: u64) -> (Vec<u8>, Round) {
     let known = Packets::request(ACK, KNOWN, flows);
@@ -472,19 +459,27 @@ impl Packets {
             (client, socket(if self.are_foreign { addresses.foreign } else { addresses.vip }, self.port), self.port)
         };
         let frame = Frame { payload: vec![0; 10], ..Frame::tcp(source, destination, self.flags) }.build();
-        let word = |at: usize| u32::from_ne_bytes(std::array::from_fn(|byte| frame.get(at + byte).copied().unwrap_or(0)));
         let round = Round {
-            length: frame.len() as u32,
             is_v6: u16::from(family == Family::Ipv6),
             is_reply: u16::from(self.replies.is_some()),
             flow: 0,
             flows: self.flows,
             first_client: if self.replies == Some(Path::FullNat) { LOCAL } else { self.first_client },
             port: port.to_be(),
-            start: u16::from_ne_bytes([frame[0], frame[1]]),
-            headers: std::array::from_fn(|at| word(2 + 4 * at)),
-            more_headers: std::array::from_fn(|at| word(54 + 4 * at)),
+            ..round(&frame)
         };
         (frame, round)
+    }
+}
+
+/// A round with the headers of a frame, which has at least those of TCP over IPv4.
+pub fn round(frame: &[u8]) -> Round {
+    let word = |at: usize| u32::from_ne_bytes(std::array::from_fn(|byte| frame.get(at + byte).copied().unwrap_or(0)));
+    Round {
+        length: frame.len() as u32,
+        start: u16::from_ne_bytes([frame[0], frame[1]]),
+        headers: std::array::from_fn(|at| word(2 + 4 * at)),
+        more_headers: std::array::from_fn(|at| word(54 + 4 * at)),
+        ..Round::default()
     }
 }
