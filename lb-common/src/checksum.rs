@@ -3,14 +3,15 @@
 //! Words are summed as they stand in memory: the one's complement sum does not care about byte order as long as the
 //! result is stored the same way.
 
-/// Folds a sum of 16-bit words into 16 bits.
+/// Folds a sum of words of 16 or 32 bits into 16 bits: at most 65,535 words, which no packet has.
+///
+/// So three steps do. The first leaves at most 2^32 + 65,533, the second at most 0x1fffe, and the third, which adds a carry of at most
+/// one, no carry any more.
 #[inline(always)]
 pub const fn fold(sum: u64) -> u16 {
     let sum = (sum & 0xffff_ffff) + (sum >> 32);
     let sum = (sum & 0xffff) + (sum >> 16);
-    let sum = (sum & 0xffff) + (sum >> 16);
-    let sum = (sum & 0xffff) + (sum >> 16);
-    sum as u16
+    (sum + (sum >> 16)) as u16
 }
 
 /// The checksum field for a sum: its complement.
@@ -46,7 +47,32 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    /// The definition, as long as it takes.
+    fn folded(mut sum: u64) -> u16 {
+        while sum > 0xffff {
+            sum = (sum & 0xffff) + (sum >> 16);
+        }
+        sum as u16
+    }
+
+    #[test]
+    fn sums_are_folded_whatever_they_carry() {
+        const MOST: u64 = 65_535 * 0xffff_ffff;
+        let edges =
+            [0, 0xffff, 0x1_0000, 0x1_ffff, 0xffff_0000, 0xffff_ffff, 0x1_0000_0000, 0x1_0000_ffff, 0x1_ffff_ffff, 0x2_0000_0000];
+        for edge in edges.into_iter().chain([0xffff_ffff_0000, 0xfffe_ffff_0000, 0xfffe_ffff_ffff, MOST]) {
+            for sum in (edge.saturating_sub(3)..=edge + 3).filter(|sum| *sum <= MOST) {
+                assert_eq!(fold(sum), folded(sum), "{sum:#x}");
+            }
+        }
+    }
+
     proptest! {
+        #[test]
+        fn any_sum_is_folded(sum in 0..=65_535_u64 * 0xffff_ffff) {
+            prop_assert_eq!(fold(sum), folded(sum));
+        }
+
         #[test]
         fn incremental_equals_recomputed(mut bytes in prop::collection::vec(any::<u8>(), 20..64), at in 0usize..10, new: [u8; 2]) {
             let at = at * 2;

@@ -3,7 +3,7 @@
 use crate::wire::plain;
 
 /// Changes whenever a map's layout does. A daemon refuses to adopt maps of another version.
-pub const LAYOUT: u32 = 3;
+pub const LAYOUT: u32 = 4;
 
 /// Settings and the identity of an instance.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

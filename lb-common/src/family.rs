@@ -17,6 +17,9 @@ pub trait Address: Eq + Plain {
     /// The opposite of [`Address::words`].
     fn from_words(words: &[u32; 4]) -> Self;
 
+    /// The address that these words hold as one of IPv6: one of IPv4 is mapped ([`crate::packet::mapped`]).
+    fn from_mapped(words: &[u32; 4]) -> Self;
+
     /// What a checksum over the words of this address has to gain when another takes its place (RFC 1624): not folded.
     fn difference(&self, new: &Self) -> u64;
 
@@ -62,6 +65,11 @@ impl Address for Ipv4 {
     }
 
     #[inline(always)]
+    fn from_mapped(words: &[u32; 4]) -> Self {
+        words[3]
+    }
+
+    #[inline(always)]
     fn difference(&self, new: &Self) -> u64 {
         u64::from(!*self) + u64::from(*new)
     }
@@ -90,6 +98,11 @@ impl Address for Ipv6 {
 
     #[inline(always)]
     fn from_words(words: &[u32; 4]) -> Self {
+        *words
+    }
+
+    #[inline(always)]
+    fn from_mapped(words: &[u32; 4]) -> Self {
         *words
     }
 

@@ -56,12 +56,8 @@ impl Local {
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 #[repr(C)]
 pub struct LocalAddress {
-    /// The address in network order; IPv4 in the first word.
+    /// The address in network order; IPv4 mapped ([`crate::packet::mapped`]), because clients may have IPv6. Zero for none.
     pub address: [u32; 4],
-    /// `AF_INET`, `AF_INET6`, or 0 for none.
-    pub family: u32,
-    /// Always zero.
-    pub zero: u32,
 }
 
 /// How many addresses a pool can have.
@@ -83,7 +79,7 @@ pub struct Pool {
 pub struct PoolKey {
     /// The service's index, or [`SHARED`].
     pub service: u32,
-    /// `AF_INET` or `AF_INET6`.
+    /// `AF_INET` or `AF_INET6`: that of the real servers.
     pub family: u32,
 }
 
@@ -121,7 +117,7 @@ impl Walk {
 
 plain! {
     Local = 4,
-    LocalAddress = 24,
+    LocalAddress = 16,
     Pool = 132,
     PoolKey = 8,
 }

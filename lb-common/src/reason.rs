@@ -88,6 +88,8 @@ reasons! {
     Unnamed = "unnamed", Dropped, "no room for the client's address, which the FULLNAT server has still to be told";
     /// XDP left it to tc, because only the kernel's neighbour code can send it now.
     Unresolved = "unresolved", Passed, "left to tc: the real server's MAC address is not known yet";
+    /// A client of IPv6 and a real server of IPv4: this packet cannot be told in the other version.
+    Untold = "untold", Dropped, "between IPv6 and IPv4: a fragment, or something else that has no counterpart in the other";
     /// XDP left it to tc or to the VLAN's own device.
     Vlan = "vlan", Passed, "left to tc: the VLAN tag has to be changed";
 }

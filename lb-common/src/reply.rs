@@ -52,6 +52,9 @@ pub mod flags {
     pub const REDIRECT: u8 = 4;
     /// Replies come to a local address: the client's has to take its place.
     pub const LOCAL: u8 = 8;
+    /// The client has IPv6: the entry holds nothing but the claim to the local port, and the true one stands under the same key,
+    /// mapped, among those of IPv6 ([`crate::packet::mapped`]).
+    pub const CROSS: u8 = 16;
 }
 
 /// The port of the real server that a connection to a virtual port leads to, both in network order: a server without a

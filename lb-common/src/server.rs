@@ -22,7 +22,7 @@ pub struct Server {
     /// Source address of a tunnel's outer header; IPv4 in the first word. With FULLNAT, the first word is the service's index,
     /// which may have a pool of local addresses of its own.
     pub outer_source: [u32; 4],
-    /// The real server's address, which is where tunnels end; IPv4 in the first word.
+    /// The real server's address, which is where tunnels end; IPv4 in the first word, but mapped with [`Method::Cross`].
     pub address: [u32; 4],
     /// UDP port of a GUE tunnel.
     pub tunnel_port: u16,
@@ -40,18 +40,33 @@ pub enum Method {
     /// Put the packet into another (IP tunnel, `-i`).
     #[doc(alias = "IP_VS_CONN_F_TUNNEL")]
     Tunnel = 1,
+    /// FULLNAT between a client of IPv6 and a real server of IPv4: the packet becomes one of the other version, too
+    /// ([`crate::packet::mapped`]).
+    Cross = 2,
     /// Rewrite the destination address and port, and the source of the replies (NAT, `-m`).
     #[doc(alias = "IP_VS_CONN_F_MASQ")]
-    Masquerade = 2,
+    Masquerade = 3,
     /// Rewrite both addresses and ports: the real server sees a local address of the director (FULLNAT).
-    FullNat = 3,
+    FullNat = 4,
 }
 
 impl Method {
     /// Whether a server with this method has its packets translated, and its replies pass the director.
     #[inline(always)]
     pub const fn translates(method: u8) -> bool {
+        method >= Self::Cross as u8
+    }
+
+    /// Whether that can be done where the packet is found, if it is a plain one.
+    #[inline(always)]
+    pub const fn translates_in_place(method: u8) -> bool {
         method >= Self::Masquerade as u8
+    }
+
+    /// Whether the server sees local addresses in the place of clients'.
+    #[inline(always)]
+    pub const fn hides_clients(method: u8) -> bool {
+        method == Self::FullNat as u8 || method == Self::Cross as u8
     }
 }
 

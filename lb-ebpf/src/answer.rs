@@ -155,16 +155,11 @@ pub trait Answer: Family {
     fn write<P: Packet>(packet: &mut P, at: usize, keep: usize, quoted: u64, error: Error) -> Result<(), Reason>;
 }
 
-#[inline(always)]
-fn sum_icmp(header: &IcmpHeader) -> u64 {
-    u64::from(u16::from_ne_bytes([header.kind, header.code])) + u64::from(header.rest)
-}
-
 impl Answer for V4 {
     #[inline(always)]
     fn write<P: Packet>(packet: &mut P, at: usize, keep: usize, quoted: u64, error: Error) -> Result<(), Reason> {
         let mut icmp = error.v4();
-        icmp.checksum = checksum::finish(quoted + sum_icmp(&icmp));
+        icmp.checksum = checksum::finish(quoted + icmp.sum());
         let behind = at + Self::HEADER + size_of::<IcmpHeader>();
         let [source, destination]: [Ipv4; 2] = packet.read(fixed(behind + Self::ADDRESSES)).ok_or(Reason::Failed)?;
         let length = ((Self::HEADER + size_of::<IcmpHeader>() + keep) as u16).to_be();
@@ -201,7 +196,7 @@ impl Answer for V6 {
         let mut icmp = error.v6();
         let behind = at + Self::HEADER + size_of::<IcmpHeader>();
         let length = ((size_of::<IcmpHeader>() + keep) as u16).to_be();
-        let mut sum = quoted + sum_icmp(&icmp) + u64::from(length) + u64::from(u16::from(protocol::ICMPV6).to_be());
+        let mut sum = quoted + icmp.sum() + u64::from(length) + u64::from(u16::from(protocol::ICMPV6).to_be());
         for word in 0..4 {
             let from = packet.read::<u32>(fixed(behind + Self::ADDRESSES + 4 * word)).ok_or(Reason::Failed)?;
             let to = packet.read::<u32>(fixed(behind + Self::ADDRESSES + 16 + 4 * word)).ok_or(Reason::Failed)?;

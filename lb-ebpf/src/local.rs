@@ -16,7 +16,7 @@ use lb_common::{
     connection::{Connection, ConnectionKey},
     family::Address,
     local::{Local, POOL_SIZE, PORTS, Pool, PoolKey, SHARED, Walk},
-    packet::transport::Ports,
+    packet::{Network as _, V4, transport::Ports},
     reason::Reason,
     reply::{self, Reply, flags},
     server::{Method, Server},
@@ -40,7 +40,7 @@ const FULL: u32 = 2 << 16;
 /// The local address and port of a new connection to a real server; none if the server sees clients' own.
 #[inline(always)]
 pub fn of_new<F: Family>(key: &ConnectionKey<F::Address>, server: u32) -> Result<Local, Reason> {
-    if SERVERS.get(server).is_none_or(|entry| entry.method != Method::FullNat as u8) {
+    if SERVERS.get(server).is_none_or(|entry| !Method::hides_clients(entry.method)) {
         return Ok(Local::NONE);
     }
     match claim::<F>(key, server) {
@@ -53,7 +53,7 @@ pub fn of_new<F: Family>(key: &ConnectionKey<F::Address>, server: u32) -> Result
 /// The address that an index stands for.
 #[inline(always)]
 pub fn address<F: Family>(local: Local) -> Option<F::Address> {
-    LOCALS.get(local.address()).map(|entry| F::Address::from_words(&entry.address))
+    LOCALS.get(local.address()).map(|entry| F::Address::from_mapped(&entry.address))
 }
 
 /// What a search would insert, for one CPU: too large for the stack.
@@ -85,6 +85,11 @@ fn claim<F: Family>(key: &ConnectionKey<F::Address>, server: u32) -> u32 {
         (*claim).key = reply::key(key, entry, key.client, 0);
         (*claim).entry = Reply::new(key, server, flags::LOCAL);
         (*claim).entry.last_seen = track::jiffies();
+        if entry.method == Method::Cross as u8
+            && let Some(twin) = V4::claims().get_ptr_mut(0)
+        {
+            (*twin).entry = Reply::new(&V4::no_key(), server, flags::LOCAL | flags::CROSS);
+        }
         (Walk::new(bpf_get_prandom_u32(), bpf_get_prandom_u32()), track::jiffies().wrapping_sub(*searched))
     };
     let thorough = idle >= HZ.load() / 10;
@@ -103,10 +108,43 @@ fn claim<F: Family>(key: &ConnectionKey<F::Address>, server: u32) -> u32 {
 /// The pool of a server's service: its own, or the shared one.
 #[inline(always)]
 fn pool<F: Family>(server: &Server) -> Option<*const Pool> {
-    let family = F::AF.into();
+    let family = if server.method == Method::Cross as u8 { V4::AF } else { F::AF }.into();
     POOLS
         .get_ptr(PoolKey { service: server.outer_source[0], family })
         .or_else(|| POOLS.get_ptr(PoolKey { service: SHARED, family }))
+}
+
+/// Makes a claim to a port that connections of IPv4 share, too, known among them. One that fails has made none.
+///
+/// For a client of IPv6 with a real server of IPv4 there are two entries: the one that counts, under mapped addresses, and one
+/// among those of IPv4 that only takes the port, and says that there is another. The latter comes first and goes last.
+#[inline(always)]
+fn reserve<F: Family>(key: &ConnectionKey<F::Address>) -> Result<(), i32> {
+    let Some(unmapped) = F::unmapped(key) else { return Ok(()) };
+    let Some(twin) = V4::claims().get_ptr_mut(0) else { return Ok(()) };
+    // SAFETY: this CPU's own element.
+    unsafe {
+        (*twin).key = unmapped;
+        V4::replies().insert(&(*twin).key, &(*twin).entry, 1 /* BPF_NOEXIST */)
+    }
+}
+
+/// Deletes an entry for replies, and with it the claim to a local port. `false`: there is none.
+#[inline(always)]
+pub fn release<F: Family>(key: &ConnectionKey<F::Address>) -> bool {
+    let released = F::replies().remove(key).is_ok();
+    if released {
+        free::<F>(key);
+    }
+    released
+}
+
+/// Takes back what [`reserve`] did.
+#[inline(always)]
+fn free<F: Family>(key: &ConnectionKey<F::Address>) {
+    if let Some(unmapped) = F::unmapped(key) {
+        let _ = V4::replies().remove(&unmapped);
+    }
 }
 
 /// Whether a claim is a second old or more, and nobody's.
@@ -116,7 +154,8 @@ fn is_left_over<F: Family>(taken: *const Reply<F::Address>, protocol: u32, local
     unsafe {
         let idle = track::jiffies().wrapping_sub((*taken).last_seen);
         let of_connection = |known: *const Connection| (*known).local == local;
-        idle >= HZ.load() && !F::connections().get_ptr(&(*taken).connection(protocol)).is_some_and(of_connection)
+        let own = (*taken).flags & flags::CROSS == 0;
+        own && idle >= HZ.load() && !F::connections().get_ptr(&(*taken).connection(protocol)).is_some_and(of_connection)
     }
 }
 
@@ -129,7 +168,7 @@ fn take_back<F: Family>(claim: *const Claim<F::Address>, local: Local) -> bool {
         let key = &(*claim).key;
         let alone = atomic::fetch_add(busy, 1) == 0;
         let left_over = |taken| is_left_over::<F>(taken, key.protocol, local);
-        let deleted = alone && F::replies().get_ptr(key).is_some_and(left_over) && F::replies().remove(key).is_ok();
+        let deleted = alone && F::replies().get_ptr(key).is_some_and(left_over) && release::<F>(key);
         atomic::add(busy, 1_u64.wrapping_neg());
         deleted
     }
@@ -157,9 +196,19 @@ unsafe extern "C" fn attempt<F: Family>(step: u32, search: *mut Search<F::Addres
         {
             return 0;
         }
-        match F::replies().insert(&(*claim).key, &(*claim).entry, 1 /* BPF_NOEXIST */) {
+        let inserted = match reserve::<F>(&(*claim).key) {
+            Ok(()) => {
+                let inserted = F::replies().insert(&(*claim).key, &(*claim).entry, 1 /* BPF_NOEXIST */);
+                if inserted.is_err() {
+                    free::<F>(&(*claim).key);
+                }
+                inserted
+            }
+            refused => refused,
+        };
+        match inserted {
             Ok(()) => search.found = local.0,
-            // Another CPU was faster.
+            // Another CPU was faster, or a connection of IPv4 has the port.
             Err(EEXIST) => return 0,
             Err(_) => search.found = FULL,
         }

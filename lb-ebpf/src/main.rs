@@ -27,6 +27,7 @@ mod answer;
 mod atomic;
 mod bell;
 mod classify;
+mod cross;
 mod forward;
 mod local;
 mod locality;
@@ -81,7 +82,16 @@ pub fn xdp_odd(context: XdpContext) -> u32 {
 #[xdp]
 pub fn xdp_translate(context: XdpContext) -> u32 {
     // SAFETY: the context is the kernel's own.
-    Outcome::resume(&unsafe { XdpFrame::view(context.as_ptr()) }) as u32
+    let verdict = Outcome::resume(&unsafe { XdpFrame::view(context.as_ptr()) });
+    next_xdp(&context, verdict)
+}
+
+/// The translation between IPv6 and IPv4: what the one above leaves.
+#[xdp]
+pub fn xdp_cross(context: XdpContext) -> u32 {
+    // SAFETY: the context is the kernel's own.
+    let verdict = Outcome::resume_cross(&unsafe { XdpFrame::view(context.as_ptr()) });
+    next_xdp(&context, verdict)
 }
 
 #[inline(always)]
@@ -90,6 +100,7 @@ fn next_xdp(context: &XdpContext, verdict: i32) -> u32 {
     match verdict {
         Outcome::NEXT_ODD => unsafe { XDP_NEXT.tail_call(context, next::ODD) },
         Outcome::NEXT_TRANSLATE => unsafe { XDP_NEXT.tail_call(context, next::TRANSLATE) },
+        Outcome::NEXT_CROSS => unsafe { XDP_NEXT.tail_call(context, next::CROSS) },
         _ => return verdict as u32,
     }
     // There is no such program as long as no real server needs it.
@@ -116,7 +127,16 @@ pub fn tc_odd(context: TcContext) -> i32 {
 #[classifier]
 pub fn tc_translate(context: TcContext) -> i32 {
     // SAFETY: the context is the kernel's own.
-    Outcome::resume(&unsafe { TcBuffer::view(context.as_ptr()) })
+    let verdict = Outcome::resume(&unsafe { TcBuffer::view(context.as_ptr()) });
+    next_tc(&context, verdict)
+}
+
+/// The same at tc.
+#[classifier]
+pub fn tc_cross(context: TcContext) -> i32 {
+    // SAFETY: the context is the kernel's own.
+    let verdict = Outcome::resume_cross(&unsafe { TcBuffer::view(context.as_ptr()) });
+    next_tc(&context, verdict)
 }
 
 #[inline(always)]
@@ -125,6 +145,7 @@ fn next_tc(context: &TcContext, verdict: i32) -> i32 {
     match verdict {
         Outcome::NEXT_ODD => unsafe { TC_NEXT.tail_call(context, next::ODD) },
         Outcome::NEXT_TRANSLATE => unsafe { TC_NEXT.tail_call(context, next::TRANSLATE) },
+        Outcome::NEXT_CROSS => unsafe { TC_NEXT.tail_call(context, next::CROSS) },
         _ => return verdict,
     }
     account::leave::<TcBuffer>(Reason::NotOurs)

@@ -20,7 +20,7 @@ use lb_common::{
     local::{LocalAddress, Pool, PoolKey},
     locality::{Destination, DestinationKey},
     mark,
-    packet::{Ipv4Header, Ipv6Header, Network, V4, V6, ethernet, transport::Ports},
+    packet::{Ipv4Header, Ipv6Header, Network, V4, V6, ethernet, mapped::is_mapped, transport::Ports},
     reason::Reason,
     reply::Reply,
     schedule::Pair,
@@ -201,7 +201,7 @@ pub static PERSISTED: Array<u64> = Array::with_max_entries(SERVER_COUNT, MMAPABL
 /// The new connection of a persistent service that each CPU has at hand.
 #[map]
 pub static ARRIVALS: PerCpuArray<Arrival> = PerCpuArray::with_max_entries(1, 0);
-/// Local addresses, by index. Userspace writes each once, packets of FULLNAT connections read.
+/// Local addresses, by index, IPv4 mapped. Userspace writes each once, packets of FULLNAT connections read.
 #[map]
 pub static LOCALS: Array<LocalAddress> = Array::with_max_entries(LOCAL_COUNT, 0);
 
@@ -258,9 +258,9 @@ pub static DEFERRED: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 
 /// The programs that others call last, for each hook. Userspace writes.
 #[map]
-pub static XDP_NEXT: ProgramArray = ProgramArray::with_max_entries(2, 0);
+pub static XDP_NEXT: ProgramArray = ProgramArray::with_max_entries(3, 0);
 #[map]
-pub static TC_NEXT: ProgramArray = ProgramArray::with_max_entries(2, 0);
+pub static TC_NEXT: ProgramArray = ProgramArray::with_max_entries(3, 0);
 
 /// Their places.
 pub mod next {
@@ -268,6 +268,8 @@ pub mod next {
     pub const ODD: u32 = 0;
     /// What translates. Loaded for the first real server that needs it.
     pub const TRANSLATE: u32 = 1;
+    /// What makes packets of the other version. Loaded for the first real server of IPv4 that has clients of IPv6.
+    pub const CROSS: u32 = 2;
 }
 
 /// A family's own maps.
@@ -282,6 +284,8 @@ pub trait Family: Network {
     /// The key of nothing, to be filled in.
     fn no_key() -> ConnectionKey<Self::Address>;
     fn destinations() -> &'static LruHashMap<DestinationKey<Self::Address>, Destination>;
+    /// The same key in IPv4, if it is mapped.
+    fn unmapped(key: &ConnectionKey<Self::Address>) -> Option<ConnectionKey<Ipv4>>;
     /// Takes one off the time to live of the packet whose header begins at `offset`, if there is more than one left.
     fn age<P: Packet>(packet: &mut P, offset: usize) -> Result<(), Reason>;
     /// The same for a packet whose addresses are about to change, and with them the header's checksum, if it has one: by what their
@@ -308,6 +312,11 @@ impl Family for V4 {
     #[inline(always)]
     fn no_key() -> ConnectionKey<Ipv4> {
         ConnectionKey { client: 0, vip: 0, ports: Ports::new(0, 0), protocol: 0 }
+    }
+
+    #[inline(always)]
+    fn unmapped(_key: &ConnectionKey<Ipv4>) -> Option<ConnectionKey<Ipv4>> {
+        None
     }
 
     #[inline(always)]
@@ -389,6 +398,12 @@ impl Family for V6 {
     #[inline(always)]
     fn no_key() -> ConnectionKey<Ipv6> {
         ConnectionKey { client: [0; 4], vip: [0; 4], ports: Ports::new(0, 0), protocol: 0 }
+    }
+
+    #[inline(always)]
+    fn unmapped(key: &ConnectionKey<Ipv6>) -> Option<ConnectionKey<Ipv4>> {
+        let unmapped = ConnectionKey { client: key.client[3], vip: key.vip[3], ports: key.ports, protocol: key.protocol };
+        (is_mapped(&key.client) && is_mapped(&key.vip)).then_some(unmapped)
     }
 
     #[inline(always)]

@@ -134,23 +134,25 @@ pub fn translate<P: Packet, F: Family>(context: *mut c_void, new: &Ends<'_, F::A
     if payload.protocol == F::ICMP {
         return translate_error::<P, F>(context, header.offset as u32, payload.offset as u32, new, keeps_sender);
     }
-    let source = if keeps_sender { header.source } else { *new.source };
-    translate_both::<P, F>(packet, &header, &payload, &source, new.destination, new.ports)
+    // What the parser has read of the addresses is read again: it would not fit on the stack until then.
+    let mut addresses = replace_address::<P, F>(packet, header.offset, End::Destination, new.destination)?;
+    if !keeps_sender {
+        addresses += replace_address::<P, F>(packet, header.offset, End::Source, new.source)?;
+    }
+    let end = header.offset + header.length;
+    translate_transport(packet, end, &payload, addresses, new.ports)
 }
 
-/// Translates both ends of a TCP, UDP or SCTP packet; a later fragment has no ports.
+/// Translates the ports of a TCP, UDP or SCTP packet that ends at `end`, and corrects its checksum, which covers `addresses` that have
+/// gained so much; a later fragment has neither.
 #[inline(always)]
-pub fn translate_both<P: Packet, F: Family>(
+fn translate_transport<P: Packet>(
     packet: &mut P,
-    header: &IpHeader<F::Address>,
+    end: usize,
     payload: &Payload,
-    source: &F::Address,
-    destination: &F::Address,
+    addresses: u64,
     ports: Ports,
 ) -> Result<(), Reason> {
-    let addresses = header.source.difference(source) + header.destination.difference(destination);
-    packet.write(fixed(header.offset + F::ADDRESSES), *source)?;
-    write_address::<P, F>(packet, header.offset, End::Destination, destination, addresses)?;
     if payload.fragment == Fragment::Later {
         return Ok(());
     }
@@ -166,7 +168,7 @@ pub fn translate_both<P: Packet, F: Family>(
             if payload.fragment != Fragment::Whole {
                 return Err(Reason::SctpFragment);
             }
-            let length = (header.offset + header.length).wrapping_sub(at);
+            let length = end.wrapping_sub(at);
             let checksum = fixed(at + SctpHeader::CHECKSUM);
             let value: u32 = packet.read(checksum).ok_or(Reason::Malformed)?;
             packet.write(checksum, corrected(value, old.changed(new), (length as u32).wrapping_sub(4)))
@@ -245,9 +247,15 @@ fn write_address<P: Packet, F: Family>(
     if F::HEADER == V4::HEADER {
         let at = fixed(header + Ipv4Header::CHECKSUM);
         let old: u16 = packet.read(at).ok_or(Reason::Malformed)?;
-        packet.write(at, checksum::gain(old, gained))?;
+        packet.write(at, gain(old.into(), gained) as u16)?;
     }
     Ok(())
+}
+
+/// A checksum after a difference. In a function of its own, for the sake of the stack.
+#[inline(never)]
+fn gain(checksum: u32, gained: u64) -> u32 {
+    checksum::gain(checksum as u16, gained).into()
 }
 
 /// Translates a plain packet from a client, and takes one off its time to live.

@@ -23,7 +23,7 @@ use lb_common::{
 use lb_ebpf::packet::Packet;
 
 use crate::{
-    account, answer, forward,
+    account, answer, cross, forward,
     maps::{DEFERRED, Family},
     reply, toa,
 };
@@ -127,10 +127,12 @@ impl Outcome {
     pub const NEXT_ODD: i32 = i32::MIN;
     /// In the place of a verdict: the program for translation goes on.
     pub const NEXT_TRANSLATE: i32 = i32::MIN + 1;
+    /// In the place of a verdict: the program that makes packets of the other version goes on.
+    pub const NEXT_CROSS: i32 = i32::MIN + 2;
 
     /// Leaves what is left to the program for translation.
     #[inline(always)]
-    fn defer(self) -> i32 {
+    pub fn defer(self) -> i32 {
         if let Some(word) = DEFERRED.get_ptr_mut(0) {
             // SAFETY: this CPU's own element.
             unsafe { *word = self.0 };
@@ -161,6 +163,20 @@ impl Outcome {
             return outcome.0 as i32;
         }
         if outcome.0 & Self::IS_V6 != 0 { outcome.answer::<P, V6>(packet) } else { outcome.answer::<P, V4>(packet) }
+    }
+
+    /// Does what was left to the program that makes packets of the other version: the packet was translated for a real server, or
+    /// it is a reply.
+    #[inline(always)]
+    pub fn resume_cross<P: Packet>(packet: &P) -> i32 {
+        let Some(word) = DEFERRED.get_ptr(0) else { return P::PASS };
+        // SAFETY: this CPU's own element.
+        let outcome = Self(unsafe { *word });
+        if outcome.0 & Self::TRANSLATE != 0 {
+            return cross::request::<P>(packet.context(), outcome.leg());
+        }
+        let outcome = Self(packet.opaque(cross::reply::<P>(packet.context()).0 as usize) as u64);
+        if outcome.0 & Self::ANSWER == 0 { outcome.0 as i32 } else { outcome.answer::<P, V4>(packet) }
     }
 
     #[inline(always)]

@@ -31,7 +31,9 @@ use lb_common::{
 use lb_ebpf::packet::{Packet, Room, merged};
 
 use crate::{
-    account, local,
+    account,
+    forward::SEGMENT_HEADERS,
+    local,
     maps::{CONFIG, DEVICES, Family, HZ, SERVERS},
     nat::{self, End, Ends},
     outcome::Outcome,
@@ -69,7 +71,7 @@ pub fn forget<F: Family>(key: &ConnectionKey<F::Address>, leg: Leg) {
         // SAFETY: an element of the map.
         && unsafe { (*found).vip == key.vip && (*found).client == key.client && (*found).ports == key.ports }
     {
-        let _ = F::replies().remove(&reply_key);
+        local::release::<F>(&reply_key);
     }
 }
 
@@ -106,9 +108,6 @@ pub fn plain<P: Packet, F: Family>(packet: &mut P, plain: &Plain<F::Address>) ->
 
 /// Flags of an entry whose reply needs no attention.
 const ATTENDED: u8 = flags::SETTLED | flags::KNOWN;
-/// Bytes of a TCP header with the options that segments usually carry (timestamps).
-const SEGMENT_HEADERS: usize = 32;
-
 /// The first half of the way of a packet that may be a reply and is not plain or not quiet: its connection is moved on and
 /// the way to its client is made sure of. What follows is [`deliver`]'s, if the outcome says so.
 #[inline(never)]
@@ -126,6 +125,10 @@ fn found<P: Packet, F: Family>(context: *mut c_void) -> Result<Outcome, Reason> 
     }
     let known = F::replies().get_ptr_mut(&key).ok_or(Reason::NotOurs)?;
     // SAFETY: an element of the map, as in `plain`.
+    if unsafe { (*known).flags & flags::CROSS != 0 } {
+        return Ok(Outcome::verdict(Outcome::NEXT_CROSS));
+    }
+    // SAFETY: as above.
     let (idle, known_way) = unsafe { (track::jiffies().wrapping_sub((*known).last_seen), (*known).flags & flags::KNOWN != 0) };
     if event != NO_EVENT && !move_on::<F>(&key, known, event) {
         return Err(Reason::NotOurs);
@@ -167,7 +170,8 @@ fn translate<P: Packet, F: Family>(packet: &mut P, verdict: i32) -> Result<Outco
     }
     let aged = F::age(packet, header.offset);
     if let Err(why) = aged.and(if too_big { Err(Reason::TooBig) } else { Ok(()) }) {
-        let answerable = payload.protocol != F::ICMP && payload.fragment != Fragment::Later;
+        // A packet that was of IPv4 has been looked at before ([`crate::cross`]); here is the wrong answer for it.
+        let answerable = payload.protocol != F::ICMP && payload.fragment != Fragment::Later && F::unmapped(&key).is_none();
         return if answerable { Ok(Outcome::refused::<P, F>(why, mtu, &link, header.length)) } else { Err(why) };
     }
     account::reply(known.server, header.length);

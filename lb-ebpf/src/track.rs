@@ -51,10 +51,12 @@ pub fn connection<P: Packet, F: Family>(
 ) -> Result<Leg, Reason> {
     let key = ConnectionKey { client: header.source, vip: header.destination, ports: segment.ports, protocol: u32::from(protocol) };
     if let Some(known) = F::connections().get_ptr_mut(&key) {
+        // First of all: what is read before a call has to be put aside for it.
+        let now = jiffies();
         // SAFETY: an element of the map; it may become another connection's under our hands, but it stays memory.
         let (last_seen, settled) = unsafe { ((*known).last_seen, (*known).flags & flags::SETTLED != 0) };
         let leg = leg(known);
-        let idle = jiffies().wrapping_sub(last_seen);
+        let idle = now.wrapping_sub(last_seen);
         let undisturbed = settled && segment.is_quiet() && idle < HZ.load();
         if undisturbed {
             return Ok(leg);

@@ -20,7 +20,7 @@ use std::{
 
 use bpfvs::{
     datapath::{Datapath as _, Hook, KernelDatapath, Options, Target, attach::Attachments, netns_cookie},
-    director::model::{Method, Protocol, ServiceId, Tunnel},
+    director::model::{Family, Method, Protocol, ServiceId, Tunnel},
     scheduler::Run,
 };
 use lb_common::{
@@ -194,7 +194,8 @@ async fn becomes(what: &str, holds: impl Fn() -> bool) {
 }
 
 fn target(address: &str) -> Target {
-    Target { address: address.parse().expect("an address"), port: 80, method: Method::Route, pool: 0 }
+    let address: IpAddr = address.parse().expect("an address");
+    Target { address, port: 80, method: Method::Route, pool: 0, clients: Family::of(address) }
 }
 
 /// MAC address of the next hop.

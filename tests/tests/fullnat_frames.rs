@@ -66,6 +66,11 @@ impl<'a> Conversation<'a> {
 
     /// Runs a frame that must be sent on, and returns its packet.
     fn sent(&self, frame: &[u8], next_hop: [u8; 6]) -> Result<Vec<u8>> {
+        Ok(ip(&self.sent_frame(frame, next_hop)?)?.to_vec())
+    }
+
+    /// The same with all that stands before the packet.
+    fn sent_frame(&self, frame: &[u8], next_hop: [u8; 6]) -> Result<Vec<u8>> {
         let before = self.bench.pinned.reasons()?;
         let run = self.run(frame)?;
         let after = self.bench.pinned.reasons()?;
@@ -73,7 +78,7 @@ impl<'a> Conversation<'a> {
         ensure!(run.verdict == Verdict::Send, "the verdict is {:?}, because of {counted:?}", run.verdict);
         ensure!(run.frame[..6] == next_hop, "the frame goes to {:02x?}", &run.frame[..6]);
         ensure!(run.frame[6..12] == self.bench.director_mac, "the frame comes from {:02x?}", &run.frame[6..12]);
-        Ok(ip(&run.frame)?.to_vec())
+        Ok(run.frame)
     }
 
     /// A packet from the client, and what the real server must get.
@@ -271,6 +276,45 @@ fn conversations_are_translated_on_both_hooks_and_in_both_families() -> Result<(
     }
     let failures = failures.into_inner();
     ensure!(failures.is_empty(), "{} failed:\n{}", failures.len(), failures.join("\n"));
+    Ok(())
+}
+
+/// What stands between a frame's addresses and its packet: tags and the ethertype.
+fn tags(frame: &[u8]) -> Result<&[u8]> {
+    Ok(&frame[12..frame.len() - ip(frame)?.len()])
+}
+
+/// Frames with tags are translated, and keep them where the port has no VLAN of its own that could add or take one.
+///
+/// VLANs, and real servers in one, are `vm_kernels::requests_in_a_vlan`'s.
+#[test]
+fn frames_with_tags_are_translated() -> Result<()> {
+    needs!(root);
+    needs_bpfvs!();
+    let bench = bench()?;
+    for family in Family::ALL {
+        bench.bpfvs.ipvsadm("-C")?;
+        serve(&bench, "tcp", family, 8080)?;
+        for hook in Hook::ALL {
+            let talk = Conversation::new(&bench, hook, family, 30_000 + hook as u16, 8080);
+            for (vlans, flags) in [(vec![7], SYN), (vec![], ACK), (vec![7], ACK), (vec![7, 8], ACK)] {
+                let case = || format!("{hook:?}, {family:?}, tags {vlans:?}, flags {flags}");
+                let tagged = |frame: &Frame| Frame { vlans: vlans.clone(), ..frame.clone() }.build();
+                let request = Frame::tcp(talk.client, talk.vip, flags);
+                let got = talk.sent_frame(&tagged(&request), SERVER_MACS[0]).with_context(case)?;
+                talk.learn()?;
+                same(ip(&got)?, &talk.inside(&request).packet()).with_context(case)?;
+                ensure!(tags(&got)? == tags(&tagged(&request))?, "request, {}: {:02x?}", case(), tags(&got)?);
+
+                let reply =
+                    Frame { source: talk.server, destination: talk.local.get(), ..Frame::tcp(talk.vip, talk.client, flags | ACK) };
+                let outside = Frame { source: talk.vip, destination: talk.client, ttl: reply.ttl - 1, ..reply.clone() };
+                let got = talk.sent_frame(&tagged(&reply), ROUTER_MAC).with_context(case)?;
+                same(ip(&got)?, &outside.packet()).with_context(case)?;
+                ensure!(tags(&got)? == tags(&tagged(&reply))?, "reply, {}: {:02x?}", case(), tags(&got)?);
+            }
+        }
+    }
     Ok(())
 }
 

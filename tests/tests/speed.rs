@@ -23,10 +23,10 @@ const LIMITS: [(Hook, Path, f64); 9] = [
     (Hook::Xdp, Path::Replied, 1.4),
     (Hook::Tc, Path::Masqueraded, 1.4),
     (Hook::Tc, Path::Replied, 1.4),
-    (Hook::Xdp, Path::FullNat, 1.5),
-    (Hook::Xdp, Path::FullNatReplied, 1.5),
-    (Hook::Tc, Path::FullNat, 1.5),
-    (Hook::Tc, Path::FullNatReplied, 1.5),
+    (Hook::Xdp, Path::FullNat, 1.4),
+    (Hook::Xdp, Path::FullNatReplied, 1.4),
+    (Hook::Tc, Path::FullNat, 1.4),
+    (Hook::Tc, Path::FullNatReplied, 1.4),
 ];
 /// How often to try.
 const ATTEMPTS: usize = 10;

@@ -12,6 +12,7 @@ pub mod ethernet;
 pub mod icmp;
 mod ipv4;
 mod ipv6;
+pub mod mapped;
 pub mod transport;
 pub mod tunnel;
 

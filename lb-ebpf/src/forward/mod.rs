@@ -6,7 +6,10 @@ use aya_ebpf::cty::c_void;
 use lb_common::{
     connection::Leg,
     local::Local,
-    packet::{IpHeader, Plain, ethernet::Link},
+    packet::{
+        IpHeader, Plain,
+        ethernet::{self, Link},
+    },
     reason::Reason,
     server::{Method, Server, Status, Tunnel, flags},
 };
@@ -36,7 +39,7 @@ impl Reachable {
 
     /// Sends a packet that is addressed already.
     #[inline(always)]
-    fn send<P: Packet>(&self, packet: &P) -> Result<i32, Reason> {
+    pub fn send<P: Packet>(&self, packet: &P) -> Result<i32, Reason> {
         if P::RESOLVES && self.unresolved {
             let next_hop = NEXT_HOPS.get(self.leg.server()).ok_or(Reason::Unresolved)?;
             return Ok(packet.send_unresolved(self.entry.hop.ifindex, next_hop));
@@ -86,11 +89,11 @@ pub fn forward<P: Packet, F: Family>(
     let method = server.entry.method;
     let too_big = header.length > server.entry.hop.mtu as usize
         && !packet.fits_in_segments(SEGMENT_HEADERS + F::HEADER, server.entry.hop.mtu);
-    if !packet.takes_headers(link) && (too_big || method == Method::Tunnel as u8) {
+    if !packet.takes_headers(link) && (too_big || method == Method::Tunnel as u8 || method == Method::Cross as u8) {
         return Err(Reason::Vlan);
     }
     if let Some(plain) = plain
-        && Method::translates(method)
+        && Method::translates_in_place(method)
         && !too_big
     {
         nat::plain_request::<P, F>(packet, plain, server.entry, server.leg.local())?;
@@ -136,7 +139,9 @@ pub fn translate<P: Packet, F: Family>(context: *mut c_void, leg: Leg) -> i32 {
     let mut packet = unsafe { P::view(context) };
     let sent = reachable(&packet, leg).and_then(|server| {
         nat::request::<P, F>(&mut packet, server.entry, leg.local())?;
-        server.send(&packet)
+        // It has mapped addresses now, and is still of IPv6.
+        let crosses = F::ETHERTYPE == ethernet::IPV6 && server.entry.method == Method::Cross as u8;
+        if crosses { Ok(Outcome::NEXT_CROSS) } else { server.send(&packet) }
     });
     sent.unwrap_or_else(account::leave::<P>)
 }

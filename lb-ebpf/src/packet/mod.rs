@@ -120,6 +120,11 @@ pub trait Packet: Bytes {
     /// between; the Ethernet header has to be written again.
     fn reshape(&mut self, link: usize, keep: usize, grow: usize) -> Result<(), Reason>;
 
+    /// Takes the difference of IPv6's header to IPv4's away from the packet, or adds it, by what `ethertype` it shall have: as many
+    /// times as it has `headers`. What stands there then, from the first byte of the frame to the end of the last header, has to be
+    /// written again.
+    fn change_version(&mut self, ethertype: u16, headers: usize) -> Result<(), Reason>;
+
     /// Makes `bytes` bytes of room at `offset`, which is even. They hold anything.
     fn insert(&mut self, offset: usize, bytes: usize) -> Result<(), Reason>;
 

@@ -7,12 +7,14 @@ use aya_ebpf::{
     bindings::{
         __sk_buff, BPF_F_ADJ_ROOM_ENCAP_L3_IPV4, BPF_F_ADJ_ROOM_ENCAP_L3_IPV6, BPF_F_ADJ_ROOM_ENCAP_L4_GRE,
         BPF_F_ADJ_ROOM_ENCAP_L4_UDP, BPF_F_ADJ_ROOM_FIXED_GSO, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM,
-        TC_ACT_SHOT, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC, bpf_redir_neigh,
+        TC_ACT_SHOT,
+        bpf_adj_room_mode::{BPF_ADJ_ROOM_MAC, BPF_ADJ_ROOM_NET},
+        bpf_redir_neigh,
     },
     cty::c_void,
     helpers::generated::{
-        bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_load_bytes,
-        bpf_skb_pull_data, bpf_skb_store_bytes, bpf_skb_vlan_pop,
+        bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh, bpf_skb_adjust_room, bpf_skb_change_proto, bpf_skb_change_tail,
+        bpf_skb_load_bytes, bpf_skb_pull_data, bpf_skb_store_bytes, bpf_skb_vlan_pop,
     },
 };
 use lb_common::{
@@ -21,7 +23,7 @@ use lb_common::{
     packet::{
         Bytes,
         ethernet::{self, Link},
-        protocol,
+        mapped, protocol,
     },
     reason::Reason,
     server::NextHop,
@@ -38,6 +40,9 @@ pub struct TcBuffer {
 /// Headers that must lie in the linear part of a buffer: Ethernet, two tags, the largest IPv4 or a plain IPv6 header,
 /// TCP. Longer chains of IPv6 extensions are pulled in by the kernel long before; if not, they count as cut off.
 const HEADERS: usize = 14 + 8 + 60 + 20;
+
+/// The same for an ICMP error: Ethernet, two headers of IPv6, ICMP, and the ports.
+const HEADERS_WITH_QUOTED: usize = 14 + 40 + 8 + 40 + 20;
 
 impl TcBuffer {
     #[inline(always)]
@@ -206,20 +211,9 @@ impl Packet for TcBuffer {
             return self.correct_finished(checksum, addresses + ports, kind);
         }
         let kind = if kind == Checksum::Udp { BPF_F_MARK_MANGLED_0 } else { 0 };
-        let replace = |difference: u16, flags: u32| {
-            // SAFETY: the context is the kernel's; a refusal changes nothing.
-            let refused =
-                unsafe { bpf_l4_csum_replace(self.context, checksum as u32, 0, difference.into(), (flags | kind).into()) };
-            if refused == 0 { Ok(()) } else { Err(Reason::Failed) }
-        };
-        let ports = sum::fold(ports);
-        replace(sum::fold(addresses), BPF_F_PSEUDO_HDR)?;
-        // Zero has two faces in one's complement.
-        if ports != 0 && ports != 0xffff {
-            replace(ports, 0)?;
-        }
+        let corrected = correct_unfinished(self.context, checksum as u32, addresses, ports, kind);
         self.reload();
-        Ok(())
+        if corrected { Ok(()) } else { Err(Reason::Failed) }
     }
 
     #[inline(always)]
@@ -241,6 +235,26 @@ impl Packet for TcBuffer {
         Ok(())
     }
 
+    /// The kernel does it to the packet's own header, and sees to large ones that are to be cut; the quoted header is as room behind
+    /// that one.
+    #[inline(always)]
+    fn change_version(&mut self, ethertype: u16, headers: usize) -> Result<(), Reason> {
+        const DIFFERENCE: i32 = mapped::DIFFERENCE as i32;
+        // SAFETY: the context is the kernel's; a refusal leaves a packet that is dropped.
+        unsafe {
+            if bpf_skb_change_proto(self.context, ethertype.to_be(), 0) != 0 {
+                return Err(Reason::Failed);
+            }
+            let quoted = if ethertype == ethernet::IPV4 { -DIFFERENCE } else { DIFFERENCE };
+            if headers == 2 && bpf_skb_adjust_room(self.context, quoted, BPF_ADJ_ROOM_NET, 0) != 0 {
+                return Err(Reason::Failed);
+            }
+            bpf_skb_pull_data(self.context, HEADERS_WITH_QUOTED.min(self.len()) as u32);
+        }
+        self.reload();
+        Ok(())
+    }
+
     /// Moves what stands behind the room to the end: an unfinished checksum begins at a place that is counted from the front.
     #[inline(always)]
     fn insert(&mut self, offset: usize, bytes: usize) -> Result<(), Reason> {
@@ -256,6 +270,19 @@ impl Packet for TcBuffer {
         // SAFETY: the context is the kernel's.
         unsafe { bpf_redirect((*self.context).ingress_ifindex, 0) as i32 }
     }
+}
+
+/// Has the kernel correct a checksum that may not be finished. `false`: it refused. In a function of its own, for the sake of the
+/// stack.
+#[inline(never)]
+fn correct_unfinished(context: *mut __sk_buff, checksum: u32, addresses: u64, ports: u64, kind: u32) -> bool {
+    let replace = |difference: u16, flags: u32| {
+        // SAFETY: the context is the kernel's; a refusal changes nothing.
+        unsafe { bpf_l4_csum_replace(context, checksum, 0, difference.into(), (flags | kind).into()) == 0 }
+    };
+    let ports = sum::fold(ports);
+    // Zero has two faces in one's complement.
+    replace(sum::fold(addresses), BPF_F_PSEUDO_HDR) && (ports == 0 || ports == 0xffff || replace(ports, 0))
 }
 
 /// Bytes that are moved at once.

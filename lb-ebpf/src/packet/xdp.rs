@@ -11,6 +11,7 @@ use lb_common::{
     packet::{
         Bytes,
         ethernet::{self, Link},
+        mapped,
     },
     reason::Reason,
     server::NextHop,
@@ -180,6 +181,12 @@ impl Packet for XdpFrame {
             return Err(Reason::Failed);
         }
         self.grow(grow as i32)
+    }
+
+    #[inline(always)]
+    fn change_version(&mut self, ethertype: u16, headers: usize) -> Result<(), Reason> {
+        let bytes = (mapped::DIFFERENCE * headers) as i32;
+        self.grow(if ethertype == ethernet::IPV4 { -bytes } else { bytes })
     }
 
     /// Moves what stands before the room to the front, because that is less than what stands behind it.

@@ -189,6 +189,11 @@ impl Attachments {
         self.programs.load_translation()
     }
 
+    /// The same between IPv6 and IPv4.
+    pub fn cross(&mut self) -> anyhow::Result<()> {
+        self.programs.load_crossing()
+    }
+
     /// The interfaces that the programs run on.
     pub fn interfaces(&self) -> Vec<InterfaceView> {
         let xdp = |generic| if generic { "xdp-generic" } else { "xdp" }.to_owned();

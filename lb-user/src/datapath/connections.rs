@@ -16,14 +16,18 @@ use lb_common::{
     family::{Address, Ipv4, Ipv6},
     local::PORTS,
     reply, sctp,
-    server::{Server, flags as server_flags},
+    server::Server,
     tcp,
     template::Choice,
 };
 
 use nix::time::{ClockId, clock_gettime};
 
-use super::{maps::Pins, system::for_each_entry, way::address};
+use super::{
+    maps::Pins,
+    system::for_each_entry,
+    way::{address, server_address},
+};
 use crate::director::model::{ConnectionView, LocalUsage};
 
 /// The connection tables.
@@ -47,12 +51,16 @@ impl Connections {
         self.capacity
     }
 
-    /// How much of the local addresses, by index, is in use. `server` tells the entry of a real server.
-    pub fn local_usage(&self, server: impl Fn(u32) -> Option<Server>) -> anyhow::Result<HashMap<u32, LocalUsage>> {
+    /// How much of the local addresses is in use. `server` tells the entry of a real server, `local` the address with an index.
+    pub fn local_usage(
+        &self,
+        server: impl Fn(u32) -> Option<Server>,
+        local: impl Fn(u32) -> Option<IpAddr>,
+    ) -> anyhow::Result<HashMap<IpAddr, LocalUsage>> {
         let mut counts = HashMap::new();
-        count_locals::<Ipv4>(&self.ipv4, &server, &mut counts)?;
-        count_locals::<Ipv6>(&self.ipv6, &server, &mut counts)?;
-        let mut usage: HashMap<u32, LocalUsage> = HashMap::new();
+        count_locals::<Ipv4>(&self.ipv4, &server, &local, &mut counts)?;
+        count_locals::<Ipv6>(&self.ipv6, &server, &local, &mut counts)?;
+        let mut usage: HashMap<IpAddr, LocalUsage> = HashMap::new();
         for ((address, ..), count) in counts {
             let usage = usage.entry(address).or_default();
             usage.used += u64::from(count);
@@ -70,9 +78,7 @@ impl Connections {
     ) -> anyhow::Result<Vec<ConnectionView>> {
         let mut known = HashMap::new();
         let mut server = |index| {
-            *known.entry(index).or_insert_with(|| {
-                server(index).map(|entry| (address(entry.address, entry.flags & server_flags::IPV6 != 0), u16::from_be(entry.port)))
-            })
+            *known.entry(index).or_insert_with(|| server(index).map(|entry| (server_address(&entry), u16::from_be(entry.port))))
         };
         let mut views = Vec::new();
         collect::<Ipv4>(&self.ipv4, config, clock, &mut server, &mut views)?;
@@ -81,12 +87,13 @@ impl Connections {
     }
 }
 
-/// Who shares the ports of a local address: its index, and a real server's address, port and protocol.
-type Sharing = (u32, [u32; 4], u16, u32);
+/// Who shares the ports of a local address: it, and a real server's address, port and protocol.
+type Sharing = (IpAddr, IpAddr, u16, u32);
 
 fn count_locals<A: Address>(
     table: &MapData,
     server: &impl Fn(u32) -> Option<Server>,
+    local: &impl Fn(u32) -> Option<IpAddr>,
     counts: &mut HashMap<Sharing, u32>,
 ) -> anyhow::Result<()>
 where
@@ -94,10 +101,10 @@ where
 {
     for_each_entry(table, |key: &ConnectionKey<A>, connection: &Connection| {
         if connection.local.is_some()
-            && let Some(server) = server(connection.server)
+            && let (Some(server), Some(local)) = (server(connection.server), local(connection.local.address()))
         {
             let port = reply::server_port(&server, key.ports.destination());
-            *counts.entry((connection.local.address(), server.address, port, key.protocol)).or_default() += 1;
+            *counts.entry((local, server_address(&server), port, key.protocol)).or_default() += 1;
         }
     })
     .context("the connection table cannot be read")

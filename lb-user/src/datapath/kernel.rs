@@ -58,7 +58,7 @@ use super::{
     templates::Templates,
 };
 use crate::{
-    director::model::{ConnectionView, Hook, InterfaceView, LocalUsage, MarkRule, Method, ReasonView, ServiceId},
+    director::model::{ConnectionView, Family, Hook, InterfaceView, LocalUsage, MarkRule, Method, ReasonView, ServiceId},
     scheduler::Run,
     synchronisation::{LeftOut, changes::Changes, message::Entry},
 };
@@ -332,8 +332,7 @@ impl KernelDatapath {
     /// How much of each local address is in use.
     pub fn local_usage(&self) -> anyhow::Result<HashMap<IpAddr, LocalUsage>> {
         let servers = lock(&self.servers);
-        let usage = self.connections.local_usage(|index| servers.entry(index).ok())?;
-        Ok(usage.into_iter().filter_map(|(index, usage)| Some((self.locals.address(index)?, usage))).collect())
+        self.connections.local_usage(|index| servers.entry(index).ok(), |index| self.locals.address(index))
     }
 
     /// All reason counters.
@@ -449,10 +448,11 @@ impl Datapath for KernelDatapath {
 
     fn set_server(&mut self, index: u32, target: &Target) -> Result<(), Error> {
         if matches!(target.method, Method::Masquerade | Method::FullNat { .. }) {
-            lock(&self.attachments)
-                .translate()
+            let mut attachments = lock(&self.attachments);
+            let loaded = if target.crosses() { attachments.cross() } else { attachments.translate() };
+            loaded
                 .map_err(|error| kernel_error("the programs for masquerading cannot be loaded".to_owned(), format!("{error:#}")))?;
-            warn_unless_forwarding(target.address);
+            warn_unless_forwarding(target);
         }
         let concerned = lock(&self.servers).set(index, *target)?;
         self.look(concerned);
@@ -567,12 +567,13 @@ impl Datapath for KernelDatapath {
 }
 
 /// Says what to set if the kernel tells nobody the way back to a client.
-fn warn_unless_forwarding(server: IpAddr) {
-    let setting = if server.is_ipv6() { "net/ipv6/conf/all/forwarding" } else { "net/ipv4/ip_forward" };
+fn warn_unless_forwarding(target: &Target) {
+    let setting = if target.clients == Family::Ipv6 { "net/ipv6/conf/all/forwarding" } else { "net/ipv4/ip_forward" };
     if std::fs::read_to_string(format!("/proc/sys/{setting}")).is_ok_and(|value| value.trim() == "0") {
         let setting = setting.replace('/', ".");
         tracing::warn!(
-            "replies of the masqueraded real server {server} will not be forwarded: this host is no router; set {setting}=1"
+            "replies of the masqueraded real server {} will not be forwarded: this host is no router; set {setting}=1",
+            target.address
         );
     }
 }

@@ -37,10 +37,10 @@ impl Locals {
         let mut known = Vec::new();
         for index in 0..addresses.len() {
             let entry = addresses.get(&index, 0).context("the table of local addresses cannot be read")?;
-            if entry.family == 0 {
+            if entry == LocalAddress::default() {
                 break;
             }
-            known.push(address(entry.address, entry.family == u32::from(AF_INET6)));
+            known.push(address(entry.address, true).to_canonical());
         }
         let indices = known.iter().zip(0..).map(|(address, index)| (*address, index)).collect();
         Ok(Self { addresses, pools: pins.typed("POOLS")?, known, indices })
@@ -95,13 +95,20 @@ impl Locals {
                 advice: "use one of the earlier ones, or start anew after `bpfvs stop --detach`",
             });
         }
-        let family = if address.is_ipv6() { AF_INET6 } else { AF_INET };
-        let entry = LocalAddress { address: words(address), family: family.into(), zero: 0 };
+        let entry = LocalAddress { address: words(mapped(address)) };
         self.addresses
             .set(index, entry, 0)
             .map_err(|error| kernel_error(format!("the local address {address} cannot be written"), error))?;
         self.known.push(address);
         self.indices.insert(address, index);
         Ok(index)
+    }
+}
+
+/// An address as one of IPv6.
+fn mapped(address: IpAddr) -> IpAddr {
+    match address {
+        IpAddr::V4(address) => address.to_ipv6_mapped().into(),
+        IpAddr::V6(_) => address,
     }
 }

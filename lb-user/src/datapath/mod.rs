@@ -59,7 +59,7 @@ use lb_common::{config::Config, server::Counters, service::Service, statistics::
 pub use crate::director::model::Hook;
 
 use crate::{
-    director::model::{MarkRule, Method, ServiceId},
+    director::model::{Family, MarkRule, Method, ServiceId},
     scheduler::Run,
 };
 
@@ -159,6 +159,15 @@ pub struct Target {
     pub method: Method,
     /// Its service's pool of local addresses.
     pub pool: u32,
+    /// Its service's address family: it may be another one, with a tunnel or FULLNAT.
+    pub clients: Family,
+}
+
+impl Target {
+    /// Whether its packets are translated between IPv6 and IPv4.
+    pub fn crosses(&self) -> bool {
+        matches!(self.method, Method::FullNat { .. }) && self.clients != Family::of(self.address)
+    }
 }
 
 /// What can go wrong between the daemon and the kernel.

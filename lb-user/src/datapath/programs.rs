@@ -24,20 +24,20 @@ use super::{
 struct Hooked {
     /// What is attached to interfaces.
     director: &'static str,
-    /// What it calls for rare packets.
-    odd: &'static str,
-    /// What these call for packets whose addresses are translated.
-    translate: &'static str,
+    /// What it calls, and what these call, by their places: for rare packets, for those whose addresses are translated, and for those that
+    /// change their IP version.
+    called: [&'static str; 3],
     /// The array through which they call each other.
     next: &'static str,
 }
 
-const XDP: Hooked = Hooked { director: "xdp_director", odd: "xdp_odd", translate: "xdp_translate", next: "XDP_NEXT" };
-const TC: Hooked = Hooked { director: "tc_director", odd: "tc_odd", translate: "tc_translate", next: "TC_NEXT" };
+const XDP: Hooked = Hooked { director: "xdp_director", called: ["xdp_odd", "xdp_translate", "xdp_cross"], next: "XDP_NEXT" };
+const TC: Hooked = Hooked { director: "tc_director", called: ["tc_odd", "tc_translate", "tc_cross"], next: "TC_NEXT" };
 const SWEEP: &str = "sweep";
 /// The places in the arrays through which programs call each other.
-const NEXT_ODD: u32 = 0;
-const NEXT_TRANSLATE: u32 = 1;
+const NEXT_ODD: usize = 0;
+const NEXT_TRANSLATE: usize = 1;
+const NEXT_CROSS: usize = 2;
 /// The maps with the programs' global variables, the filters.
 const DESTINATIONS: &str = ".bss";
 const SOURCES: &str = ".bss.sources";
@@ -51,8 +51,8 @@ pub struct Programs {
     xdp: bool,
     /// The same for tc.
     tc: bool,
-    /// The programs for translation are loaded with those of their hook.
-    translates: bool,
+    /// The places of those that are loaded with the programs of their hook.
+    wanted: Vec<usize>,
 }
 
 impl Programs {
@@ -75,28 +75,39 @@ impl Programs {
                 pins.directory().display()
             ))
         })?;
-        for name in [XDP, TC].into_iter().flat_map(|hooked| [hooked.director, hooked.odd, hooked.translate]) {
+        for name in [XDP, TC].into_iter().flat_map(|hooked| [&[hooked.director][..], &hooked.called].concat()) {
             // An earlier daemon's, which this one may not need.
             unpin(pins, name)?;
         }
         load_program::<RawTracePoint>(&mut ebpf, SWEEP, RawTracePoint::load)?;
         pin(&mut ebpf, pins, SWEEP)?;
-        Ok(Self { ebpf, pins: pins.clone(), xdp: false, tc: false, translates: false })
+        Ok(Self { ebpf, pins: pins.clone(), xdp: false, tc: false, wanted: vec![NEXT_ODD] })
     }
 
     /// Sees to it that packets can be translated. The verifier has more to do with these programs than with all others, and
     /// most directors never masquerade.
     pub fn load_translation(&mut self) -> anyhow::Result<()> {
-        if self.translates {
+        self.want(NEXT_TRANSLATE)
+    }
+
+    /// Sees to it that packets can be translated between IPv6 and IPv4.
+    pub fn load_crossing(&mut self) -> anyhow::Result<()> {
+        self.want(NEXT_TRANSLATE)?;
+        self.want(NEXT_CROSS)
+    }
+
+    /// Sees to it that there are programs at a place.
+    fn want(&mut self, place: usize) -> anyhow::Result<()> {
+        if self.wanted.contains(&place) {
             return Ok(());
         }
         if self.xdp {
-            self.load_called::<Xdp>(&XDP, NEXT_TRANSLATE, XDP.translate, Xdp::load)?;
+            self.load_called::<Xdp>(&XDP, place, Xdp::load)?;
         }
         if self.tc {
-            self.load_called::<SchedClassifier>(&TC, NEXT_TRANSLATE, TC.translate, SchedClassifier::load)?;
+            self.load_called::<SchedClassifier>(&TC, place, SchedClassifier::load)?;
         }
-        self.translates = true;
+        self.wanted.push(place);
         Ok(())
     }
 
@@ -138,27 +149,21 @@ impl Programs {
     where
         for<'a> &'a mut P: TryFrom<&'a mut Program, Error = ProgramError>,
     {
-        self.load_called(hooked, NEXT_ODD, hooked.odd, load)?;
-        if self.translates {
-            self.load_called(hooked, NEXT_TRANSLATE, hooked.translate, load)?;
+        for place in self.wanted.clone() {
+            self.load_called(hooked, place, load)?;
         }
         load_program(&mut self.ebpf, hooked.director, load)?;
         pin(&mut self.ebpf, &self.pins, hooked.director)
     }
 
     /// Loads a program that others call, and puts it where they do.
-    fn load_called<P>(
-        &mut self,
-        hooked: &Hooked,
-        place: u32,
-        name: &str,
-        load: fn(&mut P) -> Result<(), ProgramError>,
-    ) -> anyhow::Result<()>
+    fn load_called<P>(&mut self, hooked: &Hooked, place: usize, load: fn(&mut P) -> Result<(), ProgramError>) -> anyhow::Result<()>
     where
         for<'a> &'a mut P: TryFrom<&'a mut Program, Error = ProgramError>,
     {
+        let name = hooked.called[place];
         load_program(&mut self.ebpf, name, load)?;
-        make_callable(&mut self.ebpf, hooked.next, place, name)?;
+        make_callable(&mut self.ebpf, hooked.next, place as u32, name)?;
         pin(&mut self.ebpf, &self.pins, name)
     }
 

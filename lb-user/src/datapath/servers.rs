@@ -58,7 +58,7 @@ impl Servers {
     pub fn open(pins: &Pins, sources: Array<MapData, Bitmap>) -> anyhow::Result<Self> {
         let data = pins.data("SERVERS")?;
         let found = in_use(&data)?;
-        let addresses = found.iter().filter_map(|(_, server)| source(server));
+        let addresses = found.iter().flat_map(|(_, server)| heard_from(server));
         Ok(Self {
             sources: Filter::new(Some(sources), addresses).context("the filter of sources cannot be written")?,
             known: found.into_iter().collect(),
@@ -204,11 +204,9 @@ impl Servers {
     }
 
     fn put(&mut self, index: u32, entry: Server) -> Result<(), Error> {
-        let (old, new) = (source(&self.known(index)), source(&entry));
-        if old != new
-            && let Some(new) = new
-        {
-            self.sources.add(new).map_err(|error| failed("heard", index, error))?;
+        let (old, new) = (heard_from(&self.known(index)), heard_from(&entry));
+        for &source in new.difference(&old) {
+            self.sources.add(source).map_err(|error| failed("heard", index, error))?;
         }
         if entry.status == Status::Free as u8 {
             self.known.remove(&index);
@@ -216,7 +214,7 @@ impl Servers {
             self.known.insert(index, entry);
         }
         self.late.push((index, entry));
-        self.leaving.extend(old.filter(|_| old != new));
+        self.leaving.extend(old.difference(&new));
         Ok(())
     }
 
@@ -259,10 +257,11 @@ fn in_use(data: &MapData) -> Result<Vec<(u32, Server)>, Error> {
     Ok(found)
 }
 
-/// Where a server's replies come from, if they pass the director.
-fn source(server: &Server) -> Option<IpAddr> {
+/// Where a server's replies come from, if they pass the director. What XDP has made a packet of IPv6 tc may have to send.
+fn heard_from(server: &Server) -> BTreeSet<IpAddr> {
     let masqueraded = server.status != Status::Free as u8 && Method::translates(server.method);
-    masqueraded.then(|| way::address(server.address, server.flags & flags::IPV6 != 0))
+    let as_seen = [way::server_address(server), way::address(server.address, server.flags & flags::IPV6 != 0)];
+    as_seen.into_iter().filter(|_| masqueraded).collect()
 }
 
 fn failed(what: &str, index: u32, error: impl Display) -> Error {

@@ -10,7 +10,7 @@ use aya::maps::{Array, MapData};
 use lb_common::{
     Plain,
     family::{Address, Ipv4, Ipv6},
-    server::{Server, flags as server_flags},
+    server::Server,
     template::{Choice, Scope, Template, TemplateKey},
 };
 
@@ -21,7 +21,7 @@ use super::{
     maps::Pins,
     shared::Words,
     system::{for_each_entry, take},
-    way::address,
+    way::{address, server_address},
 };
 use crate::director::model::{ConnectionView, Family, ServiceId};
 
@@ -147,7 +147,7 @@ where
             client_port: 0,
             vip: address(key.vip.words(), is_ipv6::<A>()),
             vip_port: u16::from_be(key.port),
-            server: address(entry.address, entry.flags & server_flags::IPV6 != 0),
+            server: server_address(&entry),
             server_port: match (key.port, entry.port) {
                 (0, _) => 0,
                 (port, 0) | (_, port) => u16::from_be(port),

@@ -13,6 +13,7 @@ use std::net::IpAddr;
 use lb_common::{
     family::{AF_INET, AF_INET6},
     hop::link_addresses,
+    packet::mapped,
     server::{self, NextHop, Server, Status, flags},
 };
 
@@ -68,6 +69,11 @@ pub fn server(target: &Target, way: Option<&Way>) -> Server {
     }
     if let Method::FullNat { toa } = target.method {
         server.method = server::Method::FullNat as u8;
+        if let (true, IpAddr::V4(address)) = (target.crosses(), target.address) {
+            server.method = server::Method::Cross as u8;
+            server.address = words(address.to_ipv6_mapped().into());
+            server.flags |= flags::IPV6;
+        }
         if toa {
             server.flags |= flags::TOA;
         }
@@ -123,9 +129,16 @@ pub fn next_hop(way: Option<&Way>) -> NextHop {
     NextHop { family: family.into(), address: words(hop.next_hop), zero: 0 }
 }
 
+/// The address of the real server of an entry.
+pub fn server_address(server: &Server) -> IpAddr {
+    address(server.address, server.flags & flags::IPV6 != 0).to_canonical()
+}
+
 /// The largest packet, from the inner IP header, that fits a way of `mtu` bytes.
 fn mtu(mtu: u32, target: &Target) -> u16 {
-    mtu.saturating_sub(overhead(target)).min(u16::MAX.into()) as u16
+    // Towards IPv4 they become shorter.
+    let gained = if target.crosses() { mapped::DIFFERENCE as u32 } else { 0 };
+    mtu.saturating_add(gained).saturating_sub(overhead(target)).min(u16::MAX.into()) as u16
 }
 
 /// Bytes that a target's tunnel adds (IPVS's numbers).
@@ -167,12 +180,14 @@ pub fn address(words: [u32; 4], ipv6: bool) -> IpAddr {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::director::model::Family;
 
     const IPV4: &str = "10.0.0.205";
     const IPV6: &str = "2001:db8::205";
 
     fn target(address: &str, method: Method) -> Target {
-        Target { address: address.parse().expect("an address"), port: 80, method, pool: 0 }
+        let address: IpAddr = address.parse().expect("an address");
+        Target { address, port: 80, method, pool: 0, clients: Family::of(address) }
     }
 
     fn hop(address: &str, mac: Option<[u8; 6]>) -> Way {
@@ -236,6 +251,17 @@ mod tests {
         let way = Way::Through(hop);
         assert_eq!(server(&target(IPV6, Method::Tunnel(Tunnel::Ipip)), Some(&way)).status, Status::NoRoute as u8);
         assert_eq!(server(&target(IPV6, Method::Route), Some(&way)).status, Status::Ready as u8);
+    }
+
+    #[test]
+    fn a_server_of_ipv4_is_mapped_for_clients_of_ipv6() {
+        let fullnat = target(IPV4, Method::FullNat { toa: false });
+        let same = server(&fullnat, Some(&hop(IPV4, Some([2; 6]))));
+        assert_eq!((same.method, same.hop.mtu, server_address(&same)), (server::Method::FullNat as u8, 1500, fullnat.address));
+        let crossing = Target { clients: Family::Ipv6, ..fullnat };
+        let cross = server(&crossing, Some(&hop(IPV4, Some([2; 6]))));
+        assert_eq!((cross.method, cross.hop.mtu, server_address(&cross)), (server::Method::Cross as u8, 1520, fullnat.address));
+        assert_eq!(address(cross.address, true).to_string(), "::ffff:10.0.0.205");
     }
 
     #[test]

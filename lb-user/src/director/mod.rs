@@ -526,6 +526,7 @@ impl<D: Datapath> Director<D> {
     ) -> Result<(), Refusal> {
         let old = self.services.get(&id).ok_or_else(|| no_such_service(&id))?;
         let mut scheduler = scheduler(&id, config)?;
+        old.servers.iter().try_for_each(|server| rules::one_packet(&id, config, &server.id, server.config.method))?;
         let other_mode = scheduler.mode() != old.scheduler.mode();
         // IPVS leaves a scheduler alone that stays the same.
         let same = scheduler.name() == old.scheduler.name();
@@ -601,6 +602,7 @@ impl<D: Datapath> Director<D> {
         }
         rules::server_address(&id)?;
         rules::server_supported(&id, config)?;
+        rules::one_packet(&service_id, &service.config, &id, config.method)?;
         locals::suffices(&self.locals, &service.locals, &id, config.method)?;
         let incarnation = service.incarnation;
         let back = self.trash.take(service_id, id);
@@ -662,6 +664,7 @@ impl<D: Datapath> Director<D> {
         rules::server(service_id, id, config)?;
         let place = service.servers.position(id).ok_or_else(|| no_such_server(service_id, id))?;
         rules::server_supported(id, config)?;
+        rules::one_packet(service_id, &service.config, id, config.method)?;
         locals::suffices(&self.locals, &service.locals, id, config.method)?;
         let mut server = service.servers[place].clone();
         let method = server.config.method;

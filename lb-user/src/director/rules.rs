@@ -87,16 +87,8 @@ pub(super) fn service(service: &ServiceId, config: &ServiceConfig) -> Result<(),
 
 /// IPVS's rules about a server that stands by itself: before it is looked for among the others.
 pub(super) fn server(service: &ServiceId, server: &ServerId, config: &ServerConfig) -> Result<(), Refusal> {
-    if service.family() != Family::of(server.address) && matches!(config.method, Method::FullNat { .. }) {
-        return refuse(
-            RefusalKind::Unsupported,
-            format!(
-                "the real server {server} cannot serve {service}: this version of bpfvs does not translate between IPv4 and IPv6; name \
-                 the server's address of the service's family, or use the method tunnel (`-i`)"
-            ),
-        );
-    }
-    if service.family() != Family::of(server.address) && !matches!(config.method, Method::Tunnel(_)) {
+    crossing(service, server, config.method)?;
+    if service.family() != Family::of(server.address) && !matches!(config.method, Method::Tunnel(_) | Method::FullNat { .. }) {
         return refuse(
             RefusalKind::Invalid,
             format!(
@@ -139,6 +131,20 @@ pub(super) fn server(service: &ServiceId, server: &ServerId, config: &ServerConf
     Ok(())
 }
 
+/// What FULLNAT cannot do for clients of one family and a server of the other.
+fn crossing(service: &ServiceId, server: &ServerId, method: Method) -> Result<(), Refusal> {
+    let fault = match (service.family(), Family::of(server.address), method) {
+        (Family::Ipv4, Family::Ipv6, Method::FullNat { .. }) => {
+            "FULLNAT leads from IPv6 to IPv4 and not the other way; name the server's IPv4 address, or use the method tunnel (`-i`)"
+        }
+        (Family::Ipv6, Family::Ipv4, Method::FullNat { toa: true }) => {
+            "a program with a socket of IPv4 cannot be shown clients' IPv6 addresses; leave that out (`--toa`)"
+        }
+        _ => return Ok(()),
+    };
+    refuse(RefusalKind::Unsupported, format!("the real server {server} cannot serve {service}: {fault}"))
+}
+
 /// IPVS's rule about the address of a new server.
 pub(super) fn server_address(server: &ServerId) -> Result<(), Refusal> {
     let fault = match server.address {
@@ -167,6 +173,21 @@ pub(super) fn server_supported(server: &ServerId, config: &ServerConfig) -> Resu
         ),
         Method::Route | Method::Masquerade | Method::FullNat { .. } | Method::Tunnel(_) => Ok(()),
     }
+}
+
+/// Whether a server can belong to a service that takes each packet for itself, or not. Each packet would claim a local port, and no
+/// connection would ever give it back.
+pub(super) fn one_packet(service: &ServiceId, config: &ServiceConfig, server: &ServerId, method: Method) -> Result<(), Refusal> {
+    if !config.one_packet || !matches!(method, Method::FullNat { .. }) {
+        return Ok(());
+    }
+    refuse(
+        RefusalKind::Unsupported,
+        format!(
+            "the real server {server} cannot serve {service} by FULLNAT while the service schedules each packet by itself: a local port \
+             belongs to a connection, and there would be none; use the method masquerade (`-m`), or the service without that (`-o`)"
+        ),
+    )
 }
 
 /// IPVS's rule about timeouts: 31 bits count the ticks of the kernel's clock, of which there are `clock_rate` in a second.

@@ -122,7 +122,8 @@ impl Service {
         };
         let keeps_port = self.config.persistence.is_some() && self.id.spans_ports() && !is_own;
         let port = if keeps_port { 0 } else { server.id.port };
-        Target { address: server.id.address, port, method: server.config.method, pool: self.pool() }
+        let (pool, clients) = (self.pool(), self.id.family());
+        Target { address: server.id.address, port, method: server.config.method, pool, clients }
     }
 
     /// The totals since it was added.

@@ -13,7 +13,7 @@ use lb_common::{
 };
 
 use super::{
-    model::{Method, Persistence, Protocol, Tunnel, TunnelChecksum},
+    model::{Family, Method, Persistence, Protocol, Tunnel, TunnelChecksum},
     testing::Memory,
     *,
 };
@@ -141,8 +141,8 @@ fn ipvs_refusals_in_the_order_of_ipvs() {
     for (command, kind) in [
         (add(service(), "nonsense"), ServiceExists),
         (add(other, "nonsense"), SchedulerNotFound),
-        (add(ServiceId::Mark { mark: 1, family: model::Family::Ipv4 }, "nonsense"), SchedulerNotFound),
-        (add(ServiceId::Mark { mark: 0, family: model::Family::Ipv4 }, "rr"), Invalid),
+        (add(ServiceId::Mark { mark: 1, family: Family::Ipv4 }, "nonsense"), SchedulerNotFound),
+        (add(ServiceId::Mark { mark: 0, family: Family::Ipv4 }, "rr"), Invalid),
         (
             Command::AddService {
                 service: other,
@@ -690,6 +690,51 @@ fn a_fullnat_server_always_has_a_local_address() {
     assert_eq!(refused(&mut director, remove_local(other, Some(service()))), Invalid, "the server needs it");
     accept(&mut director, &[remove_server(1), remove_local(other, Some(service()))]);
     assert_eq!(director.local_addresses().count(), 1);
+}
+
+#[test]
+fn fullnat_leads_from_ipv6_to_ipv4_and_not_back() {
+    use RefusalKind::*;
+    let ipv6: IpAddr = "2001:db8::80".parse().expect("an address");
+    let outside = ServiceId::Address { protocol: Protocol::Tcp, address: ipv6, port: 80 };
+    let add = |service, server, method| Command::AddServer { service, server, config: ServerConfig { method, ..weight(1) } };
+    let mut director = with_servers("rr", &[]);
+    accept(&mut director, &[Command::AddService { service: outside, config: scheduled("rr") }]);
+    let fullnat = |toa| Method::FullNat { toa };
+    assert_eq!(refused(&mut director, add(outside, server(1), fullnat(false))), NoLocalAddress);
+    accept(&mut director, &[add_local("2001:db8::230".parse::<IpAddr>().expect("an address"), None)]);
+    assert_eq!(refused(&mut director, add(outside, server(1), fullnat(false))), NoLocalAddress, "it is of the other family");
+    accept(&mut director, &[add_local(LOCAL, None)]);
+    assert_eq!(refused(&mut director, add(outside, server(1), fullnat(true))), Unsupported);
+    assert_eq!(refused(&mut director, add(outside, server(1), Method::Masquerade)), Invalid);
+    let server_of_ipv6 = ServerId { address: "2001:db8::5".parse().expect("an address"), port: 80 };
+    assert_eq!(refused(&mut director, add(service(), server_of_ipv6, fullnat(false))), Unsupported);
+    accept(&mut director, &[add(outside, server(1), fullnat(false)), add(outside, server_of_ipv6, fullnat(false))]);
+    let targets: Vec<_> = director.datapath().servers.values().map(datapath::Target::crosses).collect();
+    assert_eq!(targets, [true, false]);
+    assert_eq!(refused(&mut director, remove_local(LOCAL, None)), Invalid, "the server needs it");
+}
+
+/// A claim to a local port would never be given back: there is no connection that could end.
+#[test]
+fn fullnat_does_not_go_with_one_packet_scheduling() {
+    use RefusalKind::Unsupported;
+    let udp = ServiceId::Address { protocol: Protocol::Udp, address: Ipv4Addr::new(10, 0, 0, 200).into(), port: 53 };
+    let mark = ServiceId::Mark { family: Family::Ipv4, mark: 7 };
+    let each = || ServiceConfig { one_packet: true, ..scheduled("rr") };
+    let masquerade = || ServerConfig { method: Method::Masquerade, ..weight(1) };
+    for service in [udp, mark] {
+        let add = |config| Command::AddServer { service, server: server(1), config };
+        let edit = |config| Command::EditServer { service, server: server(1), config };
+        let mut director = director();
+        accept(&mut director, &[add_local(LOCAL, None), Command::AddService { service, config: each() }]);
+        assert_eq!(refused(&mut director, add(fullnat())), Unsupported);
+        accept(&mut director, &[add(masquerade())]);
+        assert_eq!(refused(&mut director, edit(fullnat())), Unsupported);
+        accept(&mut director, &[Command::EditService { service, config: scheduled("rr") }, edit(fullnat())]);
+        assert_eq!(refused(&mut director, Command::EditService { service, config: each() }), Unsupported);
+        accept(&mut director, &[edit(masquerade()), Command::EditService { service, config: each() }]);
+    }
 }
 
 #[test]

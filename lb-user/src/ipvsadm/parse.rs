@@ -386,7 +386,7 @@ impl Typed {
             server.port = self.port;
         }
         let is_tunnel = matches!(self.method, Method::Tunnel(_));
-        if Family::of(server.address) != self.family && !is_tunnel {
+        if Family::of(server.address) != self.family && !is_tunnel && !is_fullnat {
             return Err(Complaint::usage("Different address family is allowed only for tunneling servers"));
         }
         let tunnel_options = [

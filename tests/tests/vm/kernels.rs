@@ -184,15 +184,16 @@ for host in rs1 rs2; do
     ip -n $host addr add fd00:7::200/128 dev lo nodad
     number=206
 done
-balance() { # the real servers' nets
+balance() { # the real servers' nets, and how they are reached
+    local method=${3--g}
     ipvsadm -C
     ipvsadm -A -t 10.7.0.200:80 -s rr
     ipvsadm -A -t '[fd00:7::200]:80' -s rr
     for number in 205 206; do
         ping -c1 -W5 $1.$number >/dev/null
         ping -6 -c1 -W5 $2::$number >/dev/null
-        ipvsadm -a -t 10.7.0.200:80 -r $1.$number:80 -g
-        ipvsadm -a -t '[fd00:7::200]:80' -r "[$2::$number]:80" -g
+        ipvsadm -a -t 10.7.0.200:80 -r $1.$number:80 $method
+        ipvsadm -a -t '[fd00:7::200]:80' -r "[$2::$number]:80" $method
     done
 }
 both() { echo "$1: $(ask 10.7.0.200 2)$(ask '[fd00:7::200]' 2)"; }
@@ -202,6 +203,12 @@ ipvsadm -A -t 10.7.0.200:81 -s rr # without real servers
 ip netns exec client busybox wget -q -O - http://10.7.0.200:81/ 2>&1 | grep -o 'Connection refused'
 # XDP did it all.
 [ $HOOK = tc ] || bpfvs stats --reasons | awk '/left to tc/ && $3 > 0'
+ip addr add 10.7.0.230/32 dev eth0.7
+ip addr add fd00:7::230/128 dev eth0.7 nodad preferred_lft 0
+bpfvs localaddr add 10.7.0.230,fd00:7::230
+balance 10.7.0 fd00:7 "-m --fullnat"
+both "FULLNAT in the VLAN"
+balance 10.7.0 fd00:7
 bpfvs attach eth0.7 --hook tc
 both "port and VLAN"
 bpfvs detach eth0
@@ -216,11 +223,17 @@ for host in rs1 rs2; do
 done
 balance 10.0.0 fd00:10
 both "untagged real servers"
+ip addr add 10.0.0.230/32 dev eth0
+ip addr add fd00:10::230/128 dev eth0 nodad preferred_lft 0
+bpfvs localaddr add 10.0.0.230,fd00:10::230
+bpfvs localaddr delete 10.7.0.230,fd00:7::230
+balance 10.0.0 fd00:10 "-m --fullnat"
+both "FULLNAT out of the VLAN"
 bpfvs stop --detach
 "#;
 
-const VLAN_OUTPUT: &str = "the port alone: rs2 rs1 rs2 rs1 \nConnection refused\nport and VLAN: rs2 rs1 rs2 rs1 \n\
-the VLAN alone: rs2 rs1 rs2 rs1 \nuntagged real servers: rs2 rs1 rs2 rs1 \n";
+const VLAN_OUTPUT: &str = "the port alone: rs2 rs1 rs2 rs1 \nConnection refused\nFULLNAT in the VLAN: rs2 rs1 rs2 rs1 \nport and VLAN: rs2 rs1 rs2 rs1 \n\
+the VLAN alone: rs2 rs1 rs2 rs1 \nuntagged real servers: rs2 rs1 rs2 rs1 \nFULLNAT out of the VLAN: rs2 rs1 rs2 rs1 \n";
 
 /// FULLNAT, by a director and real servers in the segment of their clients: nobody needs a route.
 const FULLNAT: &str = r#"
@@ -231,13 +244,16 @@ bpfvs realserver toa on --from 10.0.0.230 --from fd00:10::230 >/dev/null
 services -m --fullnat --toa
 echo "fullnat ipv4 $(ask 10.0.0.200 4)"
 echo "fullnat ipv6 $(ask '[fd00:10::200]' 4)"
+ip addr add fd00:10::201/128 dev eth0 nodad preferred_lft 0
+ipvsadm -A -t '[fd00:10::201]:80' -s rr
+for number in 205 206; do ipvsadm -a -t '[fd00:10::201]:80' -r 10.0.0.$number:80 -m --fullnat; done
+echo "from ipv6 to ipv4 $(ask '[fd00:10::201]' 4)"
 bpfvs localaddr list | awk '{ print $1, $3 }'
 bpfvs realserver toa status | sed -n 's/.*shown: \([0-9]*\);.*/clients shown: \1/p'
 bpfvs stop --detach
 "#;
 
-const FULLNAT_OUTPUT: &str =
-    "fullnat ipv4 rs2 rs1 rs2 rs1 \nfullnat ipv6 rs2 rs1 rs2 rs1 \nADDRESS USED\n10.0.0.230 4\nfd00:10::230 4\nclients shown: 8\n";
+const FULLNAT_OUTPUT: &str = "fullnat ipv4 rs2 rs1 rs2 rs1 \nfullnat ipv6 rs2 rs1 rs2 rs1 \nfrom ipv6 to ipv4 rs2 rs1 rs2 rs1 \nADDRESS USED\n10.0.0.230 8\nfd00:10::230 4\nclients shown: 8\n";
 
 /// Instead of bpfvs, for the kernel's own IPVS: there is nothing to serve and nothing to detach.
 const STAND_IN: &str = r#"
