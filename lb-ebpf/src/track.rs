@@ -308,6 +308,9 @@ fn is_to_quiescent(config: &Config, server: u32) -> bool {
 }
 
 /// Ticks that a connection in this state lives without a packet.
+///
+/// A packet within a second after another is not noted, so of a timeout of one second nothing would be left for an answer to it:
+/// it counts as two.
 #[inline(always)]
 pub fn lifetime(config: &Config, protocol: u8, state: u8) -> u32 {
     let state = (state & 0xf) as usize;
@@ -316,7 +319,7 @@ pub fn lifetime(config: &Config, protocol: u8, state: u8) -> u32 {
         protocol::SCTP => config.sctp_timeouts[state],
         _ => config.udp_timeout,
     };
-    seconds.wrapping_mul(HZ.load())
+    if seconds < 2 { 2 * HZ.load() } else { seconds.wrapping_mul(HZ.load()) }
 }
 
 /// What a connection adds to its real server's counters.
