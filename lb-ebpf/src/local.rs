@@ -25,12 +25,12 @@ use lb_common::{
 use crate::{
     atomic,
     maps::{Family, HZ, LOCALS, POOLS, SEARCHES, SERVERS, TAKING_BACK},
+    table::EEXIST,
     track,
 };
 
 /// Tries of a common search.
 const TRIES: u32 = 256;
-const EEXIST: i32 = -17;
 
 /// Answer of [`claim`]: every port that was tried is taken, or there is no pool.
 const EXHAUSTED: u32 = 1 << 16;
@@ -153,9 +153,9 @@ fn is_left_over<F: Family>(taken: *const Reply<F::Address>, protocol: u32, local
     // SAFETY: elements of the maps; they may become others' under our hands, but they stay memory.
     unsafe {
         let idle = track::jiffies().wrapping_sub((*taken).last_seen);
-        let of_connection = |known: *const Connection| (*known).local == local;
+        let of_connection = |known: *mut Connection| (*known).local == local;
         let own = (*taken).flags & flags::CROSS == 0;
-        own && idle >= HZ.load() && !F::connections().get_ptr(&(*taken).connection(protocol)).is_some_and(of_connection)
+        own && idle >= HZ.load() && !F::connections().find(&(*taken).connection(protocol)).is_some_and(of_connection)
     }
 }
 

@@ -37,6 +37,7 @@ mod outcome;
 mod pick;
 mod reply;
 mod sweep;
+mod table;
 mod template;
 mod toa;
 mod track;

@@ -13,7 +13,7 @@ use aya_ebpf::{
 use lb_common::{
     checksum,
     config::{Config, SweepReport},
-    connection::{Connection, ConnectionKey, FragmentKey},
+    connection::{ConnectionKey, FragmentKey},
     family::{Ipv4, Ipv6},
     filter,
     hop::Device,
@@ -31,7 +31,7 @@ use lb_common::{
 };
 use lb_ebpf::packet::Packet;
 
-use crate::{atomic, local::Claim, locality::Case, template::Arrival};
+use crate::{atomic, local::Claim, locality::Case, table::Connections, template::Arrival};
 
 /// `BPF_F_MMAPABLE`: userspace reads and writes the array without system calls.
 const MMAPABLE: u32 = 1 << 10;
@@ -171,9 +171,9 @@ pub static REASONS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Reason::ALL
 /// Connections. New connections insert, and userspace what other directors tell; the sweep deletes. Full: new connections are refused and counted; none that
 /// exists is ever pushed out.
 #[map]
-static CONNECTIONS_V4: HashMap<ConnectionKey<Ipv4>, Connection> = HashMap::with_max_entries(CONNECTION_COUNT, 0);
+static CONNECTIONS_V4: Connections<Ipv4> = Connections::with_capacity(CONNECTION_COUNT);
 #[map]
-static CONNECTIONS_V6: HashMap<ConnectionKey<Ipv6>, Connection> = HashMap::with_max_entries(CONNECTION_COUNT, 0);
+static CONNECTIONS_V6: Connections<Ipv6> = Connections::with_capacity(CONNECTION_COUNT);
 
 /// What the replies of masqueraded connections need. Who inserts a connection inserts it, replies read and write, whoever deletes the
 /// connection deletes. Takes memory for what is in it only; as large as the connection tables, so never full before them.
@@ -276,7 +276,7 @@ pub mod next {
 pub trait Family: Network {
     fn services() -> &'static HashMap<ServiceKey<Self::Address>, Service>;
     fn networks() -> &'static LpmTrie<mark::Destination<Self::Address>, u32>;
-    fn connections() -> &'static HashMap<ConnectionKey<Self::Address>, Connection>;
+    fn connections() -> &'static Connections<Self::Address>;
     fn replies() -> &'static HashMap<ConnectionKey<Self::Address>, Reply<Self::Address>>;
     fn claims() -> &'static PerCpuArray<Claim<Self::Address>>;
     fn fragments() -> &'static LruHashMap<FragmentKey<Self::Address>, Ports>;
@@ -305,7 +305,7 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn connections() -> &'static HashMap<ConnectionKey<Ipv4>, Connection> {
+    fn connections() -> &'static Connections<Ipv4> {
         &CONNECTIONS_V4
     }
 
@@ -391,7 +391,7 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn connections() -> &'static HashMap<ConnectionKey<Ipv6>, Connection> {
+    fn connections() -> &'static Connections<Ipv6> {
         &CONNECTIONS_V6
     }
 

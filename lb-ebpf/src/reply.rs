@@ -51,7 +51,7 @@ pub fn expect<F: Family>(key: &ConnectionKey<F::Address>, server: u32) -> bool {
         F::replies().insert(&reply_key, &Reply::new(key, server, 0), 0).is_ok()
     };
     if !expected {
-        let _ = F::connections().remove(key);
+        F::connections().remove(key);
     }
     expected
 }
@@ -198,7 +198,7 @@ fn translate<P: Packet, F: Family>(packet: &mut P, verdict: i32) -> Result<Outco
 /// The real server has been told who the client of this connection is: its state may settle.
 #[inline(never)]
 fn named<F: Family>(known: &Reply<F::Address>, protocol: u32) {
-    if let Some(connection) = F::connections().get_ptr_mut(&known.connection(protocol)) {
+    if let Some(connection) = F::connections().find(&known.connection(protocol)) {
         // SAFETY: an element of the map, as in `plain`. Should it be another connection's by now, that one goes without the option.
         unsafe { (*connection).flags &= !connection_flags::UNNAMED };
     }
@@ -265,7 +265,7 @@ fn move_on<F: Family>(key: &ConnectionKey<F::Address>, known: *mut Reply<F::Addr
     // SAFETY: elements of the maps, as in `plain`.
     unsafe {
         let protocol = key.protocol as u8;
-        let connection = F::connections().get_ptr_mut(&(*known).connection(key.protocol)).filter(|connection| {
+        let connection = F::connections().find(&(*known).connection(key.protocol)).filter(|connection| {
             let connection = &**connection;
             let idle = track::jiffies().wrapping_sub(connection.last_seen);
             (*known).belongs(connection) && idle < track::lifetime(config, protocol, connection.state)

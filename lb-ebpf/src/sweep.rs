@@ -39,9 +39,8 @@ pub fn sweep(_context: RawTracePointContext) -> i32 {
 
 #[inline(always)]
 fn walk<F: Family>(report: &mut SweepReport) {
-    let map = core::ptr::from_ref(F::connections()).cast_mut().cast::<c_void>();
-    // SAFETY: `visit` takes what the kernel hands to a callback for this map, and the report as its context.
-    unsafe { bpf_for_each_map_elem(map, visit::<F> as *mut c_void, core::ptr::from_mut(report).cast(), 0) };
+    // SAFETY: `visit` takes what the kernel hands to a callback for this table, and the report as its context.
+    unsafe { F::connections().walk(visit::<F> as *mut c_void, core::ptr::from_mut(report).cast()) };
 }
 
 #[inline(always)]
@@ -67,7 +66,7 @@ unsafe extern "C" fn visit<F: Family>(
         // A connection that was seen after the sweep began has a negative idle time.
         let over = (idle as i32) >= 0 && idle >= track::lifetime(config, (*key).protocol as u8, known.state);
         if over || known.flags & flags::LEAVING != 0 || track::is_forsaken(config, known.server) {
-            if F::connections().remove(&*key).is_ok() {
+            if F::connections().remove(&*key) {
                 track::forget(&known);
                 if known.flags & flags::MASQUERADED != 0 {
                     reply::forget::<F>(&*key, known.leg());

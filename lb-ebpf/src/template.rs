@@ -31,7 +31,8 @@ use crate::{
     atomic, bell, classify,
     maps::{ARRIVALS, CONFIG, Family, HZ, PERSISTED, SCOPES, SERVERS},
     pick,
-    track::{self, CONTROLLED, EEXIST, ONCE, jiffies},
+    table::EEXIST,
+    track::{self, CONTROLLED, ONCE, jiffies},
 };
 
 /// A new connection of a persistent service.

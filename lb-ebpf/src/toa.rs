@@ -55,7 +55,7 @@ fn deliver<P: Packet, F: Family>(context: *mut c_void) -> Result<Outcome, Reason
     let ports = transport::parse(packet, payload.offset, payload.protocol, header.offset + header.length)?.ports;
     let key = ConnectionKey { client: header.source, vip: header.destination, ports, protocol: protocol::TCP.into() };
     // SAFETY: an element of the map; it may become another connection's under our hands, but it stays memory.
-    let leg = unsafe { (*F::connections().get_ptr(&key).ok_or(Reason::NoConnection)?).leg() };
+    let leg = unsafe { (*F::connections().find(&key).ok_or(Reason::NoConnection)?).leg() };
     let mtu = match forward::reachable(packet, leg) {
         Ok(server) => server.mtu(),
         Err(why) => {

@@ -27,12 +27,13 @@ use lb_ebpf::packet::{Packet, REACH, merged};
 use crate::{
     account, atomic, bell, classify, local,
     maps::{CONFIG, COUNTERS, Family, HZ, PEAKS, SCOPES, SERVERS},
-    pick, reply, template,
+    pick, reply,
+    table::Refusal,
+    template,
 };
 
 /// Source port of active FTP's data connections, which IPVS never schedules.
 const FTP_DATA: u16 = 20;
-pub const EEXIST: i32 = -17;
 
 /// Kernel clock ticks, the low 32 bits: comparisons are by wrapping difference.
 #[inline(always)]
@@ -50,7 +51,7 @@ pub fn connection<P: Packet, F: Family>(
     segment: Segment,
 ) -> Result<Leg, Reason> {
     let key = ConnectionKey { client: header.source, vip: header.destination, ports: segment.ports, protocol: u32::from(protocol) };
-    if let Some(known) = F::connections().get_ptr_mut(&key) {
+    if let Some(known) = F::connections().find(&key) {
         // First of all: what is read before a call has to be put aside for it.
         let now = jiffies();
         // SAFETY: an element of the map; it may become another connection's under our hands, but it stays memory.
@@ -180,7 +181,7 @@ fn attend<F: Family>(key: &ConnectionKey<F::Address>, connection: *mut Connectio
     let replies = if known.flags & flags::MASQUERADED != 0 { known.leg().0 } else { GONE };
     let over = known.flags & flags::LEAVING != 0 || idle >= lifetime(config, protocol, known.state);
     if over || is_forsaken(config, known.server) {
-        if F::connections().remove(key).is_err() {
+        if !F::connections().remove(key) {
             return GONE;
         }
         forget(&known);
@@ -223,10 +224,10 @@ pub fn establishes(before: &Connection, after: &Connection, protocol: u8) -> boo
 /// have the same server, its upper threshold may be reached for that moment. Userspace, which could not see it, is told.
 #[inline(never)]
 fn make_way<F: Family>(key: &ConnectionKey<F::Address>, picked: u32) -> bool {
-    let Some(known) = F::connections().get_ptr(key) else { return false };
+    let Some(known) = F::connections().find(key) else { return false };
     // SAFETY: an element of the map, as in `connection`.
     let known = unsafe { *known };
-    if known.flags & flags::LEAVING == 0 || F::connections().remove(key).is_err() {
+    if known.flags & flags::LEAVING == 0 || !F::connections().remove(key) {
         return false;
     }
     if known.server == picked
@@ -402,9 +403,9 @@ fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8, to: Leg) -> u64 
     let side = controlled | if masqueraded { flags::MASQUERADED | unnamed } else { flags::NO_OUTPUT };
     let Standing { state, flags } = Standing::after(protocol, from_client(side), 0, event, side);
     let connection = Connection { server, local, last_seen: jiffies(), state, flags, zero: [0; 2] };
-    let insert = || F::connections().insert(key, &connection, 1 /* BPF_NOEXIST */);
+    let insert = || F::connections().insert(key, &connection);
     let inserted = match insert() {
-        Err(EEXIST) if make_way::<F>(key, server) => insert(),
+        Err(Refusal::Exists) if make_way::<F>(key, server) => insert(),
         outcome => outcome,
     };
     if inserted.is_err() && local.is_some() {
@@ -413,8 +414,8 @@ fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8, to: Leg) -> u64 
     match inserted {
         Ok(()) => {}
         // Another CPU was faster: one connection, one server.
-        Err(EEXIST) => return F::connections().get_ptr(key).map_or(FULL, |known| leg(known).0),
-        Err(_) => return FULL,
+        Err(Refusal::Exists) => return F::connections().find(key).map_or(FULL, |known| leg(known).0),
+        Err(Refusal::Full) => return FULL,
     }
     if let Some(counter) = COUNTERS.get_ptr_mut(server) {
         // SAFETY: an element of the counter array.
@@ -466,7 +467,7 @@ fn later<P: Packet, F: Family>(context: *mut c_void, offset: u32) -> u64 {
     let Ok(key) = fragment_key::<P, F>(&unsafe { P::view(context) }, offset) else { return MALFORMED };
     let Ok(ports) = ports_of::<F>(&key) else { return FRAGMENT_UNKNOWN };
     let key = ConnectionKey { client: key.source, vip: key.destination, ports, protocol: key.protocol };
-    F::connections().get_ptr(&key).map_or(NO_CONNECTION, |known| leg(known).0)
+    F::connections().find(&key).map_or(NO_CONNECTION, |known| leg(known).0)
 }
 
 /// Remembers the ports, which the parts that follow a first fragment do not have.
@@ -525,7 +526,7 @@ const fn found(leg: u64) -> Result<Leg, Reason> {
 fn icmp_error<P: Packet, F: Family>(context: *mut c_void, offset: u32, end: u32) -> u64 {
     // SAFETY: the context is the kernel's own.
     match quoted::<P, F>(&unsafe { P::view(context) }, offset, end) {
-        Ok(key) => F::connections().get_ptr(&key).map_or(NO_CONNECTION, |known| leg(known).0),
+        Ok(key) => F::connections().find(&key).map_or(NO_CONNECTION, |known| leg(known).0),
         Err(Reason::NotTransport) => NOT_TRANSPORT,
         Err(Reason::NoConnection) => NO_CONNECTION,
         Err(_) => MALFORMED,
