@@ -10,6 +10,7 @@ use aya_ebpf::helpers::generated::bpf_jiffies64;
 use lb_common::{
     config::{Config, flags as settings},
     flood::{Part, slot, word},
+    reason::Reason,
     schedule::NOBODY,
     server::Method,
 };
@@ -17,7 +18,7 @@ use lb_common::{
 use crate::{
     account, atomic, bell,
     maps::{CONFIG, FLOOD, FLOODS, HZ, SERVERS},
-    pick,
+    pick, track,
 };
 
 /// Answer of [`pick`]: the packet begins nothing, and its flow would need an entry for replies.
@@ -26,12 +27,18 @@ pub const NEEDS_ENTRY: u32 = NOBODY - 4;
 /// Counts a connection that has become half-open, or no longer is. Both are 0 or 1.
 #[inline(always)]
 pub fn count(before: u8, after: u8) {
-    if before != after
+    flood_count(u32::from(after).wrapping_sub(before.into()));
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn flood_count(change: u32) -> u32 {
+    if change != 0
         && let Some(half_open) = FLOOD.get_ptr_mut(word::HALF_OPEN)
     {
         // SAFETY: an element of the array.
-        unsafe { atomic::add(half_open, u64::from(after).wrapping_sub(u64::from(before))) };
+        unsafe { atomic::add(half_open, change as i32 as i64 as u64) };
     }
+    0
 }
 
 /// Whether there is room for another connection that is half-open.
@@ -43,7 +50,7 @@ fn has_room(limit: u32) -> bool {
 
 /// Notes that a packet has found no room: the mode is on from now, if there is such a mode.
 #[inline(always)]
-pub fn declare() {
+fn declare() {
     if let Some(last) = FLOOD.get_ptr_mut(word::LAST) {
         // SAFETY: an element of the array, and a helper without arguments.
         unsafe {
@@ -65,19 +72,35 @@ fn lasts(config: &Config) -> bool {
     last != 0 && now.wrapping_sub(last) < u64::from(config.flood_hold) * u64::from(HZ.load())
 }
 
-/// Whether a packet that would begin a connection, or has none, goes by its flow's number; if it is only now that there is no room,
-/// the mode begins. A global function, which the verifier looks at once.
+/// What is to become of a packet that has no connection: see [`admission`].
+pub const LEFT: u32 = 0;
+/// The same: it is scheduled.
+pub const SCHEDULED: u32 = 1;
+/// The same: it goes by its flow's number.
+pub const FLOODED: u32 = 2;
+
+/// Whether a packet that has no connection begins one, and whether it goes by its flow's number. If it is only now that there is no
+/// room, the mode begins.
+#[inline(always)]
+pub fn admission(protocol: u8, event: u8) -> u32 {
+    flood_admission(protocol.into(), event.into())
+}
+
+// Here and below: global functions of numbers, which the verifier looks at once, and whose answers are numbers like others to it.
+
 #[unsafe(no_mangle)]
-extern "C" fn flood_is_on() -> u32 {
-    let Some(config) = CONFIG.get(0) else { return 0 };
-    if config.flags & settings::FLOOD_NEVER != 0 {
-        return 0;
+extern "C" fn flood_admission(protocol: u32, event: u32) -> u32 {
+    let Some(config) = CONFIG.get(0) else { return LEFT };
+    if config.flags & settings::FLOOD_NEVER == 0 {
+        if !admits_beginning(config) {
+            declare();
+            return FLOODED;
+        }
+        if lasts(config) {
+            return FLOODED;
+        }
     }
-    if admits_beginning(config) {
-        return lasts(config).into();
-    }
-    declare();
-    1
+    if track::may_begin(protocol as u8, event as u8, config.flags) { SCHEDULED } else { LEFT }
 }
 
 /// Whether a packet that begins a connection makes an entry.
@@ -86,15 +109,15 @@ fn admits_beginning(config: &Config) -> bool {
     config.flags & settings::FLOOD_ALWAYS == 0 && has_room(config.half_open_limit)
 }
 
-/// See [`flood_is_on`].
-#[inline(always)]
-pub fn is_on() -> bool {
-    flood_is_on() != 0
-}
-
 /// Ticks that a half-open connection lives at most.
 #[inline(always)]
-pub fn half_open_lifetime(config: &Config) -> u32 {
+pub fn half_open_lifetime() -> u32 {
+    flood_half_open_lifetime()
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn flood_half_open_lifetime() -> u32 {
+    let Some(config) = CONFIG.get(0) else { return u32::MAX };
     let hurries = config.flags & settings::HURRY_ALWAYS != 0 || config.flags & settings::HURRY_NEVER == 0 && lasts(config);
     if hurries { config.half_open_timeout.saturating_mul(HZ.load()) } else { u32::MAX }
 }
@@ -102,19 +125,18 @@ pub fn half_open_lifetime(config: &Config) -> u32 {
 /// Picks the real server of a flow from the service's own table: an index, [`NOBODY`], or [`NEEDS_ENTRY`].
 #[inline(always)]
 pub fn pick(service: u32, flow: u32, part: Part) -> u32 {
-    flood_pick(service, flow, (part as u32 == Part::Beginning as u32).into())
+    flood_pick(service, flow, part as u32)
 }
 
-/// A global function of numbers, which the verifier looks at once.
 #[unsafe(no_mangle)]
-extern "C" fn flood_pick(service: u32, flow: u32, begins: u32) -> u32 {
+extern "C" fn flood_pick(service: u32, flow: u32, part: u32) -> u32 {
     let picked = FLOODS.get_ptr(service).and_then(pick::pointer_at).and_then(|run| pick::at(run.offset, slot(flow, run.picks)));
     match picked {
         None | Some(NOBODY) => {
             bell::ring();
             NOBODY
         }
-        Some(server) if begins == 0 && needs_entry(server) => NEEDS_ENTRY,
+        Some(server) if part != Part::Beginning as u32 && needs_entry(server) => NEEDS_ENTRY,
         Some(server) => server,
     }
 }
@@ -125,23 +147,48 @@ pub fn needs_entry(server: u32) -> bool {
     SERVERS.get(server).is_some_and(|server| Method::translates(server.method))
 }
 
-/// Whether the packet makes an entry.
+/// Whether a packet makes an entry. Only then is it looked at more closely.
 #[inline(always)]
-pub fn admits(part: Part) -> bool {
-    let Some(config) = CONFIG.get(0) else { return true };
-    match part {
+pub fn admits(protocol: u8, event: u8) -> bool {
+    flood_admits(protocol.into(), event.into()) != 0
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn flood_admits(protocol: u32, event: u32) -> u32 {
+    let Some(config) = CONFIG.get(0) else { return 1 };
+    let admitted = match Part::of(protocol as u8, event as u8) {
         Part::Beginning => admits_beginning(config),
         Part::Midst => has_room(config.midst_limit),
         Part::End => false,
-    }
+    };
+    admitted.into()
 }
 
 /// Counts a packet that goes on without an entry.
 #[inline(always)]
-pub fn pass(server: u32, part: Part) {
-    account::reason(lb_common::reason::Reason::Stateless);
-    if part as u32 == Part::Beginning as u32 {
+pub fn pass(server: u32, protocol: u8, event: u8) {
+    flood_pass(server, protocol.into(), event.into());
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn flood_pass(server: u32, protocol: u32, event: u32) -> u32 {
+    account::reason(Reason::Stateless);
+    // One that is another part of its flow says nothing about the room that is left for new ones.
+    if Part::of(protocol as u8, event as u8) == Part::Beginning {
         account::connection(server);
         declare();
     }
+    0
+}
+
+/// Notes that the table is full.
+#[inline(always)]
+pub fn full() {
+    flood_full();
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn flood_full() -> u32 {
+    declare();
+    0
 }

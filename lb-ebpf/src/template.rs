@@ -85,7 +85,7 @@ impl Arrival {
 
 /// Notes a new connection of a persistent service, and the event that begins it, for [`choose`].
 #[inline(always)]
-pub fn note<F: Family>(service: *const Service, connection: &ConnectionKey<F::Address>, event: u8, flooded: bool) {
+pub fn note<F: Family>(service: *const Service, connection: &ConnectionKey<F::Address>, event: u8, admission: u32) {
     use tcp::flags::{ACK, FIN, RST, SYN};
     let Some(arrival) = ARRIVALS.get_ptr_mut(0) else { return };
     // With `sloppy_tcp` a connection may begin as one that is established. (`begin` knows that better, but there the verifier would
@@ -95,7 +95,7 @@ pub fn note<F: Family>(service: *const Service, connection: &ConnectionKey<F::Ad
     unsafe {
         (*arrival).fresh.assured = established.into();
         (*arrival).service = *service;
-        (*arrival).flooded = flooded.into();
+        (*arrival).flooded = admission & flood::FLOODED;
         (*arrival).part = Part::of(connection.protocol as u8, event) as u32;
         Arrival::connection::<F>(arrival).write(*connection);
     }

@@ -121,7 +121,18 @@ impl Standing {
     /// What follows on an event in a state; `side` are the flags that do not follow from the state.
     #[inline(always)]
     fn after(protocol: u8, direction: Direction, state: u8, event: u8, side: u8) -> Self {
-        let word = after(protocol.into(), direction as u32, state.into(), event.into());
+        Self::from_word(after(protocol.into(), direction as u32, state.into(), event.into()), side)
+    }
+
+    /// Where a new connection stands. In flood mode the packet may be another than its first, and does not prove that anybody listens
+    /// to the real server.
+    #[inline(always)]
+    fn of_new(protocol: u8, direction: Direction, event: u8, side: u8, flooded: u32) -> Self {
+        Self::from_word(opening(protocol.into(), direction as u32, event.into(), flooded), side)
+    }
+
+    #[inline(always)]
+    fn from_word(word: u32, side: u8) -> Self {
         let settled = if side & flags::UNNAMED == 0 { flags::SETTLED } else { 0 };
         Self {
             state: word as u8,
@@ -131,19 +142,9 @@ impl Standing {
     }
 }
 
-impl Standing {
-    /// Where a connection stands whose entry a packet makes that did not begin it.
-    #[inline(always)]
-    fn in_midst(protocol: u8, side: u8) -> Self {
-        let state = floods::midst_state(protocol);
-        let active = if protocol == protocol::TCP { flags::ACTIVE } else { 0 };
-        Self { state, flags: active | side, half_open: 1 }
-    }
-}
-
-/// State and flags after an event, in one word. In a function of its own, so that its many ways meet again for the verifier.
-#[inline(never)]
-fn after(protocol: u32, direction: u32, state: u32, event: u32) -> u32 {
+/// State and flags after an event, in one word. A global function, so that the verifier follows its many ways once.
+#[unsafe(no_mangle)]
+extern "C" fn after(protocol: u32, direction: u32, state: u32, event: u32) -> u32 {
     const ESTABLISHED: u8 = tcp::State::Established as u8;
     const NORMAL: u8 = udp::State::Normal as u8;
     let (protocol, state, event) = (protocol as u8, state as u8, event as u8);
@@ -168,6 +169,19 @@ fn after(protocol: u32, direction: u32, state: u32, event: u32) -> u32 {
     };
     let half_open = floods::is_half_open(protocol, next);
     u32::from(next) | u32::from(active) << 8 | u32::from(settled) << 10 | u32::from(half_open) << HALF_OPEN_SHIFT
+}
+
+/// The same for a new connection.
+#[unsafe(no_mangle)]
+extern "C" fn opening(protocol: u32, direction: u32, event: u32, flooded: u32) -> u32 {
+    const TCP: u32 = protocol::TCP as u32;
+    const UDP: u32 = protocol::UDP as u32;
+    if flooded != 0 && Part::of(protocol as u8, event as u8) == Part::Midst {
+        let active = if protocol == TCP { flags::ACTIVE } else { 0 };
+        return u32::from(floods::midst_state(protocol as u8)) | u32::from(active) << 8 | 1 << HALF_OPEN_SHIFT;
+    }
+    let none = if protocol == UDP { udp::State::None as u32 } else { 0 };
+    after(protocol, direction, none, event)
 }
 
 /// Where [`after`] says whether the connection is half-open.
@@ -350,7 +364,7 @@ pub fn lifetime(config: &Config, protocol: u8, connection: &Connection) -> u32 {
     if connection.half_open == 0 {
         return ticks;
     }
-    ticks.min(flood::half_open_lifetime(config))
+    ticks.min(flood::half_open_lifetime())
 }
 
 #[inline(always)]
@@ -395,34 +409,36 @@ fn schedule<F: Family>(key: &ConnectionKey<F::Address>, event: u8, mark: u32) ->
 fn pick_for<F: Family>(key: &ConnectionKey<F::Address>, event: u8, mark: u32) -> Result<u32, Reason> {
     let protocol = key.protocol as u8;
     let service = classify::service::<F>(key, mark).ok_or(Reason::NoService)?;
-    let flooded = flood::is_on();
-    let sloppy = CONFIG.get(0).map_or(0, |config| config.flags);
-    if !flooded && !may_begin(protocol, event, sloppy) || key.ports.source() == FTP_DATA.to_be() {
+    let admission = flood::admission(protocol, event);
+    if admission == flood::LEFT || key.ports.source() == FTP_DATA.to_be() {
         return Err(Reason::NoConnection);
     }
     // SAFETY: an element of the map.
     let (persistence, flags) = unsafe { ((*service).persistence, (*service).flags) };
     if persistence != 0 {
-        template::note::<F>(service, key, event, flooded);
+        template::note::<F>(service, key, event, admission);
         return Ok(PERSISTENT);
     }
-    if flooded {
+    let picked = if admission == flood::FLOODED {
         // SAFETY: as above.
         let id = unsafe { (*service).id };
-        let picked = flood::pick(id, floods::flow(&key.client, &key.vip, key.ports), Part::of(protocol, event));
-        if picked == flood::NEEDS_ENTRY {
-            return Err(Reason::NoConnection);
-        }
-        return Ok(picked | FLOODED | u32::from(flags & service_flags::ONE_PACKET) << ONCE_SHIFT);
+        flood::pick(id, floods::flow(&key.client, &key.vip, key.ports), Part::of(protocol, event))
+    } else {
+        pick::pick::<F>(service, &key.client, key.ports.source(), &key.vip).unwrap_or_else(|| {
+            // The cursor has moved, and that the forecast says "nobody" may be out of date.
+            bell::ring();
+            NOBODY
+        })
+    };
+    if picked == flood::NEEDS_ENTRY {
+        return Err(Reason::NoConnection);
     }
-    let picked = pick::pick::<F>(service, &key.client, key.ports.source(), &key.vip).unwrap_or_else(|| {
-        // The cursor has moved, and that the forecast says "nobody" may be out of date.
-        bell::ring();
-        NOBODY
-    });
-    // Without a question, of which the verifier would follow both answers to the end.
-    Ok(picked | u32::from(flags & service_flags::ONE_PACKET) << ONCE_SHIFT)
+    // Without questions, of which the verifier would follow both answers to the end.
+    Ok(picked | u32::from(flags & service_flags::ONE_PACKET) << ONCE_SHIFT | (admission & flood::FLOODED) << FLOODED_SHIFT)
 }
+
+/// From an [admission](flood::admission) to [`FLOODED`].
+const FLOODED_SHIFT: u32 = FLOODED.trailing_zeros() - flood::FLOODED.trailing_zeros();
 
 /// From the flag of a service to [`ONCE`].
 const ONCE_SHIFT: u32 = ONCE.trailing_zeros() - service_flags::ONE_PACKET.trailing_zeros();
@@ -453,18 +469,12 @@ fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8, to: Leg) -> u64 
     let controlled = if picked & CONTROLLED != 0 { flags::CONTROLLED } else { 0 };
     let unnamed = if named && protocol == protocol::TCP { flags::UNNAMED } else { 0 };
     let side = controlled | if masqueraded { flags::MASQUERADED | unnamed } else { flags::NO_OUTPUT };
-    let part = Part::of(protocol, event);
     let stateless = picked & FLOODED != 0 && !masqueraded;
-    if stateless && !flood::admits(part) {
-        flood::pass(server, part);
+    if stateless && !flood::admits(protocol, event) {
+        flood::pass(server, protocol, event);
         return to.0;
     }
-    let Standing { state, flags, half_open } = if picked & FLOODED != 0 && part as u32 == Part::Midst as u32 {
-        Standing::in_midst(protocol, side)
-    } else {
-        let none = if protocol == protocol::UDP { udp::State::None as u8 } else { 0 };
-        Standing::after(protocol, from_client(side), none, event, side)
-    };
+    let Standing { state, flags, half_open } = Standing::of_new(protocol, from_client(side), event, side, picked & FLOODED);
     let connection = Connection { server, local, last_seen: jiffies(), state, flags, half_open, zero: 0 };
     let insert = || F::connections().insert(key, &connection);
     let inserted = match insert() {
@@ -479,12 +489,12 @@ fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8, to: Leg) -> u64 
         // Another CPU was faster: one connection, one server.
         Err(Refusal::Exists) => return F::connections().find(key).map_or(FULL, |known| leg(known).0),
         Err(Refusal::Full) if stateless => {
-            flood::pass(server, part);
-            flood::declare();
+            flood::pass(server, protocol, event);
+            flood::full();
             return to.0;
         }
         Err(Refusal::Full) => {
-            flood::declare();
+            flood::full();
             return FULL;
         }
     }
@@ -501,7 +511,7 @@ fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8, to: Leg) -> u64 
 
 /// Whether a packet without a connection may begin one.
 #[inline(always)]
-fn may_begin(protocol: u8, event: u8, sloppy: u32) -> bool {
+pub fn may_begin(protocol: u8, event: u8, sloppy: u32) -> bool {
     match protocol {
         protocol::TCP => event & tcp::flags::RST == 0 && (event & tcp::flags::SYN != 0 || sloppy & settings::SLOPPY_TCP != 0),
         protocol::SCTP => event == sctp::chunk::INIT || (sloppy & settings::SLOPPY_SCTP != 0 && event != sctp::chunk::ABORT),
