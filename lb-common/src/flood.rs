@@ -13,7 +13,7 @@
 //!
 //! | protocol | connections of which was seen |
 //! | --- | --- |
-//! | TCP | a SYN (SYN_RECV), or no more than one ACK whose SYN made no entry (SYNACK) |
+//! | TCP | a SYN (`SYN_RECV`), or no more than one ACK whose SYN made no entry (`SYNACK`) |
 //! | SCTP | what comes before ESTABLISHED |
 //! | UDP | one packet of the client, and none of the real server |
 //!
@@ -118,7 +118,7 @@ pub fn flow<A: Address>(client: &A, vip: &A, ports: Ports) -> u32 {
 /// The slot of a table that a [`flow`] goes by. The table has at least one.
 #[inline(always)]
 pub const fn slot(flow: u32, slots: u32) -> u32 {
-    (flow as u64 * slots as u64 >> 32) as u32
+    ((flow as u64 * slots as u64) >> 32) as u32
 }
 
 #[cfg(test)]

@@ -21,7 +21,7 @@ use anyhow::{Context, Result, ensure};
 use bpfvs_tests::{
     balanced::Balanced,
     bench::{Addresses, Bench, SERVER_MACS, bracketed, socket},
-    bpfvs::Bpfvs,
+    bpfvs::{Bpfvs, http},
     frame::{ACK, DATA, FIN, Frame, INIT, RST, SYN},
     lab::{Family, Lab, Layout},
     needs, needs_bpfvs,
@@ -398,6 +398,9 @@ fn syn_flood(name: &str, hook: Hook) -> Result<()> {
         let mut talk = || -> Result<(u64, usize)> {
             wait::until("the log to tell of the flood", wait::SOON, || balanced.bpfvs.log().contains("flood mode begins"))?;
             ensure!(self::flood(&balanced.bpfvs)?.on, "and the status");
+            ensure!(balanced.bpfvs.succeed(&["status"])?.contains("ON ("), "in words, too");
+            let (_, page) = http(&balanced.bpfvs.socket(), "GET", "/metrics", None)?;
+            ensure!(page.contains("bpfvs_flood_mode 1\n"), "and the metrics: {page}");
             let (mut rounds, mut arrived) = (0, 0);
             while rounds == 0 || begin.elapsed() < Duration::from_secs(seconds()) {
                 for (number, (connection, name)) in connections.iter_mut().zip(&names).enumerate() {
@@ -420,10 +423,10 @@ fn syn_flood(name: &str, hook: Hook) -> Result<()> {
         let (rounds, arrived) = talked?;
         Ok::<_, anyhow::Error>((poured, rounds, arrived))
     })?;
-    let rate = poured as f64 / begin.elapsed().as_secs_f64();
+    let rate = u128::from(poured) * 1000 / begin.elapsed().as_millis().max(1);
     let stateless = balanced.bpfvs.reason("stateless")?;
     println!(
-        "{name}: {rate:.0} SYNs a second, {stateless} without an entry; {CONNECTIONS} connections moved data {held} times; {arrived} of {NEWCOMERS} newcomers arrived"
+        "{name}: {rate} SYNs a second, {stateless} without an entry; {CONNECTIONS} connections moved data {held} times; {arrived} of {NEWCOMERS} newcomers arrived"
     );
     ensure!(arrived * 100 >= NEWCOMERS * 99, "{arrived} of {NEWCOMERS} new connections got through");
     ensure!(stateless > poured / 2, "{stateless} of {poured}");
