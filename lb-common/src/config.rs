@@ -78,6 +78,20 @@ pub struct SweepReport {
     pub examined: u64,
     /// Connections that were over, and are deleted.
     pub expired: u64,
+    /// Entries of all tables that were passed so far.
+    pub passed: u64,
+    /// `jiffies` when the present slice began, or later.
+    pub slice: u64,
 }
 
-plain! { SweepReport = 32 }
+plain! { SweepReport = 48 }
+
+/// The tables that a run of the sweep walks through, in this order.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[expect(missing_docs, reason = "the names say it")]
+pub enum SweptTable {
+    ConnectionsV4,
+    ConnectionsV6,
+    TemplatesV4,
+    TemplatesV6,
+}

@@ -226,7 +226,7 @@ mod tests {
 
     #[test]
     fn the_clock_goes_on() {
-        let report = SweepReport { jiffies: 0xffff_ffff, monotonic_ns: 1_000_000_000, examined: 0, expired: 0 };
+        let report = SweepReport { jiffies: 0xffff_ffff, monotonic_ns: 1_000_000_000, ..SweepReport::default() };
         assert_eq!(Clock::now(&report, 2_000_000_000, 250).jiffies, 249);
     }
 }

@@ -594,11 +594,11 @@ fn make_instance(pins: &Pins, mut programs: Programs, options: &Options) -> anyh
 
 /// The tables must still be empty: the programs were loaded with a guess.
 fn detect_hz(sweeper: &Sweeper) -> anyhow::Result<u32> {
-    let earlier = sweeper.walk()?;
+    let earlier = sweeper.begin()?;
     if let Some(rate) = hz::from_start(&earlier) {
         return Ok(rate);
     }
     thread::sleep(Duration::from_millis(200));
-    hz::from_two(&earlier, &sweeper.walk()?)
+    hz::from_two(&earlier, &sweeper.begin()?)
         .ok_or_else(|| anyhow!("the kernel's clocks stand still, so its tick rate cannot be found; start bpfvs again"))
 }

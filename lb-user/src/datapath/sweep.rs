@@ -1,7 +1,14 @@
 //! Runs the sweep, and corrects counters that have drifted.
 //!
-//! The sweep itself is a program in the kernel: it deletes the connections that are over and counts the others into `SWEPT`.
-//! The daemon runs it, and compares: what `SWEPT` says of a real server and what its live counter says should be the
+//! The sweep itself is done by programs in the kernel: they delete the connections that are over and count the others into `SWEPT`.
+//! The daemon has them see table after table, a slice at a time, so that nobody else waits for the CPU longer than a slice takes:
+//!
+//! ```text
+//! begin | slice, slice, slice … | slice …          | slice …        | slice …
+//!       | CONNECTIONS_V4        | CONNECTIONS_V6   | TEMPLATES_V4   | TEMPLATES_V6
+//! ```
+//!
+//! Then it compares: what `SWEPT` says of a real server and what its live counter says should be the
 //! same. They differ for a moment because connections come and go during the walk, and they differ for good because two
 //! CPUs raced for the same connection. Only the second is drift:
 //!
@@ -13,16 +20,31 @@
 //! A difference is corrected when two runs in succession saw it on the same side, by the smaller one, and only if it is larger than
 //! what came and went during the second.
 
-use std::{collections::HashMap, sync::atomic::Ordering, time::Duration, time::Instant};
+use std::{
+    collections::HashMap,
+    io::{self, Read as _},
+    os::fd::OwnedFd,
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
 
 use anyhow::Context as _;
 use aya::{
     maps::{Array, MapData, PerCpuArray},
     programs::{RawTracePoint, RawTracePointRunOptions, TestRun as _},
 };
-use lb_common::{config::SweepReport, server::Counters, statistics::Statistics};
+use lb_common::{
+    config::SweepReport,
+    server::Counters,
+    statistics::Statistics,
+};
 
-use super::{maps::Pins, programs::Programs, shared::Words};
+use super::{
+    maps::Pins,
+    programs::{Programs, SWEPT_TABLES},
+    shared::Words,
+    system::{iterate, iterator},
+};
 
 /// What a run of the sweep did.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
@@ -69,7 +91,10 @@ impl Drift {
 
 /// The sweep program and the tables that it needs. Can be run on any thread.
 pub struct Sweeper {
-    program: RawTracePoint,
+    begin: RawTracePoint,
+    /// In order.
+    tables: Vec<Table>,
+    newcomers: Words,
     report: Array<MapData, SweepReport>,
     statistics: PerCpuArray<MapData, Statistics>,
     counters: Words,
@@ -81,7 +106,9 @@ impl Sweeper {
     /// Opens the pinned program and tables.
     pub fn open(pins: &Pins) -> anyhow::Result<Self> {
         Ok(Self {
-            program: Programs::sweep(pins)?,
+            begin: Programs::sweep(pins)?,
+            tables: SWEPT_TABLES.map(|(program, table)| Table::open(pins, program, table)).into_iter().collect::<anyhow::Result<_>>()?,
+            newcomers: Words::open(&pins.map("NEWCOMERS"))?,
             report: pins.typed("SWEEP")?,
             statistics: pins.typed("STATISTICS")?,
             counters: Words::open(&pins.map("COUNTERS"))?,
@@ -90,12 +117,29 @@ impl Sweeper {
         })
     }
 
-    /// Runs the program and does nothing else. Its report also tells the kernel's clocks.
-    pub fn walk(&self) -> anyhow::Result<SweepReport> {
-        self.program
+    /// Begins a sweep, and does nothing else. The report tells the kernel's clocks.
+    pub fn begin(&self) -> anyhow::Result<SweepReport> {
+        self.begin
             .test_run(RawTracePointRunOptions::new())
             .context("the kernel does not run the sweep; it needs version 5.10 and CAP_BPF")?;
         self.report()
+    }
+
+    /// Has the programs see all entries.
+    fn walk(&mut self) -> anyhow::Result<SweepReport> {
+        let mut report = self.begin()?;
+        for index in 0..self.tables.len() {
+            let newcomers = self.newcomers.take(index as u32) != 0;
+            let table = &self.tables[index];
+            if table.is_empty && !newcomers {
+                continue;
+            }
+            table.walk().with_context(|| format!("the sweep broke off in {}", table.name))?;
+            let passed = report.passed;
+            report = self.report()?;
+            self.tables[index].is_empty = report.passed == passed;
+        }
+        Ok(report)
     }
 
     /// What the last run reported, whoever ran it.
@@ -150,6 +194,29 @@ impl Sweeper {
         let values =
             self.statistics.get(&index, 0).with_context(|| format!("the statistics of real server {index} cannot be read"))?;
         Ok(values.iter().map(|value| value.connections).sum())
+    }
+}
+
+/// A table that is swept.
+struct Table {
+    name: &'static str,
+    /// Has a program see its entries.
+    iterator: OwnedFd,
+    /// Whether the last walk found nothing.
+    is_empty: bool,
+}
+
+impl Table {
+    fn open(pins: &Pins, program: &str, name: &'static str) -> anyhow::Result<Self> {
+        let iterator = iterator(Programs::iterator(pins, program)?.fd()?, &pins.data(name)?)
+            .with_context(|| format!("the kernel lets no program see the entries of {name}"))?;
+        Ok(Self { name, iterator, is_empty: false })
+    }
+
+    fn walk(&self) -> io::Result<()> {
+        let mut slices = iterate(&self.iterator)?;
+        while slices.read(&mut [0])? > 0 {}
+        Ok(())
     }
 }
 
