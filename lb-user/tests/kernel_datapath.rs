@@ -99,7 +99,7 @@ impl Lab {
         Options {
             directory: self.directory(),
             netns_cookie: netns_cookie().expect("a kernel with cookies"),
-            max_connections: 1000,
+            max_connections: Some(1000),
             hook: Hook::Auto,
             interfaces: Vec::new(),
             tcx: Attachments::kernel_has_tcx(),
@@ -471,7 +471,7 @@ fn an_instance_is_taken_over_and_removed() {
         assert!(!second.filter_contains(vip));
         drop(second);
 
-        let small = Options { max_connections: 10, ..lab.options() };
+        let small = Options { max_connections: Some(10), ..lab.options() };
         assert_eq!(KernelDatapath::open(&small).expect("the instance is taken over").max_connections(), 1000);
         let fresh = KernelDatapath::open(&other).expect("leftovers of a dead namespace are no hindrance");
         assert!(!fresh.adopted());
@@ -618,7 +618,7 @@ fn services_and_schedules() {
 #[test]
 fn connections_are_listed() {
     in_lab("list", async |lab| {
-        let options = Options { max_connections: 20_000, ..lab.options() };
+        let options = Options { max_connections: Some(20_000), ..lab.options() };
         let mut datapath = KernelDatapath::open(&options).expect("it opens");
         datapath.set_server(4, &target("10.1.0.2")).expect("the server is taken");
         datapath.write_servers().expect("it is written");
@@ -687,6 +687,6 @@ fn the_sweep_of_an_empty_table() {
         let reasons = datapath.reasons().expect("the reasons can be listed");
         assert_eq!(reasons.len(), lb_common::reason::Reason::ALL.len());
         // XDP's come with the first interface that wants them.
-        assert_eq!(datapath.verified_instructions().len(), 3);
+        assert_eq!(datapath.verified_instructions().len(), 7);
     });
 }

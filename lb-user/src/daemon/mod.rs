@@ -116,7 +116,7 @@ pub struct Opening {
     /// Where packets are met.
     pub hook: Hook,
     /// How many connections each of the two tables can hold.
-    pub max_connections: u32,
+    pub max_connections: Option<u32>,
 }
 
 /// Where the state is written.

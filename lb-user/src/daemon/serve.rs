@@ -75,8 +75,8 @@ pub struct Options {
     pub socket: Option<PathBuf>,
     /// Where to keep the state, if not at the namespace's own place.
     pub state: Option<PathBuf>,
-    /// How many connections each of the two tables can hold.
-    pub max_connections: u32,
+    /// How many connections each of the two tables can hold; nothing: what suits the machine's memory.
+    pub max_connections: Option<u32>,
     /// What to begin with, if there is nothing to take over.
     pub rules: Option<Rules>,
 }

@@ -22,7 +22,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{Context as _, anyhow};
 use aya::maps::{Array, MapData, PerCpuArray, PerCpuValues};
 use lb_common::{
     config::{Config, LAYOUT},
@@ -37,6 +37,7 @@ use super::{
     Datapath, Error, Target,
     attach::{Attachments, remove_filter},
     bell::Bell,
+    capacity,
     connections::{Clock, Connections},
     devices::Devices,
     hz, kernel_error,
@@ -73,8 +74,8 @@ pub struct Options {
     pub directory: PathBuf,
     /// The cookie of the network namespace; see [`super::netns_cookie`].
     pub netns_cookie: u64,
-    /// Size of each connection table. A table that is taken over keeps its own.
-    pub max_connections: u32,
+    /// Size of each connection table, if somebody asks for one. A table that is taken over keeps its own.
+    pub max_connections: Option<u32>,
     /// How to hook into interfaces.
     pub hook: Hook,
     /// The interfaces; none for every one that is up.
@@ -120,9 +121,6 @@ pub struct KernelDatapath {
 impl KernelDatapath {
     /// Takes over the instance at these pins, or makes one. Attaches nothing yet.
     pub fn open(options: &Options) -> anyhow::Result<Self> {
-        if options.max_connections == 0 {
-            bail!("the connection tables cannot have room for 0 connections; choose at least 1 with --max-connections");
-        }
         let pins = Pins::new(&options.directory);
         let found = match inspect(&pins, options.netns_cookie)? {
             Found::Instance(config) => Some(config),
@@ -133,22 +131,28 @@ impl KernelDatapath {
             }
             Found::Nothing => None,
         };
+        // Before anything is made: what does not fit leaves no trace.
+        let max_connections = match found {
+            Some(_) => Connections::open(&pins)?.capacity(),
+            None => capacity::of_new(options.max_connections)?,
+        };
         pins.create()?;
-        let programs = Programs::load(&pins, found.map_or(LIKELY_HZ, |config| config.hz), options.max_connections)?;
+        let programs = Programs::load(&pins, found.map_or(LIKELY_HZ, |config| config.hz), max_connections)?;
         let (mut programs, config) = match found {
             Some(config) => (programs, config),
-            None => make_instance(&pins, programs, options)?,
+            None => make_instance(&pins, programs, options, max_connections)?,
         };
         // Every interface gets it. Better no daemon than one that the kernel refuses the programs of.
         programs.tc()?;
         // Before anything is attached: until then a program lets every packet pass.
         let services = Services::open(&pins, programs.take_destinations()?)?;
         let connections = Connections::open(&pins)?;
-        if connections.capacity() != options.max_connections {
-            tracing::info!(
-                capacity = connections.capacity(),
-                asked = options.max_connections,
-                "the connection tables that were found keep their size; `bpfvs stop --detach` and a new start change it"
+        if let Some(asked) = options.max_connections
+            && asked != max_connections
+        {
+            tracing::warn!(
+                "the connection tables keep the size that they were made with, {max_connections}, instead of {asked}, because they are at \
+                 work; `bpfvs stop --detach` and a new start change it, and lose all connections"
             );
         }
         let words = |name| Words::open(&pins.map(name));
@@ -580,11 +584,16 @@ fn warn_unless_forwarding(target: &Target) {
 
 /// Finds the clock rate, loads the programs for it, and writes the settings, which makes the instance one that can be
 /// taken over.
-fn make_instance(pins: &Pins, mut programs: Programs, options: &Options) -> anyhow::Result<(Programs, Config)> {
+fn make_instance(
+    pins: &Pins,
+    mut programs: Programs,
+    options: &Options,
+    max_connections: u32,
+) -> anyhow::Result<(Programs, Config)> {
     let hz = detect_hz(&Sweeper::open(pins)?)?;
     if hz != LIKELY_HZ {
         tracing::debug!(hz, "loading the programs again for this clock rate");
-        programs = Programs::load(pins, hz, options.max_connections)?;
+        programs = Programs::load(pins, hz, max_connections)?;
     }
     let config = Config { netns_cookie: options.netns_cookie, hz, ..Config::DEFAULT };
     let mut map: Array<MapData, Config> = pins.typed("CONFIG")?;

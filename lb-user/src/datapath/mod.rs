@@ -8,6 +8,7 @@
 //! | the real one | [`kernel`] |
 //! | where maps are pinned, and which are taken over | [`maps`] |
 //! | shared memory, what wakes its reader, raw system calls | [`shared`], [`bell`], [`system`] |
+//! | how large the tables are | [`capacity`] |
 //! | the programs, and the interfaces that they run on | [`programs`], [`attach`], [`links`] |
 //! | services, schedules, filters | [`services`], [`runs`], [`filter`] |
 //! | how marked packets come back | [`mark_device`] |
@@ -22,6 +23,7 @@
 
 pub mod attach;
 pub mod bell;
+pub mod capacity;
 pub mod connections;
 pub mod devices;
 pub mod filter;

@@ -16,6 +16,7 @@ use aya::{
 };
 
 use super::{
+    capacity,
     filter::Kernel,
     maps::{CONNECTION_TABLES, OBJECT, Pins, remove_pin},
 };
@@ -83,8 +84,9 @@ impl Programs {
         let mut ebpf = loader.load(OBJECT).map_err(|error| {
             anyhow!(error).context(format!(
                 "the maps of {} cannot be created for {max_connections} connections; is bpfvs run as root, the kernel at least 5.15, and is there \
-                 enough memory? (`--max-connections` takes about 100 bytes for each connection)",
-                pins.directory().display()
+                 enough memory? (`--max-connections` takes {} MiB)",
+                pins.directory().display(),
+                capacity::size(max_connections) >> 20,
             ))
         })?;
         for name in [XDP, TC].into_iter().flat_map(|hooked| [&[hooked.director][..], &hooked.called].concat()) {
