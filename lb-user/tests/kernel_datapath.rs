@@ -11,6 +11,7 @@ use std::{
     future::Future,
     io::Write as _,
     net::IpAddr,
+    ops::ControlFlow,
     path::{Path, PathBuf},
     process::Command,
     sync::Arc,
@@ -20,7 +21,7 @@ use std::{
 
 use bpfvs::{
     datapath::{Datapath as _, Hook, KernelDatapath, Options, Target, attach::Attachments, netns_cookie},
-    director::model::{Family, Method, Protocol, ServiceId, Tunnel},
+    director::model::{ConnectionView, Family, Method, Protocol, ServiceId, Tunnel},
     scheduler::Run,
 };
 use lb_common::{
@@ -655,7 +656,7 @@ fn connections_are_listed() {
             protocol: 17,
         };
         ipv6.insert(key, connection(0, 0, 0), 0).expect("there is room");
-        let mut views = datapath.connections().expect("the connections can be listed");
+        let mut views = listed(&datapath);
         assert_eq!(views.len(), 9_001);
         let last = views.pop().expect("the IPv6 connection comes last");
         assert_eq!((last.protocol.as_str(), last.state.as_str(), last.active), ("UDP", "UDP", false));
@@ -668,6 +669,17 @@ fn connections_are_listed() {
             assert!((790..=800).contains(&view.expires), "{view:?}");
         }
     });
+}
+
+/// All connections and templates.
+fn listed(datapath: &KernelDatapath) -> Vec<ConnectionView> {
+    let mut views = Vec::new();
+    let mut visit = |view| {
+        views.push(view);
+        ControlFlow::Continue(())
+    };
+    datapath.listing().expect("the tables can be opened").show(&mut visit).expect("the connections can be listed");
+    views
 }
 
 /// A map of the instance, opened beside the datapath.
@@ -683,7 +695,7 @@ fn the_sweep_of_an_empty_table() {
         let outcome = datapath.sweep().await.expect("the sweep runs");
         assert_eq!((outcome.examined, outcome.expired), (0, 0));
         assert!(outcome.corrected.is_empty());
-        assert_eq!(datapath.connections().expect("the connections can be listed"), []);
+        assert_eq!(listed(&datapath), []);
         let reasons = datapath.reasons().expect("the reasons can be listed");
         assert_eq!(reasons.len(), lb_common::reason::Reason::ALL.len());
         // XDP's come with the first interface that wants them.

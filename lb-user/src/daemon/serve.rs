@@ -335,10 +335,11 @@ async fn keep_sweeping<I: Instance>(daemon: Arc<Mutex<Daemon<I>>>, forsaken: Arc
         let begin = Instant::now();
         let outcome = daemon.lock().await.sweep();
         let outcome = outcome.await;
-        let is_empty = outcome.as_ref().is_ok_and(|left| *left == 0);
+        let is_empty = outcome.as_ref().is_ok_and(|swept| swept.left == 0);
+        let worked = outcome.as_ref().map_or(Duration::ZERO, |swept| swept.worked);
         daemon.lock().await.swept(outcome);
         let rest = async {
-            sleep(pause(begin.elapsed(), is_empty)).await;
+            sleep(pause(worked, is_empty)).await;
             while is_empty && begin.elapsed() < LONGEST_REST && !daemon.lock().await.has_connections() {
                 sleep(IDLE_PAUSE).await;
             }
@@ -350,11 +351,11 @@ async fn keep_sweeping<I: Instance>(daemon: Arc<Mutex<Daemon<I>>>, forsaken: Arc
     }
 }
 
-/// How long to wait for the next sweep, so that sweeping takes at most a hundredth of one CPU: a second, as a rule.
+/// How long to wait for the next sweep, so that sweeping takes a hundredth of one CPU, as a rule: a second or some.
 ///
 /// Nothing depends on it but the counters of connections that are over: the packet path looks at a connection's age itself.
-fn pause(took: Duration, is_empty: bool) -> Duration {
-    if is_empty { IDLE_PAUSE } else { (took * 100).clamp(SHORTEST_PAUSE, LONGEST_PAUSE) }
+fn pause(worked: Duration, is_empty: bool) -> Duration {
+    if is_empty { IDLE_PAUSE } else { (worked * 100).clamp(SHORTEST_PAUSE, LONGEST_PAUSE) }
 }
 
 /// Tells the service manager, if there is one.

@@ -42,6 +42,7 @@ use super::{
     devices::Devices,
     hz, kernel_error,
     links::{self},
+    listing::Listing,
     locality::{Destinations, Standings},
     locals::Locals,
     maps::{Found, Pins, inspect},
@@ -59,7 +60,7 @@ use super::{
     templates::Templates,
 };
 use crate::{
-    director::model::{ConnectionView, Family, Hook, InterfaceView, LocalUsage, MarkRule, Method, ReasonView, ServiceId},
+    director::model::{Family, Hook, InterfaceView, LocalUsage, MarkRule, Method, ReasonView, ServiceId},
     scheduler::Run,
     synchronisation::{LeftOut, changes::Changes, message::Entry},
 };
@@ -301,14 +302,9 @@ impl KernelDatapath {
         async move { tokio::task::spawn_blocking(move || lock(&sweeper).run()).await.context("the sweep broke off")? }
     }
 
-    /// All connections and templates.
-    pub fn connections(&self) -> anyhow::Result<Vec<ConnectionView>> {
-        let clock = self.clock()?;
-        let servers = lock(&self.servers);
-        let server = |index| servers.entry(index).ok().filter(|entry| entry.status != Status::Free as u8);
-        let mut views = self.connections.list(&self.config, clock, server)?;
-        self.templates.list(clock, server, &mut views)?;
-        Ok(views)
+    /// All connections and templates, to be shown one after the other.
+    pub fn listing(&self) -> anyhow::Result<Listing> {
+        Listing::open(&self.pins, Arc::clone(&self.servers), self.config, self.clock()?)
     }
 
     /// Finds what a master has to tell others of, on a thread of its own.

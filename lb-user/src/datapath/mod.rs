@@ -18,7 +18,7 @@
 //! | local addresses of FULLNAT | [`locals`] |
 //! | real servers and the ways to them | [`servers`], [`way`], [`resolve`] |
 //! | what other directors are told, and what they tell | [`tell`], [`take_over`] |
-//! | what the kernel counts | [`sweep`], [`connections`], [`reasons`] |
+//! | what the kernel counts | [`sweep`], [`connections`], [`listing`], [`reasons`] |
 //! | the kernel's clock rate | [`hz`] |
 
 pub mod attach;
@@ -30,6 +30,7 @@ pub mod filter;
 pub mod hz;
 pub mod kernel;
 pub mod links;
+pub mod listing;
 pub mod locality;
 pub mod locals;
 pub mod maps;
@@ -53,6 +54,7 @@ use std::{fmt::Display, net::IpAddr};
 
 pub use self::{
     kernel::{KernelDatapath, Options},
+    listing::{Listing, Visit},
     system::netns_cookie,
 };
 

@@ -8,6 +8,9 @@
 //!       | CONNECTIONS_V4        | CONNECTIONS_V6   | TEMPLATES_V4   | TEMPLATES_V6
 //! ```
 //!
+//! After some slices it rests, so that a sweep takes a tenth of a CPU and no more, however many connections there are (half of one
+//! while all that it meets is over): nobody waits for its end, because the packet path looks at a connection's age itself.
+//!
 //! Then it compares: what `SWEPT` says of a real server and what its live counter says should be the
 //! same. They differ for a moment because connections come and go during the walk, and they differ for good because two
 //! CPUs raced for the same connection. Only the second is drift:
@@ -22,9 +25,10 @@
 
 use std::{
     collections::HashMap,
-    io::{self, Read as _},
+    io::Read as _,
     os::fd::OwnedFd,
     sync::atomic::Ordering,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -38,6 +42,8 @@ use lb_common::{
     server::Counters,
     statistics::Statistics,
 };
+
+use nix::time::{ClockId, clock_gettime};
 
 use super::{
     maps::Pins,
@@ -55,8 +61,8 @@ pub struct SweepOutcome {
     pub expired: u64,
     /// Real servers whose counters were corrected.
     pub corrected: Vec<u32>,
-    /// How long it took.
-    pub took: Duration,
+    /// How long a CPU was busy with it.
+    pub worked: Duration,
 }
 
 /// A difference between counted and live connections: of all, and of the active ones.
@@ -128,13 +134,14 @@ impl Sweeper {
     /// Has the programs see all entries.
     fn walk(&mut self) -> anyhow::Result<SweepReport> {
         let mut report = self.begin()?;
+        let mut pace = Pace::begin();
         for index in 0..self.tables.len() {
             let newcomers = self.newcomers.take(index as u32) != 0;
             let table = &self.tables[index];
             if table.is_empty && !newcomers {
                 continue;
             }
-            table.walk().with_context(|| format!("the sweep broke off in {}", table.name))?;
+            table.walk(&mut pace, || self.report()).with_context(|| format!("the sweep broke off in {}", table.name))?;
             let passed = report.passed;
             report = self.report()?;
             self.tables[index].is_empty = report.passed == passed;
@@ -149,7 +156,7 @@ impl Sweeper {
 
     /// Deletes the connections that are over, and corrects counters.
     pub fn run(&mut self) -> anyhow::Result<SweepOutcome> {
-        let begin = Instant::now();
+        let begin = cpu_time()?;
         for index in 0..self.swept.length() {
             if self.swept.load(index) != 0 {
                 self.swept.store(index, 0);
@@ -186,7 +193,7 @@ impl Sweeper {
                 self.suspects.insert(index, drift);
             }
         }
-        Ok(SweepOutcome { examined: report.examined, expired: report.expired, corrected, took: begin.elapsed() })
+        Ok(SweepOutcome { examined: report.examined, expired: report.expired, corrected, worked: cpu_time()?.saturating_sub(begin) })
     }
 
     /// Connections that were ever scheduled to a server.
@@ -213,11 +220,51 @@ impl Table {
         Ok(Self { name, iterator, is_empty: false })
     }
 
-    fn walk(&self) -> io::Result<()> {
+    fn walk(&self, pace: &mut Pace, report: impl Fn() -> anyhow::Result<SweepReport>) -> anyhow::Result<()> {
         let mut slices = iterate(&self.iterator)?;
-        while slices.read(&mut [0])? > 0 {}
+        while slices.read(&mut [0])? > 0 {
+            if pace.is_due() {
+                pace.rest(&report()?);
+            }
+        }
         Ok(())
     }
+}
+
+/// Work and rest by turns.
+struct Pace {
+    since: Instant,
+    passed: u64,
+    expired: u64,
+}
+
+impl Pace {
+    /// Longer than this nobody works without a rest.
+    const SPELL: Duration = Duration::from_micros(500);
+    /// How many times as long as the work the rest is. What deletes much rests less: somebody may wait for the room.
+    const LONGEST_REST: u32 = 9;
+
+    fn begin() -> Self {
+        Self { since: Instant::now(), passed: 0, expired: 0 }
+    }
+
+    fn is_due(&self) -> bool {
+        self.since.elapsed() >= Self::SPELL
+    }
+
+    fn rest(&mut self, report: &SweepReport) {
+        let (passed, expired) = (report.passed - self.passed, report.expired - self.expired);
+        let kept = passed.saturating_sub(expired);
+        let times = u64::from(Self::LONGEST_REST) * kept / passed.max(1);
+        thread::sleep(self.since.elapsed() * times.max(1) as u32);
+        *self = Self { since: Instant::now(), passed: report.passed, expired: report.expired };
+    }
+}
+
+/// How long a CPU was busy with this thread.
+fn cpu_time() -> anyhow::Result<Duration> {
+    let time = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).context("the clock of this thread cannot be read")?;
+    Ok(time.into())
 }
 
 #[cfg(test)]

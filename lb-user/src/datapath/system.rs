@@ -7,6 +7,7 @@
 use std::{
     fs::File,
     io,
+    ops::ControlFlow,
     os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd},
 };
 
@@ -71,6 +72,18 @@ struct Batch {
 ///
 /// An entry that comes or goes meanwhile may be missed or seen. `K` and `V` must be as large as the map's keys and values.
 pub fn for_each_entry<K: Plain, V: Plain>(map: &MapData, mut visit: impl FnMut(&K, &V)) -> io::Result<()> {
+    let visit = |key: &K, value: &V| {
+        visit(key, value);
+        ControlFlow::Continue(())
+    };
+    for_entries(map, visit).map(|_| ())
+}
+
+/// The same, until `visit` has enough.
+pub fn for_entries<K: Plain, V: Plain>(
+    map: &MapData,
+    mut visit: impl FnMut(&K, &V) -> ControlFlow<()>,
+) -> io::Result<ControlFlow<()>> {
     let mut capacity = 1024_usize;
     let mut position = None::<u32>;
     loop {
@@ -101,9 +114,9 @@ pub fn for_each_entry<K: Plain, V: Plain>(map: &MapData, mut visit: impl FnMut(&
             _ => {}
         }
         let count = (batch.count as usize).min(capacity);
-        keys[..count].iter().zip(&values[..count]).for_each(|(key, value)| visit(key, value));
-        if error.is_some() {
-            return Ok(());
+        let enough = keys[..count].iter().zip(&values[..count]).try_for_each(|(key, value)| visit(key, value));
+        if enough.is_break() || error.is_some() {
+            return Ok(enough);
         }
         position = Some(next);
     }
