@@ -24,12 +24,8 @@ fn main() -> Result<()> {
     let busy = u32::try_from(connections / FLOWS)?.max(1);
     ensure!(busy <= services, "{connections} connections need {busy} services; name more by --services");
     let mut scale = Scale::new(Size { services, busy })?;
-    scale.connect()?;
-    scale.check_counters()?;
-    scale.sweep()?;
-    scale.list()?;
-    scale.clear_and_restore()?;
-    scale.expire()?;
+    let outcome = scale.run();
+    // Even if it broke off: what was measured until then.
     print!("{scale}");
-    Ok(())
+    outcome
 }
