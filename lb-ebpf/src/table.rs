@@ -47,7 +47,11 @@ impl<A> Connections<A> {
     pub fn insert(&self, key: &ConnectionKey<A>, connection: &Connection) -> Result<(), Refusal> {
         match self.0.insert(key, connection, BPF_NOEXIST) {
             Ok(()) => {
-                newcomers::note(if size_of::<A>() == size_of::<Ipv4>() { SweptTable::ConnectionsV4 } else { SweptTable::ConnectionsV6 });
+                newcomers::note(if size_of::<A>() == size_of::<Ipv4>() {
+                    SweptTable::ConnectionsV4
+                } else {
+                    SweptTable::ConnectionsV6
+                });
                 Ok(())
             }
             Err(EEXIST) => Err(Refusal::Exists),

@@ -38,6 +38,8 @@ const CLIENTS: u32 = 0x0a10_0000;
 const REAL_SERVERS: u32 = 0x0a40_0000;
 /// Those that take their place.
 const OTHER_SERVERS: u32 = 0x0a48_0000;
+/// Room for those that nobody asked for.
+const SPARE: u64 = 1024;
 const PORT: u16 = 80;
 /// What nobody would wait for.
 const SLOW: Duration = Duration::from_secs(300);
@@ -88,7 +90,7 @@ pub struct Scale {
 impl Scale {
     /// Starts a director, and gives it its services and real servers.
     pub fn new(size: Size) -> Result<Self> {
-        let room = (size.connections() * 21 / 20).next_power_of_two().to_string();
+        let room = (size.connections() + SPARE).next_power_of_two().to_string();
         let bench = Bench::new(&["--max-connections", &room])?;
         bench.director.ip("route add 10.64.0.0/12 via 10.1.0.1")?;
         let mut scale = Self { bench, size, cost: Cost::default() };
@@ -132,30 +134,29 @@ impl Scale {
     fn connect(&mut self) -> Result<()> {
         let harness = &mut Harness::load(1)?;
         self.reset_peak()?;
-        self.cost.begin = self.send(harness, SYN)?;
-        self.cost.established = self.send(harness, ACK)?;
+        harness.test(Hook::Xdp, self.bench.pinned.descriptor(Hook::Xdp)?)?;
+        for service in 0..self.size.busy {
+            // One after the other: what is not established soon is over.
+            self.cost.begin += self.send(harness, service, SYN)?;
+            self.cost.established += self.send(harness, service, ACK)?;
+        }
         self.cost.memory[1] = self.resident("VmHWM")?;
         Ok(())
     }
 
-    /// Sends a packet of each connection, and says how long the packets took.
-    fn send(&self, harness: &mut Harness, flags: u8) -> Result<Duration> {
-        harness.test(Hook::Xdp, self.bench.pinned.descriptor(Hook::Xdp)?)?;
-        self.bench.director.enter(|| {
-            let mut took = Duration::ZERO;
-            for service in 0..self.size.busy {
-                let (client, vip) = (SocketAddrV4::new(Ipv4Addr::from(CLIENTS + service), 1), vip(service));
-                let frame = Frame { payload: vec![0; 10], ..Frame::tcp(client.into(), vip.into(), flags) }.build();
-                let flows = Round { flows: FLOWS, first_client: CLIENTS + service, port: PORT.to_be(), ..round(&frame) };
-                harness.begin(&flows)?;
-                // The kernel's own clock: to begin a run takes it longer than some thousand packets.
-                let run = harness.run(Hook::Xdp, &frame, FLOWS as u32)?;
-                let verdict = run.return_value;
-                took += run.duration * FLOWS as u32;
-                ensure!(verdict == 3 || verdict == 4, "the packets of service {service} end with verdict {verdict}: they are not forwarded");
-            }
-            Ok(took)
-        })
+    /// Sends a packet of each connection of a service, and says how long the packets took.
+    fn send(&self, harness: &mut Harness, service: u32, flags: u8) -> Result<Duration> {
+        let (client, vip) = (SocketAddrV4::new(Ipv4Addr::from(CLIENTS + service), 1), vip(service));
+        let frame = Frame { payload: vec![0; 10], ..Frame::tcp(client.into(), vip.into(), flags) }.build();
+        harness.begin(&Round { flows: FLOWS, first_client: CLIENTS + service, port: PORT.to_be(), ..round(&frame) })?;
+        let run = self.bench.director.enter(|| harness.run(Hook::Xdp, &frame, FLOWS as u32))?;
+        let verdict = run.return_value;
+        ensure!(
+            verdict == 3 || verdict == 4,
+            "the packets of service {service} end with verdict {verdict}: they are not forwarded"
+        );
+        // The kernel's own clock: to begin a run takes it longer than some thousand packets.
+        Ok(run.duration * FLOWS as u32)
     }
 
     /// Checks that each real server has got its share of connections and packets, and nothing but this.
@@ -170,7 +171,9 @@ impl Scale {
             let (least, most) = if is_busy { (FLOWS / u64::from(SERVERS), FLOWS.div_ceil(u64::from(SERVERS))) } else { (0, 0) };
             let mut sum = 0;
             for server in servers {
-                let number = |name: &str| server["traffic"]["totals"][name].as_u64().with_context(|| format!("a server has no {name}: {server}"));
+                let number = |name: &str| {
+                    server["traffic"]["totals"][name].as_u64().with_context(|| format!("a server has no {name}: {server}"))
+                };
                 let (connections, packets) = (number("connections")?, number("packets_in")?);
                 ensure!((least..=most).contains(&connections), "{vip}: {connections} connections of {least} to {most}");
                 ensure!(packets == 2 * connections, "{vip}: {packets} packets of {connections} connections");
@@ -261,7 +264,10 @@ fn vip(service: u32) -> SocketAddrV4 {
 fn resident(pid: u32, what: &str) -> Result<u64> {
     let path = format!("/proc/{pid}/status");
     let text = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
-    let line = text.lines().find_map(|line| line.strip_prefix(what)?.strip_prefix(':')).with_context(|| format!("{path} has no {what}"))?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix(what)?.strip_prefix(':'))
+        .with_context(|| format!("{path} has no {what}"))?;
     let kibibytes: u64 = line.trim().trim_end_matches(" kB").parse()?;
     Ok(kibibytes << 10)
 }

@@ -21,8 +21,7 @@ use super::{Attach, Detach, Failure, MORE, ROUTES, Route, Stop, array};
 use crate::{
     daemon::{Daemon, Instance},
     director::model::{
-        Command, LocalAddresses, MarkRule, Outcome, ReasonView, ServiceView, Status, SyncDaemonView, SysctlView,
-        Timeouts, Traffic,
+        Command, LocalAddresses, MarkRule, Outcome, ReasonView, ServiceView, Status, SyncDaemonView, SysctlView, Timeouts, Traffic,
     },
 };
 

@@ -37,8 +37,8 @@ use crate::{
     director::{
         Director,
         model::{
-            Command, Hook, InterfaceView, LocalAddressView, LocalAddresses, LocalUsage, MarkRule, Outcome,
-            ReasonView, ServiceView, Status, SysctlView, Timeouts, Traffic,
+            Command, Hook, InterfaceView, LocalAddressView, LocalAddresses, LocalUsage, MarkRule, Outcome, ReasonView, ServiceView,
+            Status, SysctlView, Timeouts, Traffic,
         },
     },
     synchronisation::{

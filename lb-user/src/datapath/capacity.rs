@@ -59,8 +59,10 @@ struct Memory {
 
 impl Memory {
     fn read() -> anyhow::Result<Self> {
-        let text = fs::read_to_string("/proc/meminfo").context("how much memory there is cannot be found out; is /proc mounted?")?;
-        let machine = Self::parse(&text).context("/proc/meminfo does not say how much memory there is; choose --max-connections")?;
+        let text =
+            fs::read_to_string("/proc/meminfo").context("how much memory there is cannot be found out; is /proc mounted?")?;
+        let machine =
+            Self::parse(&text).context("/proc/meminfo does not say how much memory there is; choose --max-connections")?;
         let group = fs::read_to_string("/proc/self/cgroup").ok().and_then(|text| group_limit(&text, Path::new("/sys/fs/cgroup")));
         Ok(group.map_or(machine, |limit| Self { total: machine.total.min(limit), available: machine.available.min(limit) }))
     }
@@ -108,7 +110,8 @@ mod tests {
     fn the_default_follows_the_memory() {
         // A machine has a little less than what its owner paid for.
         let memory = |gib: u64| gib * GIB * 95 / 100;
-        let cases = [(1, 1 << 17), (2, 1 << 18), (4, 1 << 19), (8, 1 << 20), (16, 1 << 21), (32, 1 << 22), (64, 1 << 23), (512, 1 << 23)];
+        let cases =
+            [(1, 1 << 17), (2, 1 << 18), (4, 1 << 19), (8, 1 << 20), (16, 1 << 21), (32, 1 << 22), (64, 1 << 23), (512, 1 << 23)];
         for (gib, connections) in cases {
             assert_eq!(suitable(memory(gib)), connections, "{gib} GiB");
         }

@@ -122,7 +122,9 @@ where
     let ipv6 = size_of::<A>() == size_of::<Ipv6>();
     for_entries(table, |key: &ConnectionKey<A>, connection: &Connection| {
         let transport = key.protocol as u8;
-        let Some(expires) = clock.remaining(connection.last_seen, lifetime(config, transport, connection.state)) else { return NEXT };
+        let Some(expires) = clock.remaining(connection.last_seen, lifetime(config, transport, connection.state)) else {
+            return NEXT;
+        };
         let Some(entry) = server(connection.server) else { return NEXT };
         let (server, server_port) = (server_address(&entry), u16::from_be(entry.port));
         let (protocol, state) = names(transport, connection.state);

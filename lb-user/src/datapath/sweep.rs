@@ -37,11 +37,7 @@ use aya::{
     maps::{Array, MapData, PerCpuArray},
     programs::{RawTracePoint, RawTracePointRunOptions, TestRun as _},
 };
-use lb_common::{
-    config::SweepReport,
-    server::Counters,
-    statistics::Statistics,
-};
+use lb_common::{config::SweepReport, server::Counters, statistics::Statistics};
 
 use nix::time::{ClockId, clock_gettime};
 
@@ -113,7 +109,10 @@ impl Sweeper {
     pub fn open(pins: &Pins) -> anyhow::Result<Self> {
         Ok(Self {
             begin: Programs::sweep(pins)?,
-            tables: SWEPT_TABLES.map(|(program, table)| Table::open(pins, program, table)).into_iter().collect::<anyhow::Result<_>>()?,
+            tables: SWEPT_TABLES
+                .map(|(program, table)| Table::open(pins, program, table))
+                .into_iter()
+                .collect::<anyhow::Result<_>>()?,
             newcomers: Words::open(&pins.map("NEWCOMERS"))?,
             report: pins.typed("SWEEP")?,
             statistics: pins.typed("STATISTICS")?,
@@ -193,7 +192,12 @@ impl Sweeper {
                 self.suspects.insert(index, drift);
             }
         }
-        Ok(SweepOutcome { examined: report.examined, expired: report.expired, corrected, worked: cpu_time()?.saturating_sub(begin) })
+        Ok(SweepOutcome {
+            examined: report.examined,
+            expired: report.expired,
+            corrected,
+            worked: cpu_time()?.saturating_sub(begin),
+        })
     }
 
     /// Connections that were ever scheduled to a server.
