@@ -45,7 +45,8 @@ const SLICE: u64 = 256;
 pub fn sweep(_context: RawTracePointContext) -> i32 {
     // SAFETY: helpers without arguments.
     let (jiffies, monotonic_ns) = unsafe { (bpf_jiffies64(), bpf_ktime_get_ns()) };
-    let _ = SWEEP.set(0, &SweepReport { jiffies, monotonic_ns, examined: 0, expired: 0, passed: 0, slice: jiffies }, 0);
+    let report = SweepReport { jiffies, monotonic_ns, examined: 0, expired: 0, half_open: 0, passed: 0, slice: jiffies };
+    let _ = SWEEP.set(0, &report, 0);
     0
 }
 
@@ -120,7 +121,7 @@ unsafe fn visit<F: Family>(key: *const ConnectionKey<F::Address>, connection: *c
         let (key, known) = (*key, *connection);
         let idle = ((*report).jiffies as u32).wrapping_sub(known.last_seen);
         // A connection that was seen after the sweep began has a negative idle time.
-        let over = (idle as i32) >= 0 && idle >= track::lifetime(config, key.protocol as u8, known.state);
+        let over = (idle as i32) >= 0 && idle >= track::lifetime(config, key.protocol as u8, &known);
         if over || known.flags & flags::LEAVING != 0 || track::is_forsaken(config, known.server) {
             if F::connections().remove(&key) {
                 track::forget(&known);
@@ -131,6 +132,7 @@ unsafe fn visit<F: Family>(key: *const ConnectionKey<F::Address>, connection: *c
             }
             return;
         }
+        (*report).half_open += u64::from(known.half_open);
         if let Some(counter) = SWEPT.get_ptr_mut(known.server) {
             atomic::add(counter, track::share(&known));
         }

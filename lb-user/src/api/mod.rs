@@ -12,6 +12,7 @@
 
 mod array;
 pub mod client;
+pub mod metrics;
 pub mod server;
 
 use serde::{Deserialize, Serialize};
@@ -32,6 +33,7 @@ pub const ROUTES: &[(&str, &str, &str)] = &[
     ("GET", "/v1/sync-daemons", "the synchronisation daemons, and what they have told or heard"),
     ("GET", "/v1/status", "how the daemon is"),
     ("GET", "/v1/reasons", "why packets were not forwarded"),
+    ("GET", "/metrics", "all of that in numbers, for Prometheus"),
     ("POST", "/v1/attach", "attaches an interface: {\"interface\": name, \"hook\": \"auto\", \"xdp\" or \"tc\"}"),
     ("POST", "/v1/detach", "detaches an interface: {\"interface\": name}"),
     ("POST", "/v1/stop", "ends the daemon; {\"detach\": true} takes the datapath away, too"),

@@ -38,10 +38,10 @@ use aya::{
     programs::{RawTracePoint, RawTracePointRunOptions, TestRun as _},
 };
 use lb_common::{config::SweepReport, server::Counters, statistics::Statistics};
-
 use nix::time::{ClockId, clock_gettime};
 
 use super::{
+    flood::Recount,
     maps::Pins,
     programs::{Programs, SWEPT_TABLES},
     shared::Words,
@@ -102,6 +102,7 @@ pub struct Sweeper {
     counters: Words,
     swept: Words,
     suspects: HashMap<u32, Drift>,
+    half_open: Recount,
 }
 
 impl Sweeper {
@@ -119,6 +120,7 @@ impl Sweeper {
             counters: Words::open(&pins.map("COUNTERS"))?,
             swept: Words::open(&pins.map("SWEPT"))?,
             suspects: HashMap::new(),
+            half_open: Recount::open(pins)?,
         })
     }
 
@@ -165,7 +167,9 @@ impl Sweeper {
         for index in self.suspects.keys() {
             before.insert(*index, (self.opened(*index)?, self.counters.load(*index)));
         }
+        let half_open = self.half_open.before();
         let report = self.walk()?;
+        self.half_open.after(half_open, report.half_open);
         let mut corrected = Vec::new();
         let earlier = std::mem::take(&mut self.suspects);
         for index in 0..self.counters.length() {
