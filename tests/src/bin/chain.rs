@@ -10,7 +10,7 @@
 use anyhow::Result;
 use bpfvs_tests::{
     bpfvs::Bpfvs,
-    chain::{Chain, SERVER, VIP},
+    chain::{Chain, SERVER, VIP, Way},
     frame::{ACK, SYN},
     test_run::Hook,
 };
@@ -48,7 +48,7 @@ fn main() -> Result<()> {
     let mut chain = Chain::new(if is_xdp { Hook::Xdp } else { Hook::Tc })?;
     if director == Director::Bare {
         chain.send_back()?;
-        return measure(&mut chain, 80);
+        return measure(&mut chain, 80, false);
     }
     let services: Vec<(u16, String)> = (80..).zip(methods).collect();
     let lines = services.iter().flat_map(|(port, method)| {
@@ -68,20 +68,19 @@ fn main() -> Result<()> {
         bpfvs.wait_for_servers()?;
         Some(bpfvs)
     };
-    services.iter().try_for_each(|(port, _)| measure(&mut chain, *port))
+    services.iter().try_for_each(|(port, method)| measure(&mut chain, *port, method == "-m"))
 }
 
-fn measure(chain: &mut Chain, port: u16) -> Result<()> {
-    let mut cost = |flags, clients: u32, packets: u32| -> Result<f64> {
-        Ok(chain.send(port, flags, clients.into(), packets)?.as_secs_f64() * 1e9 / f64::from(packets))
-    };
+fn measure(chain: &mut Chain, port: u16, replies: bool) -> Result<()> {
+    let established = Way::Request(ACK);
     // Each of these connections is new.
-    let new = cost(SYN, 2 * CLIENTS, 2 * CLIENTS)?;
-    cost(ACK, CLIENTS, CLIENTS)?;
-    let mut established = f64::INFINITY;
-    for _ in 0..ROUNDS {
-        established = established.min(cost(ACK, CLIENTS, PACKETS)?);
-    }
-    println!("{}", json!({ "new": new, "established": established }));
+    let new = chain.send(port, Way::Request(SYN), (2 * CLIENTS).into(), 2 * CLIENTS)?;
+    let mut best = |way| -> Result<u32> {
+        chain.send(port, way, CLIENTS.into(), CLIENTS)?;
+        (0..ROUNDS).try_fold(u32::MAX, |best, _| Ok(best.min(chain.send(port, way, CLIENTS.into(), PACKETS)?)))
+    };
+    let request = best(established)?;
+    let reply = if replies { Some(best(Way::Reply)?) } else { None };
+    println!("{}", json!({ "new": new, "established": request, "reply": reply }));
     Ok(())
 }

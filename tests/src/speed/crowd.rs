@@ -13,6 +13,7 @@
 use std::{
     fmt::{self, Display, Formatter},
     net::Ipv4Addr,
+    time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
@@ -39,12 +40,15 @@ use crate::{
     frame::{ACK, SYN},
     lab::Family,
     test_run::{Hook, remove},
+    wait,
 };
 
 /// Room in the table: for established flows, and for the connections of a sample.
 const CONNECTIONS: u32 = 8 * NEW;
 /// Established flows of each crowd.
 const FLOWS: u64 = 1 << 16;
+/// How long it may take until the daemon knows the way to all of them.
+const READY: Duration = Duration::from_secs(120);
 /// What XDP answers to send a frame back.
 const XDP_TX: u32 = 3;
 
@@ -113,6 +117,7 @@ fn configure(bench: &Bench, shapes: &[Shape]) -> Result<()> {
     bench.director.ip("route add 10.128.0.0/9 via 10.1.0.254")?;
     let vip = Addresses::of(Family::Ipv4).vip;
     let mut address = Ipv4Addr::new(10, 128, 0, 0).to_bits();
+    let servers = shapes.iter().map(|shape| shape.services * shape.servers).sum::<u32>() as usize;
     let mut lines = Vec::new();
     for shape in shapes {
         for service in 0..shape.services {
@@ -125,7 +130,8 @@ fn configure(bench: &Bench, shapes: &[Shape]) -> Result<()> {
         }
     }
     bench.bpfvs.restore(&lines.join("\n"))?;
-    bench.bpfvs.wait_for_servers()
+    // Not by the API, which would print all of them again and again.
+    wait::until("all real servers to be ready", READY, || bench.pinned.ready_servers().is_ok_and(|ready| ready >= servers))
 }
 
 fn take_turns(bench: &Bench, harness: &mut Harness, shape: Shape, rounds: usize) -> Result<Crowd> {
