@@ -16,10 +16,21 @@ use std::net::SocketAddr;
 use anyhow::{Context, Result};
 use aya::{
     Ebpf, EbpfLoader, TestRun, TestRunOptions,
-    maps::{Array, MapData, PerCpuArray},
-    programs::{SchedClassifier, TcAttachType, TestRunAttrs, Xdp, tc::qdisc_add_clsact, xdp::XdpMode},
+    maps::{Array, HashMap, MapData, PerCpuArray},
+    programs::{
+        SchedClassifier, TcAttachType, TestRunAttrs, Xdp,
+        tc::qdisc_add_clsact,
+        xdp::{XdpLinkId, XdpMode},
+    },
 };
-use lb_common::floor::{Role, Round};
+use lb_common::{
+    connection::{Connection, ConnectionKey},
+    family::{Ipv4, ipv4},
+    floor::{Role, Round},
+    hop::{Hop, KEEP_VLAN, link_addresses},
+    packet::protocol,
+    server::{Server, Status},
+};
 
 use crate::{
     frame::{ACK, Frame},
@@ -35,6 +46,8 @@ pub const VIP: &str = "10.99.0.1";
 pub const SERVER: &str = "10.1.0.2";
 /// Frames that are under way at a time.
 const BATCH: u32 = 64;
+/// Connections that the steps know.
+const FLOWS: u32 = 4096;
 /// The first client's address.
 const CLIENTS: u32 = 0x0a10_0000;
 
@@ -54,6 +67,8 @@ pub struct Chain {
     pub director: Namespace,
     outside: Namespace,
     ebpf: Ebpf,
+    /// The program in the director's place, by its name.
+    instead: Option<(String, XdpLinkId)>,
 }
 
 impl Chain {
@@ -84,7 +99,7 @@ impl Chain {
         director.run("ethtool", ["-K", "d0", "gro", "on"])?;
         outside.run("ethtool", ["-K", "c0", "gro", "on"])?;
 
-        let mut ebpf = EbpfLoader::new().map_max_entries("FLOOR_V4", 1).map_max_entries("FLOOR_V6", 1).load_file(object()?)?;
+        let mut ebpf = EbpfLoader::new().map_max_entries("FLOOR_V4", FLOWS).map_max_entries("FLOOR_V6", 1).load_file(object()?)?;
         let source: &mut Xdp = program(&mut ebpf, "source_xdp")?.try_into()?;
         source.load()?;
         match hook {
@@ -105,14 +120,41 @@ impl Chain {
         }
         let mut wire: Array<_, u32> = Array::try_from(ebpf.map_mut("WIRE").context("the source has a wire")?)?;
         wire.set(0, outside.index("c0")?, 0)?;
-        Ok(Self { director, outside, ebpf })
+        Ok(Self { director, outside, ebpf, instead: None })
     }
 
     /// Puts a program in the director's place that sends each frame back at once: what the rest of the chain costs.
     pub fn send_back(&mut self) -> Result<()> {
-        let nothing: &mut Xdp = program(&mut self.ebpf, "nothing_xdp")?.try_into()?;
-        nothing.load()?;
-        self.director.enter(|| nothing.attach("d0", XdpMode::Driver))?;
+        self.replace("nothing_xdp")
+    }
+
+    /// Puts a program in the director's place that goes so many steps of an established packet's way
+    /// (`lb-ebpf/src/bin/floor/steps.rs`), and then sends it back. It knows the connections of so many clients to a port.
+    pub fn walk(&mut self, steps: usize, port: u16, clients: u64) -> Result<()> {
+        let d0 = self.director.index("d0")?;
+        let hop = Hop { ifindex: d0, port_ifindex: d0, mtu: 1500, link: link_addresses([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]), vlan: KEEP_VLAN };
+        let server = Server { status: Status::Ready as u8, hop, ..Server::default() };
+        Array::try_from(self.ebpf.map_mut("FLOOR_SERVERS").context("steps know a server")?)?.set(0, server, 0)?;
+        let round = Round { flows: clients, first_client: CLIENTS, port: port.to_be(), ..Round::default() };
+        let mut connections: HashMap<_, ConnectionKey<Ipv4>, Connection> =
+            HashMap::try_from(self.ebpf.map_mut("FLOOR_V4").context("steps know connections")?)?;
+        for (client, ports) in (0..clients).map(|flow| round.client(flow)) {
+            let key = ConnectionKey { client, vip: ipv4(VIP.parse()?), ports, protocol: protocol::TCP.into() };
+            connections.insert(key, Connection::default(), 0)?;
+        }
+        self.replace(&format!("step_{steps}_xdp"))
+    }
+
+    /// Puts one of the object's programs in the director's place, and takes the one before it away.
+    fn replace(&mut self, name: &str) -> Result<()> {
+        if let Some((name, link)) = self.instead.take() {
+            let before: &mut Xdp = program(&mut self.ebpf, &name)?.try_into()?;
+            before.detach(link)?;
+        }
+        let next: &mut Xdp = program(&mut self.ebpf, name)?.try_into()?;
+        next.load()?;
+        let link = self.director.enter(|| next.attach("d0", XdpMode::Driver))?;
+        self.instead = Some((name.to_owned(), link));
         Ok(())
     }
 

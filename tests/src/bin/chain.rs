@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! chain bare            nobody: each packet is sent back at once
+//! chain steps           the steps of a director's way, one more each: a line for each
 //! chain ipvs -g         the kernel's own IPVS
 //! chain xdp -g -i       bpfvs, by XDP; direct routing, then tunnels: a line for each
 //! ```
@@ -12,6 +13,7 @@ use bpfvs_tests::{
     bpfvs::Bpfvs,
     chain::{Chain, SERVER, VIP, Way},
     frame::{ACK, SYN},
+    speed::harness,
     test_run::Hook,
 };
 use clap::{Parser, ValueEnum};
@@ -37,6 +39,7 @@ struct Options {
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
 enum Director {
     Bare,
+    Steps,
     Ipvs,
     Xdp,
     Tc,
@@ -44,11 +47,18 @@ enum Director {
 
 fn main() -> Result<()> {
     let Options { director, methods } = Options::parse();
-    let is_xdp = matches!(director, Director::Bare | Director::Xdp);
+    let is_xdp = !matches!(director, Director::Ipvs | Director::Tc);
     let mut chain = Chain::new(if is_xdp { Hook::Xdp } else { Hook::Tc })?;
     if director == Director::Bare {
         chain.send_back()?;
         return measure(&mut chain, 80, false);
+    }
+    if director == Director::Steps {
+        for steps in 1..=harness::STEPS.len() {
+            chain.walk(steps, 80, CLIENTS.into())?;
+            println!("{}", json!({ "established": established(&mut chain, 80)? }));
+        }
+        return Ok(());
     }
     let services: Vec<(u16, String)> = (80..).zip(methods).collect();
     let lines = services.iter().flat_map(|(port, method)| {
@@ -72,15 +82,19 @@ fn main() -> Result<()> {
 }
 
 fn measure(chain: &mut Chain, port: u16, replies: bool) -> Result<()> {
-    let established = Way::Request(ACK);
     // Each of these connections is new.
     let new = chain.send(port, Way::Request(SYN), (2 * CLIENTS).into(), 2 * CLIENTS)?;
-    let mut best = |way| -> Result<u32> {
-        chain.send(port, way, CLIENTS.into(), CLIENTS)?;
-        (0..ROUNDS).try_fold(u32::MAX, |best, _| Ok(best.min(chain.send(port, way, CLIENTS.into(), PACKETS)?)))
-    };
-    let request = best(established)?;
-    let reply = if replies { Some(best(Way::Reply)?) } else { None };
+    let request = established(chain, port)?;
+    let reply = if replies { Some(least(chain, port, Way::Reply)?) } else { None };
     println!("{}", json!({ "new": new, "established": request, "reply": reply }));
     Ok(())
+}
+
+fn established(chain: &mut Chain, port: u16) -> Result<u32> {
+    least(chain, port, Way::Request(ACK))
+}
+
+fn least(chain: &mut Chain, port: u16, way: Way) -> Result<u32> {
+    chain.send(port, way, CLIENTS.into(), CLIENTS)?;
+    (0..ROUNDS).try_fold(u32::MAX, |least, _| Ok(least.min(chain.send(port, way, CLIENTS.into(), PACKETS)?)))
 }

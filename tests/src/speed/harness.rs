@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// The programs that go one step after the other.
-const STEPS: [&str; 7] = ["step_1_xdp", "step_2_xdp", "step_3_xdp", "step_4_xdp", "step_5_xdp", "step_6_xdp", "step_7_xdp"];
+pub const STEPS: [&str; 7] = ["step_1_xdp", "step_2_xdp", "step_3_xdp", "step_4_xdp", "step_5_xdp", "step_6_xdp", "step_7_xdp"];
 
 /// The loaded object.
 #[derive(Debug)]

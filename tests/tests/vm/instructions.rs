@@ -10,7 +10,7 @@ use std::{collections::BTreeMap, env, fs, path::Path, time::Duration};
 use anyhow::{Context, Result, ensure};
 use bpfvs_tests::{
     bpfvs, needs_bpfvs, needs_machines,
-    speed::{document, harness},
+    speed::{document, harness, steps::WORDS},
     vm::{Machine, Version, machine::ipvs},
 };
 use serde::{Deserialize, Serialize};
@@ -33,6 +33,12 @@ struct Cost {
     new: f64,
     /// Of a masqueraded real server.
     reply: Option<f64>,
+}
+
+/// A step of the way, and all before it.
+#[derive(Clone, Copy, Debug, Deserialize)]
+struct Step {
+    established: f64,
 }
 
 impl Cost {
@@ -58,16 +64,19 @@ fn packets_cost_fewer_instructions_than_with_the_kernels_ipvs() -> Result<()> {
         .file("/root/floor", fs::read(harness::object()?)?)
         .deadline(Duration::from_secs(500));
     let outcome = machine
-        .run("export BPFVS_BIN=/usr/local/bin/bpfvs BPFVS_FLOOR=/root/floor; chain bare && chain ipvs -g -i -m && chain xdp -g -i -m")?;
+        .run("export BPFVS_BIN=/usr/local/bin/bpfvs BPFVS_FLOOR=/root/floor; chain bare && chain ipvs -g -i -m && chain xdp -g -i -m && chain steps")?;
     ensure!(outcome.status == 0, "the guest: status {}:\n{}", outcome.status, outcome.output);
     let lines: Vec<&str> = outcome.output.lines().filter(|line| line.starts_with('{')).collect();
-    ensure!(lines.len() == WAYS.len(), "the guest printed:\n{}", outcome.output);
+    ensure!(lines.len() == WAYS.len() + WORDS.len(), "the guest printed:\n{}", outcome.output);
+    let (lines, steps) = lines.split_at(WAYS.len());
     let mut costs = BTreeMap::new();
-    for (way, line) in WAYS.into_iter().zip(lines) {
+    for (way, line) in WAYS.into_iter().zip(lines.iter().copied()) {
         let cost: Cost = serde_json::from_str(line).with_context(|| format!("read {line}"))?;
         costs.insert(way.to_owned(), cost);
     }
-    println!("{}", table(&costs));
+    let steps = steps.iter().map(|line| Ok(serde_json::from_str::<Step>(line)?.established)).collect::<Result<Vec<_>>>()?;
+    let steps = steps_table(&steps, &costs);
+    println!("{}\n{steps}", table(&costs));
     let added = |costs: &BTreeMap<String, Cost>, way: &str| costs.get(way).map(|cost| cost.less(costs["bare"]));
     for method in ["-g", "-i", "-m"] {
         let of = |director: &str| added(&costs, &format!("{director} {method}")).context("all ways were measured");
@@ -79,6 +88,7 @@ fn packets_cost_fewer_instructions_than_with_the_kernels_ipvs() -> Result<()> {
     ensure!(routed <= MOST, "a packet of an established connection takes {routed:.0} instructions, and must not take {MOST:.0}");
     if env::var_os("BPFVS_INSTRUCTIONS_UPDATE").is_some() {
         document::write("instructions", &table(&costs))?;
+        document::write("instructions-of-steps", &steps)?;
         return Ok(fs::write(FILE, serde_json::to_string_pretty(&costs)? + "\n")?);
     }
     let text = fs::read_to_string(FILE).with_context(|| format!("read {FILE}"))?;
@@ -100,6 +110,18 @@ fn packets_cost_fewer_instructions_than_with_the_kernels_ipvs() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// What one step more costs, from the bare wire to the director.
+fn steps_table(steps: &[f64], costs: &BTreeMap<String, Cost>) -> String {
+    let mut text = "| step of an established packet, DR | instructions |\n| --- | --- |\n".to_owned();
+    let mut before = costs["bare"].established;
+    let director = ("what the director keeps open besides", costs["xdp -g"].established);
+    for (step, until) in WORDS.into_iter().zip(steps.iter().copied()).chain([director]) {
+        text += &format!("| {step} | {:.0} |\n", until - before);
+        before = until;
+    }
+    text
 }
 
 /// The figures for people: from end to end, and in parentheses what a director adds to the bare wire.
