@@ -1,6 +1,6 @@
 //! `bpfvs serve`, `stop`, `attach`, `detach`: the daemon's life.
 
-use std::path::PathBuf;
+use std::{net::SocketAddr, path::PathBuf};
 
 use clap::Args;
 
@@ -28,10 +28,19 @@ pub(super) struct Serve {
     /// How many connections each table (IPv4, IPv6) can hold
     #[arg(long, default_value_t = 1_048_576, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..))]
     max_connections: u32,
+    /// Begin flood mode with so many half-open connections [default: an eighth of --max-connections]
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..))]
+    max_half_open: Option<u32>,
+    /// Seconds that flood mode lasts after the last packet that found no room
+    #[arg(long, default_value_t = lb_common::flood::HOLD, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=86_400))]
+    flood_hold: u32,
     /// Begin with the rules in this file (those of `ipvsadm-save`), unless there is something to take over; `auto` stands for
     /// the distribution's, if its own ipvsadm would restore them
     #[arg(long, env = "BPFVS_RULES", value_name = "FILE|auto")]
     rules: Option<PathBuf>,
+    /// Offer the metrics (and nothing else) to Prometheus at this address, too: 127.0.0.1:9117
+    #[arg(long, env = "BPFVS_METRICS", value_name = "ADDRESS:PORT")]
+    metrics: Option<SocketAddr>,
     /// Write the rules to that file at the end
     #[arg(long, requires = "rules")]
     save_rules: bool,
@@ -39,9 +48,11 @@ pub(super) struct Serve {
 
 impl Serve {
     pub(super) fn run(self, socket: Option<PathBuf>) -> anyhow::Result<()> {
-        let Self { interfaces, hook, netns, state, max_connections, rules, save_rules } = self;
+        let Self { interfaces, hook, netns, state, max_connections, max_half_open, flood_hold, rules, metrics, save_rules } = self;
         let rules = rules.map(|file| rule_file::find(&file, save_rules)).transpose()?.flatten();
-        kernel::run(Options { interfaces, hook, netns, socket, state, max_connections, rules })
+        let options =
+            Options { interfaces, hook, netns, socket, state, max_connections, max_half_open, flood_hold, rules, metrics };
+        kernel::run(options)
     }
 }
 

@@ -11,6 +11,7 @@
 use std::{
     fs,
     io::{self, Write},
+    net::{SocketAddr, TcpListener},
     os::unix::{
         fs::{DirBuilderExt, FileTypeExt, PermissionsExt},
         net::{UnixListener, UnixStream},
@@ -21,7 +22,7 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use lb_common::config::Config;
+use lb_common::{config::Config, flood::default_limit};
 use listenfd::ListenFd;
 use sd_notify::NotifyState;
 use tempfile::NamedTempFile;
@@ -40,7 +41,7 @@ use super::{
     synchronisation::{keep_listening, keep_telling},
 };
 use crate::{
-    api::server::router,
+    api::server::{metrics_alone, router},
     director::{
         Director,
         model::{Command, Hook, Outcome, ServiceView, SyncRole},
@@ -77,8 +78,14 @@ pub struct Options {
     pub state: Option<PathBuf>,
     /// How many connections each of the two tables can hold.
     pub max_connections: u32,
+    /// With how many half-open connections flood mode begins; nothing for an eighth of the table.
+    pub max_half_open: Option<u32>,
+    /// Seconds that it lasts after the last packet that found no room.
+    pub flood_hold: u32,
     /// What to begin with, if there is nothing to take over.
     pub rules: Option<Rules>,
+    /// Where to offer the metrics besides.
+    pub metrics: Option<SocketAddr>,
 }
 
 /// Rules from a file.
@@ -110,9 +117,10 @@ pub fn serve<I: Instance>(options: Options) -> anyhow::Result<()> {
     let state = read_state(&state_file, netns_cookie)?;
     make_run_directory()?;
     let socket = options.socket.unwrap_or_else(|| identity.socket());
+    let metrics = options.metrics.map(listen_for_metrics).transpose()?;
     let door = match activated()? {
-        Some(listener) => Door { listener, path: socket, own: false },
-        None => Door { listener: listen(&socket)?, path: socket, own: true },
+        Some(listener) => Door { listener, path: socket, own: false, metrics },
+        None => Door { listener: listen(&socket)?, path: socket, own: true, metrics },
     };
     let opening = Opening {
         pins: identity.pins(),
@@ -121,13 +129,14 @@ pub fn serve<I: Instance>(options: Options) -> anyhow::Result<()> {
         hook: options.hook,
         max_connections: options.max_connections,
     };
+    let limits = Limits { half_open: options.max_half_open, hold: options.flood_hold };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.context("cannot run the daemon: there is no event loop to be had; see the limits of open files")?;
     let (socket, own) = (door.path.clone(), door.own);
     let outcome = runtime.block_on(async {
         let found = opening.pins.exists();
         let sync_daemons = state.as_ref().map_or_else(Vec::new, |state| state.sync_daemons.clone());
-        let director = match start::<I>(&opening, state, &state_file, options.rules.as_ref()).await {
+        let director = match start::<I>(&opening, limits, state, &state_file, options.rules.as_ref()).await {
             Ok(director) => director,
             // What could not begin leaves no trace; what was at work before stays at work.
             Err(error) if !found => {
@@ -149,16 +158,32 @@ pub fn serve<I: Instance>(options: Options) -> anyhow::Result<()> {
     outcome
 }
 
+/// The limits of flood mode.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    half_open: Option<u32>,
+    hold: u32,
+}
+
 /// Opens the datapath, and lets the director take it over.
 async fn start<I: Instance>(
     opening: &Opening,
+    limits: Limits,
     state: Option<State>,
     state_file: &StateFile,
     rules: Option<&Rules>,
 ) -> anyhow::Result<Director<I>> {
     let rules = rules.filter(|_| state.is_none());
     let datapath = I::open(opening)?;
-    let config = Config { netns_cookie: opening.netns_cookie, ..Config::DEFAULT };
+    // Not by what was asked for: a table that was found keeps its size.
+    let half_open_limit = limits.half_open.unwrap_or_else(|| default_limit(datapath.max_connections()));
+    let config = Config {
+        netns_cookie: opening.netns_cookie,
+        half_open_limit,
+        midst_limit: half_open_limit.saturating_mul(2),
+        flood_hold: limits.hold,
+        ..Config::DEFAULT
+    };
     let mut director = match state {
         Some(state) => Director::adopt(datapath, config, state, &state_file.path)?,
         None => Director::new(datapath, config)?,
@@ -213,6 +238,18 @@ pub(super) fn listen(path: &Path) -> anyhow::Result<UnixListener> {
     listen().with_context(|| format!("cannot listen at {}; see that its directory exists and can be written", path.display()))
 }
 
+/// Listens where the metrics are to be offered.
+fn listen_for_metrics(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    let listen = || {
+        let listener = TcpListener::bind(address)?;
+        listener.set_nonblocking(true)?;
+        io::Result::Ok(listener)
+    };
+    listen().with_context(|| {
+        format!("cannot offer the metrics at {address}; name a free port of an address of this host (`--metrics`)")
+    })
+}
+
 /// The socket that a service manager has opened for the daemon, if there is one: whoever knocked there first has started it.
 fn activated() -> anyhow::Result<Option<UnixListener>> {
     let taken = ListenFd::from_env().take_unix_listener(0).and_then(|listener| {
@@ -228,12 +265,14 @@ pub(super) struct Door {
     pub(super) path: PathBuf,
     /// Whether the daemon has made it, and takes it away.
     pub(super) own: bool,
+    /// Where others read the metrics.
+    pub(super) metrics: Option<TcpListener>,
 }
 
 /// Serves requests and ticks until the daemon is told to end.
 pub(super) async fn run<I: Instance>(
     mut daemon: Daemon<I>,
-    Door { listener, path, own }: Door,
+    Door { listener, path, own, metrics }: Door,
     lock: Lock,
     rules: Option<Rules>,
 ) -> anyhow::Result<()> {
@@ -248,6 +287,11 @@ pub(super) async fn run<I: Instance>(
     let closed = Arc::clone(&closing);
     let server = axum::serve(listener, router(Arc::clone(&daemon))).with_graceful_shutdown(async move { closed.notified().await });
     let server = tokio::spawn(server.into_future());
+    if let Some(listener) = metrics {
+        let listener =
+            tokio::net::TcpListener::from_std(listener).context("cannot offer the metrics; see the limits of open files")?;
+        tokio::spawn(axum::serve(listener, metrics_alone(Arc::clone(&daemon))).into_future());
+    }
 
     let mut seconds = interval(Duration::from_secs(1));
     seconds.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -336,9 +380,13 @@ async fn keep_sweeping<I: Instance>(daemon: Arc<Mutex<Daemon<I>>>, forsaken: Arc
         let outcome = daemon.lock().await.sweep();
         let outcome = outcome.await;
         let is_empty = outcome.as_ref().is_ok_and(|left| *left == 0);
-        daemon.lock().await.swept(outcome);
+        let flooded = {
+            let mut daemon = daemon.lock().await;
+            daemon.swept(outcome);
+            daemon.is_flooded()
+        };
         let rest = async {
-            sleep(pause(begin.elapsed(), is_empty)).await;
+            sleep(if flooded { flood_pause(begin.elapsed()) } else { pause(begin.elapsed(), is_empty) }).await;
             while is_empty && begin.elapsed() < LONGEST_REST && !daemon.lock().await.has_connections() {
                 sleep(IDLE_PAUSE).await;
             }
@@ -355,6 +403,12 @@ async fn keep_sweeping<I: Instance>(daemon: Arc<Mutex<Daemon<I>>>, forsaken: Arc
 /// Nothing depends on it but the counters of connections that are over: the packet path looks at a connection's age itself.
 fn pause(took: Duration, is_empty: bool) -> Duration {
     if is_empty { IDLE_PAUSE } else { (took * 100).clamp(SHORTEST_PAUSE, LONGEST_PAUSE) }
+}
+
+/// The same in flood mode: the sooner the half-open connections go, the more of those that mean it are tracked. At most a fifth of
+/// one CPU.
+fn flood_pause(took: Duration) -> Duration {
+    (took * 4).clamp(SHORTEST_PAUSE, LONGEST_PAUSE)
 }
 
 /// Tells the service manager, if there is one.

@@ -76,6 +76,10 @@ impl Instance for Memory {
         Ok(vec![])
     }
 
+    fn flood(&self) -> anyhow::Result<FloodView> {
+        Ok(FloodView::default())
+    }
+
     fn tell(&self, _changes: Arc<Mutex<Changes>>) -> impl Future<Output = anyhow::Result<Told>> + Send + use<> {
         future::ready(Ok(Told::default()))
     }
@@ -97,7 +101,9 @@ fn with_daemon(directory: &Path, named: bool, talk: impl FnOnce(Client)) {
         let socket = socket.clone();
         move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("there are resources");
-            runtime.block_on(serve::run(daemon, serve::Door { listener, path: socket, own: true }, lock, None)).expect("it runs");
+            runtime
+                .block_on(serve::run(daemon, serve::Door { listener, path: socket, own: true, metrics: None }, lock, None))
+                .expect("it runs");
         }
     });
     talk(Client::new(socket.clone()));
