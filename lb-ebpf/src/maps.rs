@@ -135,8 +135,8 @@ pub static CURSORS: Array<u64> = Array::with_max_entries(SERVICE_COUNT, MMAPABLE
 #[map]
 pub static RUNS: Array<Pair> = Array::with_max_entries(1 << 21, MMAPABLE);
 
-/// Real servers. Userspace writes, every packet of a connection reads: mapped, because then each entry is a cache line of its own.
-/// Otherwise the kernel begins an array eight bytes before a line ends.
+/// Real servers. Userspace writes, every packet of a connection reads. Can be mapped, because then each entry is a cache line
+/// (`docs/decisions/entries-on-cache-lines.md`).
 #[map]
 pub static SERVERS: Array<Server> = Array::with_max_entries(SERVER_COUNT, MMAPABLE);
 

@@ -132,7 +132,13 @@ impl Chain {
     /// (`lb-ebpf/src/bin/floor/steps.rs`), and then sends it back. It knows the connections of so many clients to a port.
     pub fn walk(&mut self, steps: usize, port: u16, clients: u64) -> Result<()> {
         let d0 = self.director.index("d0")?;
-        let hop = Hop { ifindex: d0, port_ifindex: d0, mtu: 1500, link: link_addresses([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]), vlan: KEEP_VLAN };
+        let hop = Hop {
+            ifindex: d0,
+            port_ifindex: d0,
+            mtu: 1500,
+            link: link_addresses([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]),
+            vlan: KEEP_VLAN,
+        };
         let server = Server { status: Status::Ready as u8, hop, ..Server::default() };
         Array::try_from(self.ebpf.map_mut("FLOOR_SERVERS").context("steps know a server")?)?.set(0, server, 0)?;
         let round = Round { flows: clients, first_client: CLIENTS, port: port.to_be(), ..Round::default() };

@@ -107,7 +107,7 @@ impl Options {
 fn main() -> Result<ExitCode> {
     let options = Options::parse();
     ensure!(skip::is_root(), "the bench makes network namespaces and loads programs, which needs root: `cargo xtask bench`");
-    let rounds = options.rounds.unwrap_or(if options.quick { 5 } else { 10 }).max(1);
+    let rounds = options.rounds.unwrap_or(if options.quick { 3 } else { 5 }).max(1);
     let cases = options.cases();
     let most = cases.iter().map(|case| case.flows).max().unwrap_or(1) as u32;
     let max_connections = options.max_connections.unwrap_or(most + (1 << 17));
@@ -129,15 +129,27 @@ fn main() -> Result<ExitCode> {
         programs: Vec::new(),
         connections: Vec::new(),
         worse: Vec::new(),
-        not_measured: vec!["new connections while the director defends itself against a flood: it has no such mode".to_owned()],
+        not_measured: Vec::new(),
     };
     println!("{report}");
+    if report.machine.load > 0.5 {
+        println!("THIS MACHINE IS BUSY (load {}): ratios bear that to a degree, nanoseconds do not.\n", report.machine.load);
+    }
+    if !options.large && options.only.is_empty() {
+        report.not_measured.push("4 and 8 million flows: `--large` measures them, and takes some 4 GiB of memory".to_owned());
+    }
+    if options.quick {
+        report
+            .not_measured
+            .push("tables of a thousand flows, 128 Ki and a million; 65,535 real servers and 10,000 services: --quick".to_owned());
+    }
     let effort = Effort { rounds };
     packets(&options, &mut report, &cases, effort, before.as_ref())?;
     if options.wants("steps") {
         println!("\n{}", steps::heading());
         for flows in [1, 1 << 16] {
-            let loads = (0..options.loads.max(1)).map(|_| Stage::new(1 << 17)?.enter(cpu, |act| steps::measure(act, flows, effort)));
+            let loads =
+                (0..options.loads.max(1)).map(|_| Stage::new(1 << 17)?.enter(cpu, |act| steps::measure(act, flows, effort)));
             let lines = steps::best(loads.collect::<Result<_>>()?);
             lines.iter().for_each(|line| println!("{line}"));
             report.steps.extend(lines);

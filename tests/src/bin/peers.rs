@@ -81,6 +81,9 @@ fn main() -> Result<()> {
         connections: options.connections,
         peers: Vec::new(),
     };
+    if report.machine.load > 0.5 {
+        println!("THIS MACHINE IS BUSY (load {}): the table says what it is busy with.\n", report.machine.load);
+    }
     println!("{}", heading());
     for peer in Peer::all().into_iter().filter(|peer| peer.to_string().starts_with(&options.only)) {
         let line = measure(peer, &options).with_context(|| peer.to_string())?;

@@ -33,7 +33,7 @@ use serde::Serialize;
 use super::{
     harness::{Floor, Harness},
     measure::{Nanoseconds, cpu_time},
-    stage::{NEW, TCP, answer_at_once, known_clients, open, unknown_clients},
+    stage::{NEW, TCP, answer_at_once, known_clients, limit_half_open, open, unknown_clients},
 };
 use crate::{
     bench::{Addresses, Bench},
@@ -102,6 +102,7 @@ pub fn measure(cpu: usize, rounds: usize, is_quick: bool) -> Result<Vec<Crowd>> 
     let mut bench = Bench::new(&["--max-connections", &CONNECTIONS.to_string()])?;
     configure(&bench, shapes)?;
     bench.bpfvs.kill9()?;
+    limit_half_open(&bench, u32::MAX)?;
     answer_at_once(&mut Array::<_, Server>::try_from(Map::Array(open(&bench, "SERVERS")?))?, &[])?;
     let bench = &bench;
     bench.director.enter(move || {

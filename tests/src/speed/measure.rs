@@ -147,7 +147,7 @@ pub(super) fn turn(act: &mut Act<'_>, case: Case, program: Program) -> Result<Ve
     }
     act.test(hook, program)?;
     act.harness().begin(&round)?;
-    let verdict = if path == Path::Full { None } else { Some(verdict(case, program)) };
+    let verdict = verdict(case, program);
     if path.is_new() {
         let sample = repeated(act, case, &frame, NEW, verdict);
         act.forget_new(case, program)?;
@@ -160,7 +160,7 @@ pub(super) fn turn(act: &mut Act<'_>, case: Case, program: Program) -> Result<Ve
 }
 
 /// Nanoseconds per packet of one run that repeats the program, by the CPU time of this thread.
-fn repeated(act: &mut Act<'_>, case: Case, frame: &[u8], packets: u32, verdict: Option<u32>) -> Result<f64> {
+fn repeated(act: &mut Act<'_>, case: Case, frame: &[u8], packets: u32, verdict: u32) -> Result<f64> {
     let begin = cpu_time()?;
     let result = act.harness().run_marked(case.hook, frame, packets, mark(case.path))?;
     let taken = cpu_time()?.saturating_sub(begin);
@@ -175,7 +175,7 @@ pub(super) fn cpu_time() -> Result<Duration> {
 
 /// What a packet typically takes that is a run of its own, by the kernel's own clock around the program: a system call costs
 /// far more than the program. The mean of the middle half: that clock may be as coarse as ten nanoseconds.
-fn singles(act: &mut Act<'_>, hook: Hook, frame: &[u8], verdict: Option<u32>) -> Result<f64> {
+fn singles(act: &mut Act<'_>, hook: Hook, frame: &[u8], verdict: u32) -> Result<f64> {
     let mut taken = Vec::with_capacity(SINGLE_PACKETS.into());
     for _ in 0..SINGLE_PACKETS {
         let result = act.harness().run(hook, frame, 1)?;
@@ -203,9 +203,7 @@ fn verdict(case: Case, program: Program) -> u32 {
     }
 }
 
-/// If there is only one way to answer, it has to be this one.
-fn expect(wanted: Option<u32>, verdict: u32) -> Result<()> {
-    let Some(wanted) = wanted else { return Ok(()) };
+fn expect(wanted: u32, verdict: u32) -> Result<()> {
     ensure!(verdict == wanted, "the verdict is {verdict} instead of {wanted}: this is not the path to measure");
     Ok(())
 }

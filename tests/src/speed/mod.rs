@@ -81,15 +81,17 @@ pub enum Path {
     ByRule,
     /// The same, for a service that a firewall's mark on the packet names.
     ByMark,
-    /// The first of a connection for which there is no room in the table.
+    /// The first of a connection for which there is no room in the table: it is forwarded without an entry.
     Full,
+    /// The same, because too many connections are half-open.
+    Flood,
     /// An ICMP error about a known connection.
     Error,
 }
 
 impl Path {
     /// All.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::NotOurs,
         Self::Routed,
         Self::Datagram,
@@ -104,6 +106,7 @@ impl Path {
         Self::ByRule,
         Self::ByMark,
         Self::Full,
+        Self::Flood,
         Self::Error,
     ];
 
@@ -121,12 +124,12 @@ impl Path {
     pub const fn depends_on(self, flows: u64) -> bool {
         match self {
             Self::Routed => true,
-            Self::Tunnelled | Self::Masqueraded | Self::Replied | Self::FullNat | Self::FullNatReplied => {
-                flows <= 1 << 20 && flows != 1 << 17
-            }
-            Self::Datagram => flows <= 1 << 16,
+            Self::Tunnelled | Self::Masqueraded | Self::Replied => flows <= 1 << 20 && flows != 1 << 17,
+            Self::Datagram | Self::FullNat | Self::FullNatReplied => flows <= 1 << 16,
             Self::New => matches!(flows, 1 | 0x1_0000 | 0x10_0000),
-            Self::NotOurs | Self::RoutedElsewhere | Self::Error | Self::Persistent | Self::ByRule | Self::ByMark => flows == 1,
+            Self::NotOurs | Self::RoutedElsewhere | Self::Error | Self::Persistent | Self::ByRule | Self::ByMark | Self::Flood => {
+                flows == 1
+            }
             Self::Full => false,
         }
     }
@@ -148,6 +151,7 @@ impl Path {
             Self::ByRule => "new connection, mark rule",
             Self::ByMark => "new connection, firewall's mark",
             Self::Full => "new connection, table full",
+            Self::Flood => "new connection, flood mode",
             Self::Error => "ICMP error",
         }
     }
@@ -173,12 +177,12 @@ impl Path {
 
     /// Whether the packet is of a connection that is in the table.
     pub const fn is_known(self) -> bool {
-        !self.is_new() && !matches!(self, Self::NotOurs | Self::Full)
+        !self.is_new() && !matches!(self, Self::NotOurs | Self::Full | Self::Flood)
     }
 
     /// Whether there is a floor: something smaller that does the same.
     pub const fn has_floor(self) -> bool {
-        !matches!(self, Self::NotOurs | Self::Full | Self::Error)
+        !matches!(self, Self::NotOurs | Self::Full | Self::Flood | Self::Error)
     }
 }
 

@@ -27,7 +27,7 @@ use serde::Serialize;
 use super::{
     harness::{Floor, Harness},
     measure::{Nanoseconds, cpu_time},
-    stage::{NEW, TCP, answer_at_once, open, unknown_clients},
+    stage::{NEW, TCP, answer_at_once, limit_half_open, open, unknown_clients},
 };
 use crate::{
     bench::{Addresses, Bench},
@@ -69,6 +69,7 @@ pub fn measure(cpu: usize, rounds: usize) -> Result<Vec<PickCost>> {
     let mut bench = Bench::new(&["--max-connections", &CONNECTIONS.to_string()])?;
     configure(&bench)?;
     bench.bpfvs.kill9()?;
+    limit_half_open(&bench, u32::MAX)?;
     answer_at_once(&mut Array::try_from(Map::Array(open(&bench, "SERVERS")?))?, &[])?;
     let bench = &bench;
     bench.director.enter(move || {

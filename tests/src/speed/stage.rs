@@ -17,6 +17,7 @@ use aya::{
     maps::{Array, HashMap, Map, MapData},
 };
 use lb_common::{
+    config::Config,
     connection::{Connection, ConnectionKey},
     family::{Address, Ipv4, Ipv6, ipv4, ipv6},
     floor::{Role, Round},
@@ -167,6 +168,7 @@ impl Stage {
             Ok(Entries { index, routed: entry(index)?, tunnelled: entry(tunnelled?)?, masqueraded, fullnat })
         });
         let (four, six) = (four?, six?);
+        limit_half_open(&bench, u32::MAX)?;
         answer_at_once(&mut servers, &[four.index, six.index])?;
         // Replies, too, shall leave by the device that they come in by.
         let mut devices: HashMap<MapData, u32, Device> = HashMap::try_from(Map::HashMap(open(&bench, "DEVICES")?))?;
@@ -194,6 +196,13 @@ impl Stage {
             work(&mut Act { bench, harness, entries, servers, flows })
         })
     }
+}
+
+/// Says how many half-open connections there may be before flood mode begins. The bench makes more than any director should see.
+pub(super) fn limit_half_open(bench: &Bench, limit: u32) -> Result<()> {
+    let mut settings: Array<MapData, Config> = Array::try_from(Map::Array(open(bench, "CONFIG")?))?;
+    let config = settings.get(&0, 0)?;
+    settings.set(0, Config { half_open_limit: limit, midst_limit: limit, ..config }, 0).context("write the settings")
 }
 
 /// Lets packets to every real server that is routed to directly leave by the device that they came in by, but to `others`.
@@ -229,8 +238,12 @@ impl Act<'_> {
         let wanted = Flows { count: flows, path: path.connections() };
         if self.flows[family as usize] != wanted {
             self.direct(family, wanted.path)?;
+            limit_half_open(self.bench, u32::MAX)?;
             self.fill(family, wanted)?;
         }
+        limit_half_open(self.bench, if path == Path::Flood { 0 } else { u32::MAX })?;
+        // What found no room lately keeps flood mode on.
+        self.bench.pinned.forget_flood()?;
         self.direct(family, path)
     }
 
@@ -511,7 +524,7 @@ impl Packets {
         let known = Self::known(path.connections(), ACK, flows);
         let to = |port| Self { port, ..Self::request(SYN, UNKNOWN, u64::from(NEW)) };
         match path {
-            Path::New | Path::Full => to(ROUTED),
+            Path::New | Path::Full | Path::Flood => to(ROUTED),
             Path::Persistent => to(PERSISTENT),
             Path::ByRule => to(BY_RULE),
             Path::ByMark => to(BY_MARK),

@@ -25,6 +25,10 @@ pub struct Target {
 impl Target {
     /// That of a case, if there is one.
     pub fn of(case: Case) -> Option<Self> {
+        // What each packet costs that is a run of its own, has the cold caches of a system call in it.
+        if !case.repeats() {
+            return None;
+        }
         let is_v4 = case.family == Family::Ipv4;
         let is_warm = case.flows <= 1 << 10;
         let of_family = |four: (f64, f64), six: (f64, f64)| Some(if is_v4 { four } else { six });
@@ -102,10 +106,9 @@ impl Display for Standing {
 pub fn obstacle(case: Case, figures: &Figures, target: &Target) -> String {
     let stretch = target.stretch.unwrap_or(target.must);
     match (case.path, figures.floor) {
-        (Path::Tunnelled, _) if case.hook == Hook::Tc => {
-            "at tc each packet is a run of its own, with cold caches, and the kernel makes room for the header by itself".to_owned()
+        (Path::Tunnelled, _) => {
+            "bpf_xdp_adjust_head takes some 10 ns of it, the look-up of the connection most of the rest".to_owned()
         }
-        (Path::Tunnelled, _) => "bpf_xdp_adjust_head takes some 10 ns of it, the look-up of the connection most of the rest".to_owned(),
         (_, Some(floor)) if floor.minimum > stretch => {
             let does = if case.path.is_new() { "parses, inserts and" } else { "parses, looks the connection up and" };
             format!("the floor, which only {does} sends, takes {:.1} already", floor.minimum)
@@ -129,7 +132,8 @@ mod tests {
 
     #[test]
     fn numbers_of_flows_have_targets_of_their_own() {
-        let must = |flows| Target::of(Case { hook: Hook::Xdp, family: Family::Ipv4, path: Path::Routed, flows }).map(|target| target.must);
+        let must =
+            |flows| Target::of(Case { hook: Hook::Xdp, family: Family::Ipv4, path: Path::Routed, flows }).map(|target| target.must);
         assert_eq!([1 << 17, 1 << 20, 1 << 22].map(must), [Some(200.0), Some(250.0), Some(330.0)]);
         assert_eq!([1 << 16, 1 << 23].map(must), [None, None]);
     }

@@ -144,7 +144,8 @@ impl Known {
 /// Whether a file is named after a day, as in `2026-11-21.json`.
 fn is_day(file: &Path) -> bool {
     let Some(day) = file.file_name().and_then(|name| name.to_str()?.strip_suffix(".json")) else { return false };
-    day.len() == 10 && day.bytes().enumerate().all(|(at, byte)| if matches!(at, 4 | 7) { byte == b'-' } else { byte.is_ascii_digit() })
+    day.len() == 10
+        && day.bytes().enumerate().all(|(at, byte)| if matches!(at, 4 | 7) { byte == b'-' } else { byte.is_ascii_digit() })
 }
 
 #[cfg(test)]

@@ -124,7 +124,8 @@ pub fn tables(stage: &mut Stage, cpu: usize, capacity: u32) -> Result<Vec<Connec
 
 /// Bytes that the kernel says a map takes.
 fn memory(bench: &Bench, name: &str) -> Result<u64> {
-    let map = MapData::from_pin(bench.bpfvs.pins().join("maps").join(name)).with_context(|| format!("open the pinned map {name}"))?;
+    let map =
+        MapData::from_pin(bench.bpfvs.pins().join("maps").join(name)).with_context(|| format!("open the pinned map {name}"))?;
     let file = format!("/proc/self/fdinfo/{}", map.fd().as_fd().as_raw_fd());
     let text = fs::read_to_string(&file).with_context(|| format!("read {file}"))?;
     let bytes = text.lines().find_map(|line| line.strip_prefix("memlock:")).map(str::trim);

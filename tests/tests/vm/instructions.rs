@@ -21,8 +21,8 @@ const FEWER: f64 = 4.5;
 /// A figure may grow by so much before somebody has to say that it may.
 const GROWTH: f64 = 1.05;
 
-/// What a packet of an established connection must keep to, from end to end, by direct routing.
-const MOST: f64 = 1500.0;
+/// What direct routing may add to the wire for a packet of an established connection: 1500 in all were wanted on one that takes 1038.
+const MOST: f64 = 1500.0 - 1038.0;
 /// All ways.
 const WAYS: [&str; 7] = ["bare", "ipvs -g", "ipvs -i", "ipvs -m", "xdp -g", "xdp -i", "xdp -m"];
 
@@ -84,8 +84,8 @@ fn packets_cost_fewer_instructions_than_with_the_kernels_ipvs() -> Result<()> {
         let fewer = kernel.established / bpfvs.established;
         ensure!(fewer >= FEWER, "{method}: bpfvs adds only {fewer:.2} times fewer instructions than IPVS");
     }
-    let routed = costs["xdp -g"].established;
-    ensure!(routed <= MOST, "a packet of an established connection takes {routed:.0} instructions, and must not take {MOST:.0}");
+    let routed = added(&costs, "xdp -g").context("all ways were measured")?.established;
+    ensure!(routed <= MOST, "direct routing adds {routed:.0} instructions to an established packet, and must not add {MOST:.0}");
     if env::var_os("BPFVS_INSTRUCTIONS_UPDATE").is_some() {
         document::write("instructions", &table(&costs))?;
         document::write("instructions-of-steps", &steps)?;
