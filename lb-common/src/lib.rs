@@ -43,6 +43,7 @@ pub mod mark;
 pub mod model;
 pub mod packet;
 pub mod pick;
+pub mod quarrel;
 pub mod reason;
 pub mod reply;
 pub mod schedule;

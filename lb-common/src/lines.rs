@@ -34,6 +34,7 @@ use crate::{
     family::{Ipv4, Ipv6},
     local::Local,
     packet::transport::Ports,
+    wire::plain,
 };
 
 /// Words of a line.
@@ -50,7 +51,7 @@ pub struct Seed {
     pub second: [u64; 11],
 }
 
-crate::wire::plain! { Seed = 176 }
+plain! { Seed = 176 }
 
 /// Why nothing was inserted.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -76,7 +77,7 @@ pub trait Key: Copy + Eq {
     fn from_words(addresses: &[u64; 4], identity: u64) -> Self;
     /// A hash: the sum of products of secret numbers and half words, which for any two keys is the same under hardly any seed, and
     /// then a mixture, because sums of keys that follow each other would follow each other.
-    fn hash(&self, numbers: &[u64; 11]) -> u32;
+    fn hash(&self, number: impl Fn(usize) -> u64) -> u32;
 }
 
 /// Memory in which a table lies.
@@ -86,8 +87,10 @@ pub trait Memory<K> {
 
     /// How many lines there are: an even number.
     fn lines(&self) -> u32;
-    /// The secret numbers.
-    fn seed(&self) -> &Seed;
+    /// One of the secret numbers for the home line.
+    fn home_number(&self, index: usize) -> u64;
+    /// One of those for the second line.
+    fn second_number(&self, index: usize) -> u64;
     /// A line.
     fn line(&self, index: u32) -> Option<Self::Line>;
     /// Reads a word.
@@ -156,14 +159,14 @@ struct Way<L> {
 
 #[inline(always)]
 fn way<K: Key, M: Memory<K>>(memory: &M, key: &K) -> Option<Way<M::Line>> {
-    let home = index(key.hash(&memory.seed().home), memory.lines());
+    let home = index(key.hash(|index| memory.home_number(index)), memory.lines());
     Some(Way { home: memory.line(home)?, indices: [home, home ^ 1, 0, 0] })
 }
 
 /// The second hash is for the few that need it.
 #[inline(always)]
 fn extend<K: Key, M: Memory<K>>(memory: &M, key: &K, way: &mut Way<M::Line>) {
-    let second = index(key.hash(&memory.seed().second), memory.lines());
+    let second = index(key.hash(|index| memory.second_number(index)), memory.lines());
     way.indices[2] = second;
     way.indices[3] = second ^ 1;
 }
@@ -476,7 +479,7 @@ pub fn visit<K: Key, M: Memory<K>>(memory: &M, index: u32, mut visit: impl FnMut
             let key = K::from_words(&addresses, control & IDENTITY);
             let mut found = Found { place, control, away: false };
             if is_still(memory, &found) {
-                found.away = self::index(key.hash(&memory.seed().home), memory.lines()) != index;
+                found.away = self::index(key.hash(|index| memory.home_number(index)), memory.lines()) != index;
                 visit(&key, &found);
             }
         }
@@ -505,9 +508,9 @@ impl Key for ConnectionKey<Ipv4> {
     }
 
     #[inline(always)]
-    fn hash(&self, numbers: &[u64; 11]) -> u32 {
-        let products = numbers[1].wrapping_mul(self.client as u64).wrapping_add(numbers[2].wrapping_mul(self.vip as u64));
-        mix(hash_identity(self, numbers).wrapping_add(products))
+    fn hash(&self, number: impl Fn(usize) -> u64) -> u32 {
+        let products = number(1).wrapping_mul(self.client as u64).wrapping_add(number(2).wrapping_mul(self.vip as u64));
+        mix(hash_identity(self, &number).wrapping_add(products))
     }
 }
 
@@ -535,14 +538,14 @@ impl Key for ConnectionKey<Ipv6> {
     }
 
     #[inline(always)]
-    fn hash(&self, numbers: &[u64; 11]) -> u32 {
-        let mut sum = hash_identity(self, numbers);
-        sum = sum.wrapping_add(numbers[1].wrapping_mul(self.client[0] as u64));
-        sum = sum.wrapping_add(numbers[2].wrapping_mul(self.vip[0] as u64));
+    fn hash(&self, number: impl Fn(usize) -> u64) -> u32 {
+        let mut sum = hash_identity(self, &number);
+        sum = sum.wrapping_add(number(1).wrapping_mul(self.client[0] as u64));
+        sum = sum.wrapping_add(number(2).wrapping_mul(self.vip[0] as u64));
         let mut word = 1;
         while word < 4 {
-            sum = sum.wrapping_add(numbers[3 + 2 * word].wrapping_mul(self.client[word] as u64));
-            sum = sum.wrapping_add(numbers[4 + 2 * word].wrapping_mul(self.vip[word] as u64));
+            sum = sum.wrapping_add(number(3 + 2 * word).wrapping_mul(self.client[word] as u64));
+            sum = sum.wrapping_add(number(4 + 2 * word).wrapping_mul(self.vip[word] as u64));
             word += 1;
         }
         mix(sum)
@@ -567,10 +570,10 @@ const fn mix(sum: u64) -> u32 {
 }
 
 #[inline(always)]
-const fn hash_identity<A>(key: &ConnectionKey<A>, numbers: &[u64; 11]) -> u64 {
+fn hash_identity<A>(key: &ConnectionKey<A>, number: &impl Fn(usize) -> u64) -> u64 {
     let identity = identity(key);
-    let sum = numbers[0].wrapping_add(numbers[3].wrapping_mul(identity & 0xffff_ffff));
-    sum.wrapping_add(numbers[4].wrapping_mul(identity >> 32))
+    let sum = number(0).wrapping_add(number(3).wrapping_mul(identity & 0xffff_ffff));
+    sum.wrapping_add(number(4).wrapping_mul(identity >> 32))
 }
 
 #[cfg(test)]

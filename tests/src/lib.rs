@@ -19,6 +19,7 @@
 //! | connections that begin and end on it, for schedulers | [`arrivals`], and who should get them: [`book`] |
 //! | nanoseconds per packet | [`speed`], and others beside bpfvs: [`peers`] |
 //! | what a packet costs from end to end, in instructions | [`chain`] |
+//! | another connection table beside the kernel's hash map | [`tables`] |
 //! | a program for the far end of a veth pair | [`pass`] |
 //! | other kernels | [`vm`] |
 //! | bpfvs and the kernel's own IPVS, compared: what they choose | [`differential`] |
@@ -47,6 +48,7 @@ pub mod peers;
 pub mod programs;
 pub mod skip;
 pub mod speed;
+pub mod tables;
 pub mod test_run;
 pub mod translation;
 pub mod vm;
