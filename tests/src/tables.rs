@@ -27,7 +27,7 @@ use lb_common::{
 };
 use memmap2::{MmapOptions, MmapRaw};
 
-use crate::{lab::Family, speed::harness};
+use crate::speed::harness;
 
 /// The loaded object.
 #[derive(Debug)]

@@ -270,11 +270,10 @@ fn repeat(context: &RawTracePointContext, act: unsafe extern "C" fn(u32, *mut Ru
 }
 
 /// What the harness itself costs.
-unsafe extern "C" fn nothing<T: Table>(_: u32, run: *mut Run) -> i64 {
+unsafe extern "C" fn nothing(_: u32, run: *mut Run) -> i64 {
     // SAFETY: the kernel hands over what `bpf_loop` was given; so below.
     unsafe {
-        let key = T::Key::of((*run).number());
-        core::hint::black_box(&key);
+        (*run).torn ^= u64::from((*run).number());
         (*run).flow += 1;
         (*run).done += 1;
     }
@@ -377,8 +376,8 @@ macro_rules! programs {
     )*};
 }
 programs! {
-    nothing_v4: nothing::<Hash<Ipv4>>;
-    nothing_v6: nothing::<Hash<Ipv6>>;
+    nothing_v4: nothing;
+    nothing_v6: nothing;
     hash_find_v4: find::<Hash<Ipv4>>;
     hash_find_v6: find::<Hash<Ipv6>>;
     hash_insert_v4: insert::<Hash<Ipv4>>;
