@@ -3,7 +3,8 @@
 //! The datapath is optimised in every profile, and nothing else is timed, so the ordinary build will do. The figures are
 //! printed, and written as JSON to `bench.json` in cargo's target directory, or where `--json` says.
 //!
-//! `cargo xtask bench peers` measures bpfvs beside plain routing, nftables, HAProxy and nginx, with wrk and iperf3.
+//! `cargo xtask bench peers` measures bpfvs beside plain routing, nftables, HAProxy and nginx, with wrk and iperf3;
+//! `cargo xtask bench table` a prototype of another connection table beside the kernel's hash map.
 
 use std::{
     ffi::OsString,
@@ -38,12 +39,14 @@ pub(crate) struct Options {
 #[derive(clap::Subcommand)]
 enum What {
     /// bpfvs beside plain routing, nftables, HAProxy and nginx: requests, throughput, CPU
-    Peers(Peers),
+    Peers(Other),
+    /// A prototype of another connection table beside the kernel's hash map: nanoseconds for each operation
+    Table(Other),
 }
 
-/// What the benchmark of peers is told.
+/// What such a benchmark is told.
 #[derive(clap::Args)]
-struct Peers {
+struct Other {
     /// Writes the figures to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -58,6 +61,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         setup::programs(Purpose::Peers)?;
         let figures = peers.json.clone().unwrap_or_else(|| target_directory().join("peers.json"));
         return measure(Profile::Release, "peers", &figures, &peers.further);
+    }
+    if let Some(What::Table(table)) = &options.what {
+        let figures = table.json.clone().unwrap_or_else(|| target_directory().join("table.json"));
+        return measure(Profile::Debug, "table", &figures, &table.further);
     }
     setup::programs(Purpose::Test)?;
     let figures = options.json.clone().unwrap_or_else(|| target_directory().join("bench.json"));
