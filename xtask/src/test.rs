@@ -5,13 +5,15 @@
 //! | `fmt` | the formatting | user |
 //! | `clippy` | lints of the whole workspace, `lb-ebpf` among it, compiled for the host | user |
 //! | `unit` | tests and examples inside `lb-common`, `bpfvs` and `xtask` | user |
-//! | `netns` | tests in network namespaces: all of `tests/tests` and `lb-user/tests` that belongs to no other part | root |
 //! | `budget` | the verifier's work: `tests/tests/verifier_budget.rs` | root |
 //! | `demo` | `cargo xtask demo --once` | root |
-//! | `vm` | other kernels in a virtual machine: `tests/tests/vm` and `vm_*.rs` | root |
+//! | `netns` | tests in network namespaces: all of `tests/tests` and `lb-user/tests` that belongs to no other part | root |
+//! | `vm` | other kernels in a virtual machine: `tests/tests/vm` | root |
+//! | `timing` | what measures, or decides by the millisecond: [`TIMING`] | root |
 //!
-//! `cargo xtask test unit netns` runs these two. A part that fails does not keep the next from running: at the end stand the
-//! closing lines of all, with what was skipped. As everything that the tests call was installed before, a test that
+//! `cargo xtask test unit netns` runs these two. `netns` mostly waits and `vm` mostly computes, so they run side by side, and what
+//! `vm` prints follows when both are over; `timing` has the machine to itself. A part that fails does not keep the next from
+//! running: at the end stand the closing lines of all, with what was skipped. As everything that the tests call was installed before, a test that
 //! skips itself fails; `--allow-skips` is for machines where something cannot be had. What this kernel or this version of bpfvs
 //! cannot do is no failure, but is printed.
 //!
@@ -30,13 +32,16 @@ use clap::ValueEnum;
 
 use crate::{
     build::{self, Profile},
-    command::{announce, as_root, assignment, cargo, repository, say, shown, target_directory},
+    command::{as_root, assignment, cargo, repository, shown, target_directory},
     demo, package,
     setup::{self, Purpose},
 };
 
 /// The file with the test of the budget, and what it is called among the tests.
 const BUDGET: &str = "verifier_budget";
+
+/// The files of tests that must not share the machine.
+const TIMING: [&str; 4] = ["restore", "scheduling", "speed", "vm_schedulers"];
 
 /// What to test.
 #[derive(clap::Args)]
@@ -69,14 +74,16 @@ enum Part {
     Clippy,
     /// Tests of the libraries, on the host
     Unit,
-    /// Black-box tests in network namespaces
-    Netns,
     /// The verifier's work for each program
     Budget,
     /// The demo
     Demo,
+    /// Black-box tests in network namespaces
+    Netns,
     /// Other kernels, in a virtual machine
     Vm,
+    /// Tests that measure time
+    Timing,
 }
 
 impl Part {
@@ -86,14 +93,15 @@ impl Part {
 
     /// Whether it runs as root, with the finished program.
     fn needs_root(self) -> bool {
-        self >= Self::Netns
+        self >= Self::Budget
     }
 
     /// The part that a file of black-box tests belongs to.
     fn of_test(name: &str) -> Self {
         match name {
             BUDGET => Self::Budget,
-            _ if name == "vm" || name.starts_with("vm_") => Self::Vm,
+            "vm" => Self::Vm,
+            _ if TIMING.contains(&name) => Self::Timing,
             _ => Self::Netns,
         }
     }
@@ -103,8 +111,37 @@ impl Part {
 struct Report {
     part: Part,
     error: Option<anyhow::Error>,
-    closing_lines: Vec<String>,
+    output: Output,
     duration: Duration,
+}
+
+/// What a part prints.
+#[derive(Default)]
+struct Output {
+    /// What is held back until later, if it is.
+    held: Option<Vec<String>>,
+    /// What belongs to the end.
+    closing_lines: Vec<String>,
+}
+
+impl Output {
+    fn held_back() -> Self {
+        Self { held: Some(Vec::new()), ..Self::default() }
+    }
+
+    fn say(&mut self, line: String) {
+        if is_closing(&line) {
+            self.closing_lines.push(line.trim().to_owned());
+        }
+        match &mut self.held {
+            Some(held) => held.push(line),
+            None => println!("{line}"),
+        }
+    }
+
+    fn release(&mut self) {
+        self.held.take().into_iter().flatten().for_each(|line| println!("{line}"));
+    }
 }
 
 /// Runs the parts and prints their closing lines.
@@ -115,24 +152,42 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     prepare(&parts)?;
 
     let mut reports = Vec::new();
-    for part in parts {
-        say(&format!("\n{}", part.name()));
-        let begin = Instant::now();
-        let mut closing_lines = Vec::new();
-        let error = run_part(part, options, &mut closing_lines).err();
-        if let Some(error) = &error {
-            say(&format!("{} failed: {error:#}", part.name()));
+    for part in &parts {
+        match part {
+            Part::Netns if parts.contains(&Part::Vm) => reports.extend(side_by_side([Part::Netns, Part::Vm], options)),
+            Part::Vm if parts.contains(&Part::Netns) => {}
+            part => reports.push(report(*part, options, Output::default())),
         }
-        reports.push(Report { part, error, closing_lines, duration: begin.elapsed() });
     }
     Ok(summary(&reports))
+}
+
+/// Runs two parts at once, and prints what the second one says when both are over.
+fn side_by_side([first, second]: [Part; 2], options: &Options) -> [Report; 2] {
+    std::thread::scope(|scope| {
+        let beside = scope.spawn(|| report(second, options, Output::held_back()));
+        let first = report(first, options, Output::default());
+        let mut second = beside.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        second.output.release();
+        [first, second]
+    })
+}
+
+fn report(part: Part, options: &Options, mut output: Output) -> Report {
+    output.say(format!("\n{}", part.name()));
+    let begin = Instant::now();
+    let error = run_part(part, options, &mut output).err();
+    if let Some(error) = &error {
+        output.say(format!("{} failed: {error:#}", part.name()));
+    }
+    Report { part, error, output, duration: begin.elapsed() }
 }
 
 /// Measures the verifier's work and compares it with the committed file, or writes that file.
 pub(crate) fn budget(options: BudgetOptions) -> Result<()> {
     prepare(&[Part::Budget])?;
     let environment: &[_] = if options.update { &["BPFVS_BUDGET_UPDATE=1"] } else { &[] };
-    watched(with_root(&[BUDGET.to_owned()], environment)?.args(["--", "--nocapture"]), &mut Vec::new())
+    watched(with_root(&[BUDGET.to_owned()], environment)?.args(["--", "--nocapture"]), &mut Output::default())
 }
 
 /// The cases that `cargo xtask golden` runs.
@@ -153,14 +208,14 @@ pub(crate) fn golden(options: &GoldenOptions) -> Result<()> {
         environment.push(format!("BPFVS_GOLDEN={}", directory.display()));
     }
     let environment: Vec<_> = environment.iter().map(String::as_str).collect();
-    let mut closing_lines = Vec::new();
+    let mut output = Output::default();
     let printing = watched(
         cargo().args(["test", "--quiet", "--package", "bpfvs", "--test", "ipvsadm_format", "--", "--nocapture"]),
-        &mut Vec::new(),
+        &mut Output::default(),
     );
-    let answering = watched(&mut with_root(&["golden".to_owned()], &environment)?, &mut closing_lines);
+    let answering = watched(&mut with_root(&["golden".to_owned()], &environment)?, &mut output);
     // Behind what cargo says about a failure.
-    closing_lines.iter().filter(|line| line.starts_with("golden: ")).for_each(|line| println!("{line}"));
+    output.closing_lines.iter().filter(|line| line.starts_with("golden: ")).for_each(|line| println!("{line}"));
     printing.and(answering)
 }
 
@@ -173,7 +228,7 @@ fn prepare(parts: &[Part]) -> Result<()> {
         setup::toolchain()?;
     }
     if let Some(last) = parts.iter().max().filter(|part| part.needs_root()) {
-        setup::programs(if *last == Part::Vm { Purpose::Machine } else { Purpose::Test })?;
+        setup::programs(if *last >= Part::Vm { Purpose::Machine } else { Purpose::Test })?;
         build::bpfvs(Profile::Debug)?;
     }
     if parts.contains(&Part::Netns) {
@@ -182,13 +237,13 @@ fn prepare(parts: &[Part]) -> Result<()> {
     Ok(())
 }
 
-fn run_part(part: Part, options: &Options, closing_lines: &mut Vec<String>) -> Result<()> {
+fn run_part(part: Part, options: &Options, output: &mut Output) -> Result<()> {
     let filter = options.filter.as_slice();
     match part {
-        Part::Fmt => watched(cargo().args(["fmt", "--all", "--check"]), closing_lines),
+        Part::Fmt => watched(cargo().args(["fmt", "--all", "--check"]), output),
         Part::Clippy => {
             let arguments = ["clippy", "--workspace", "--all-targets", "--quiet", "--", "--deny", "warnings"];
-            watched(cargo().args(arguments), closing_lines)
+            watched(cargo().args(arguments), output)
         }
         Part::Unit => {
             let libraries = ["--package", "lb-common", "--package", "bpfvs"];
@@ -196,18 +251,18 @@ fn run_part(part: Part, options: &Options, closing_lines: &mut Vec<String>) -> R
             tests.arg("test").args(libraries).args(["--package", "xtask", "--lib", "--bins", "--no-fail-fast", "--"]);
             let mut examples = cargo();
             examples.args(["test", "--doc"]).args(libraries).arg("--");
-            watched(tests.args(filter), closing_lines)?;
-            watched(examples.args(filter), closing_lines)
+            watched(tests.args(filter), output)?;
+            watched(examples.args(filter), output)
         }
-        Part::Netns | Part::Budget | Part::Vm => {
+        Part::Budget | Part::Netns | Part::Vm | Part::Timing => {
             let tests: Vec<_> = root_tests()?.into_iter().filter(|name| Part::of_test(name) == part).collect();
             if tests.is_empty() {
                 bail!("there is no file of tests for this part");
             }
             let environment: &[_] = if options.allow_skips { &[] } else { &["BPFVS_TESTS_MUST_RUN=1"] };
-            watched(with_root(&tests, environment)?.arg("--").args(filter), closing_lines)
+            watched(with_root(&tests, environment)?.arg("--").args(filter), output)
         }
-        Part::Demo => watched(&mut demo::once()?, closing_lines),
+        Part::Demo => watched(&mut demo::once()?, output),
     }
 }
 
@@ -249,8 +304,8 @@ fn with_root(tests: &[String], environment: &[&str]) -> Result<Command> {
 }
 
 /// Runs a command, passes on what it prints, and keeps the lines that belong to the end.
-fn watched(command: &mut Command, closing_lines: &mut Vec<String>) -> Result<()> {
-    announce(command);
+fn watched(command: &mut Command, output: &mut Output) -> Result<()> {
+    output.say(format!("$ {}", shown(command)));
     // One pipe for both, so that the lines stay in their order.
     let (reader, writer) = std::io::pipe().context("no pipe for the output of the tests: too many files are open")?;
     let error_writer = writer.try_clone().context("no pipe for the output of the tests: too many files are open")?;
@@ -263,11 +318,7 @@ fn watched(command: &mut Command, closing_lines: &mut Vec<String>) -> Result<()>
     // The command still holds the writing end, and the reader waits until all are closed.
     command.stdout(Stdio::null()).stderr(Stdio::null());
     for line in BufReader::new(reader).lines() {
-        let line = line.context("the output of the tests cannot be read: is it text?")?;
-        println!("{line}");
-        if is_closing(&line) {
-            closing_lines.push(line.trim().to_owned());
-        }
+        output.say(line.context("the output of the tests cannot be read: is it text?")?);
     }
     let status = child.wait().context("the tests cannot be waited for")?;
     if !status.success() {
@@ -288,10 +339,10 @@ fn is_closing(line: &str) -> bool {
 
 fn summary(reports: &[Report]) -> ExitCode {
     println!("\n{:-<72}", "");
-    for Report { part, error, closing_lines, duration } in reports {
+    for Report { part, error, output, duration } in reports {
         let verdict = if error.is_some() { "FAILED" } else { "ok" };
         println!("{:<8} {verdict:<6} {:>6.1} s", part.name(), duration.as_secs_f32());
-        for line in closing_lines {
+        for line in &output.closing_lines {
             println!("         {line}");
         }
     }
@@ -311,7 +362,7 @@ mod tests {
     #[test]
     fn files_of_tests_belong_to_parts() {
         assert_eq!(Part::of_test("vm"), Part::Vm);
-        assert_eq!(Part::of_test("vm_ipvs"), Part::Vm);
+        assert_eq!(Part::of_test("vm_schedulers"), Part::Timing);
         assert_eq!(Part::of_test("vmware"), Part::Netns);
         assert_eq!(Part::of_test(BUDGET), Part::Budget);
         assert_eq!(Part::of_test("direct_routing"), Part::Netns);
@@ -328,10 +379,10 @@ mod tests {
 
     #[test]
     fn output_keeps_its_order_and_its_closing_lines() {
-        let mut lines = Vec::new();
+        let mut output = Output::default();
         let script = "echo 'SKIPPED a'; echo 'SKIPPED b' >&2; echo other; echo 'SKIPPED c'";
-        watched(Command::new("sh").args(["-c", script]), &mut lines).expect("the script succeeds");
-        assert_eq!(lines, ["SKIPPED a", "SKIPPED b", "SKIPPED c"]);
-        assert!(watched(Command::new("sh").args(["-c", "exit 3"]), &mut lines).is_err());
+        watched(Command::new("sh").args(["-c", script]), &mut output).expect("the script succeeds");
+        assert_eq!(output.closing_lines, ["SKIPPED a", "SKIPPED b", "SKIPPED c"]);
+        assert!(watched(Command::new("sh").args(["-c", "exit 3"]), &mut output).is_err());
     }
 }

@@ -11,6 +11,7 @@
 //! Whoever may open the socket may do everything: it has the mode 0660, and its group is root's.
 
 pub mod client;
+pub mod metrics;
 pub mod server;
 
 use serde::{Deserialize, Serialize};
@@ -31,6 +32,7 @@ pub const ROUTES: &[(&str, &str, &str)] = &[
     ("GET", "/v1/sync-daemons", "the synchronisation daemons, and what they have told or heard"),
     ("GET", "/v1/status", "how the daemon is"),
     ("GET", "/v1/reasons", "why packets were not forwarded"),
+    ("GET", "/metrics", "all of that in numbers, for Prometheus"),
     ("POST", "/v1/attach", "attaches an interface: {\"interface\": name, \"hook\": \"auto\", \"xdp\" or \"tc\"}"),
     ("POST", "/v1/detach", "detaches an interface: {\"interface\": name}"),
     ("POST", "/v1/stop", "ends the daemon; {\"detach\": true} takes the datapath away, too"),

@@ -2,11 +2,12 @@
 
 use std::{sync::Arc, time::Duration};
 
+use anyhow::Context as _;
 use axum::{
     Json, Router,
     body::Bytes,
     extract::{DefaultBodyLimit, RawQuery, State},
-    http::{Method, StatusCode, Uri},
+    http::{Method, StatusCode, Uri, header::CONTENT_TYPE},
     response::{IntoResponse, Response},
     routing::{get, post},
 };
@@ -17,7 +18,10 @@ use tokio::{
 };
 use tracing::warn;
 
-use super::{Attach, Detach, Failure, MORE, ROUTES, Route, Stop};
+use super::{
+    Attach, Detach, Failure, MORE, ROUTES, Route, Stop,
+    metrics::{self, Snapshot},
+};
 use crate::{
     daemon::{Daemon, Instance},
     director::model::{
@@ -50,6 +54,7 @@ pub fn router<I: Instance>(daemon: Shared<I>) -> Router {
         .route("/v1/sync-daemons", get(sync_daemons::<I>))
         .route("/v1/status", get(status::<I>))
         .route("/v1/reasons", get(reasons::<I>))
+        .route(METRICS, get(metrics::<I>))
         .route("/v1/attach", post(attach::<I>))
         .route("/v1/detach", post(detach::<I>))
         .route("/v1/stop", post(stop::<I>))
@@ -57,6 +62,14 @@ pub fn router<I: Instance>(daemon: Shared<I>) -> Router {
         .method_not_allowed_fallback(nothing_here)
         .layer(DefaultBodyLimit::max(LARGEST_REQUEST))
         .with_state(daemon)
+}
+
+/// The route that reads only, and that may be offered to others: see [`metrics_alone`].
+const METRICS: &str = "/metrics";
+
+/// The metrics and nothing else, for a port that others reach.
+pub fn metrics_alone<I: Instance>(daemon: Shared<I>) -> Router {
+    Router::new().route(METRICS, get(metrics::<I>)).with_state(daemon)
 }
 
 /// An answer that is an error.
@@ -151,6 +164,15 @@ async fn status<I: Instance>(State(daemon): State<Shared<I>>) -> Json<Status> {
 
 async fn reasons<I: Instance>(State(daemon): State<Shared<I>>) -> Answer<Vec<ReasonView>> {
     Ok(Json(daemon.lock().await.reasons()?))
+}
+
+async fn metrics<I: Instance>(State(daemon): State<Shared<I>>) -> Result<impl IntoResponse, Error> {
+    let snapshot = {
+        let daemon = daemon.lock().await;
+        Snapshot { status: daemon.status(), services: daemon.services()?, reasons: daemon.reasons()? }
+    };
+    let page = snapshot.page().context("the metrics cannot be written")?;
+    Ok(([(CONTENT_TYPE, metrics::CONTENT_TYPE)], page))
 }
 
 async fn attach<I: Instance>(State(daemon): State<Shared<I>>, body: Bytes) -> Answer<()> {

@@ -1,6 +1,6 @@
 //! `bpfvs serve`, `stop`, `attach`, `detach`: the daemon's life.
 
-use std::path::PathBuf;
+use std::{net::SocketAddr, path::PathBuf};
 
 use clap::Args;
 
@@ -32,6 +32,9 @@ pub(super) struct Serve {
     /// the distribution's, if its own ipvsadm would restore them
     #[arg(long, env = "BPFVS_RULES", value_name = "FILE|auto")]
     rules: Option<PathBuf>,
+    /// Offer the metrics (and nothing else) to Prometheus at this address, too: 127.0.0.1:9117
+    #[arg(long, env = "BPFVS_METRICS", value_name = "ADDRESS:PORT")]
+    metrics: Option<SocketAddr>,
     /// Write the rules to that file at the end
     #[arg(long, requires = "rules")]
     save_rules: bool,
@@ -39,9 +42,9 @@ pub(super) struct Serve {
 
 impl Serve {
     pub(super) fn run(self, socket: Option<PathBuf>) -> anyhow::Result<()> {
-        let Self { interfaces, hook, netns, state, max_connections, rules, save_rules } = self;
+        let Self { interfaces, hook, netns, state, max_connections, rules, metrics, save_rules } = self;
         let rules = rules.map(|file| rule_file::find(&file, save_rules)).transpose()?.flatten();
-        kernel::run(Options { interfaces, hook, netns, socket, state, max_connections, rules })
+        kernel::run(Options { interfaces, hook, netns, socket, state, max_connections, rules, metrics })
     }
 }
 

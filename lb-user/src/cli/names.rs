@@ -39,14 +39,7 @@ impl FromStr for ServiceName {
 
 impl fmt::Display for ServiceName {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
-            ServiceId::Address { protocol, address, port } => {
-                let protocol = protocol.to_string().to_lowercase();
-                write!(formatter, "{protocol}://{}", SocketAddr::new(address, port))
-            }
-            ServiceId::Mark { mark, family: Family::Ipv4 } => write!(formatter, "mark:{mark}"),
-            ServiceId::Mark { mark, family: Family::Ipv6 } => write!(formatter, "mark6:{mark}"),
-        }
+        formatter.write_str(&self.0.name())
     }
 }
 

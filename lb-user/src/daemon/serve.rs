@@ -11,6 +11,7 @@
 use std::{
     fs,
     io::{self, Write},
+    net::{SocketAddr, TcpListener},
     os::unix::{
         fs::{DirBuilderExt, FileTypeExt, PermissionsExt},
         net::{UnixListener, UnixStream},
@@ -40,7 +41,7 @@ use super::{
     synchronisation::{keep_listening, keep_telling},
 };
 use crate::{
-    api::server::router,
+    api::server::{metrics_alone, router},
     director::{
         Director,
         model::{Command, Hook, Outcome, ServiceView, SyncRole},
@@ -79,6 +80,8 @@ pub struct Options {
     pub max_connections: u32,
     /// What to begin with, if there is nothing to take over.
     pub rules: Option<Rules>,
+    /// Where to offer the metrics besides.
+    pub metrics: Option<SocketAddr>,
 }
 
 /// Rules from a file.
@@ -110,9 +113,10 @@ pub fn serve<I: Instance>(options: Options) -> anyhow::Result<()> {
     let state = read_state(&state_file, netns_cookie)?;
     make_run_directory()?;
     let socket = options.socket.unwrap_or_else(|| identity.socket());
+    let metrics = options.metrics.map(listen_for_metrics).transpose()?;
     let door = match activated()? {
-        Some(listener) => Door { listener, path: socket, own: false },
-        None => Door { listener: listen(&socket)?, path: socket, own: true },
+        Some(listener) => Door { listener, path: socket, own: false, metrics },
+        None => Door { listener: listen(&socket)?, path: socket, own: true, metrics },
     };
     let opening = Opening {
         pins: identity.pins(),
@@ -213,6 +217,18 @@ pub(super) fn listen(path: &Path) -> anyhow::Result<UnixListener> {
     listen().with_context(|| format!("cannot listen at {}; see that its directory exists and can be written", path.display()))
 }
 
+/// Listens where the metrics are to be offered.
+fn listen_for_metrics(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    let listen = || {
+        let listener = TcpListener::bind(address)?;
+        listener.set_nonblocking(true)?;
+        io::Result::Ok(listener)
+    };
+    listen().with_context(|| {
+        format!("cannot offer the metrics at {address}; name a free port of an address of this host (`--metrics`)")
+    })
+}
+
 /// The socket that a service manager has opened for the daemon, if there is one: whoever knocked there first has started it.
 fn activated() -> anyhow::Result<Option<UnixListener>> {
     let taken = ListenFd::from_env().take_unix_listener(0).and_then(|listener| {
@@ -228,12 +244,14 @@ pub(super) struct Door {
     pub(super) path: PathBuf,
     /// Whether the daemon has made it, and takes it away.
     pub(super) own: bool,
+    /// Where others read the metrics.
+    pub(super) metrics: Option<TcpListener>,
 }
 
 /// Serves requests and ticks until the daemon is told to end.
 pub(super) async fn run<I: Instance>(
     mut daemon: Daemon<I>,
-    Door { listener, path, own }: Door,
+    Door { listener, path, own, metrics }: Door,
     lock: Lock,
     rules: Option<Rules>,
 ) -> anyhow::Result<()> {
@@ -248,6 +266,11 @@ pub(super) async fn run<I: Instance>(
     let closed = Arc::clone(&closing);
     let server = axum::serve(listener, router(Arc::clone(&daemon))).with_graceful_shutdown(async move { closed.notified().await });
     let server = tokio::spawn(server.into_future());
+    if let Some(listener) = metrics {
+        let listener =
+            tokio::net::TcpListener::from_std(listener).context("cannot offer the metrics; see the limits of open files")?;
+        tokio::spawn(axum::serve(listener, metrics_alone(Arc::clone(&daemon))).into_future());
+    }
 
     let mut seconds = interval(Duration::from_secs(1));
     seconds.set_missed_tick_behavior(MissedTickBehavior::Delay);

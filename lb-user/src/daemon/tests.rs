@@ -97,7 +97,9 @@ fn with_daemon(directory: &Path, named: bool, talk: impl FnOnce(Client)) {
         let socket = socket.clone();
         move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("there are resources");
-            runtime.block_on(serve::run(daemon, serve::Door { listener, path: socket, own: true }, lock, None)).expect("it runs");
+            runtime
+                .block_on(serve::run(daemon, serve::Door { listener, path: socket, own: true, metrics: None }, lock, None))
+                .expect("it runs");
         }
     });
     talk(Client::new(socket.clone()));

@@ -5,7 +5,7 @@
 use std::{
     collections::BTreeMap,
     fmt,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     str::FromStr,
 };
 
@@ -108,6 +108,17 @@ pub enum ServiceId {
 const FTP: u16 = 21;
 
 impl ServiceId {
+    /// How bpfvs's own commands write it: `tcp://10.0.0.200:80`, `udp://[2001:db8::1]:53`, `mark:10`, `mark6:10`.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Address { protocol, address, port } => {
+                format!("{}://{}", protocol.to_string().to_lowercase(), SocketAddr::new(*address, *port))
+            }
+            Self::Mark { mark, family: Family::Ipv4 } => format!("mark:{mark}"),
+            Self::Mark { mark, family: Family::Ipv6 } => format!("mark6:{mark}"),
+        }
+    }
+
     /// The family of the service's packets.
     pub const fn family(&self) -> Family {
         match self {
