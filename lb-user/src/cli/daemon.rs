@@ -28,6 +28,10 @@ pub(super) struct Serve {
     /// How many connections each table (IPv4, IPv6) can hold
     #[arg(long, default_value_t = 1_048_576, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..))]
     max_connections: u32,
+    /// How many picks a CPU takes from a service's schedule at a time. With 1, connections get real servers in IPVS's order, whatever
+    /// CPU they come by. More save CPUs that begin connections of one service from waiting for each other
+    #[arg(long, default_value_t = 1, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    picks_at_once: u32,
     /// Begin with the rules in this file (those of `ipvsadm-save`), unless there is something to take over; `auto` stands for
     /// the distribution's, if its own ipvsadm would restore them
     #[arg(long, env = "BPFVS_RULES", value_name = "FILE|auto")]
@@ -42,9 +46,9 @@ pub(super) struct Serve {
 
 impl Serve {
     pub(super) fn run(self, socket: Option<PathBuf>) -> anyhow::Result<()> {
-        let Self { interfaces, hook, netns, state, max_connections, rules, metrics, save_rules } = self;
+        let Self { interfaces, hook, netns, state, max_connections, picks_at_once, rules, metrics, save_rules } = self;
         let rules = rules.map(|file| rule_file::find(&file, save_rules)).transpose()?.flatten();
-        kernel::run(Options { interfaces, hook, netns, socket, state, max_connections, rules, metrics })
+        kernel::run(Options { interfaces, hook, netns, socket, state, max_connections, picks_at_once, rules, metrics })
     }
 }
 

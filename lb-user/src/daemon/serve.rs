@@ -78,6 +78,8 @@ pub struct Options {
     pub state: Option<PathBuf>,
     /// How many connections each of the two tables can hold.
     pub max_connections: u32,
+    /// How many picks of a service a CPU takes at once.
+    pub picks_at_once: u32,
     /// What to begin with, if there is nothing to take over.
     pub rules: Option<Rules>,
     /// Where to offer the metrics besides.
@@ -124,6 +126,7 @@ pub fn serve<I: Instance>(options: Options) -> anyhow::Result<()> {
         interfaces: options.interfaces,
         hook: options.hook,
         max_connections: options.max_connections,
+        picks_at_once: options.picks_at_once,
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.context("cannot run the daemon: there is no event loop to be had; see the limits of open files")?;
