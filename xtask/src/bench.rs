@@ -4,7 +4,8 @@
 //! printed, and written as JSON to `bench.json` in cargo's target directory, or where `--json` says.
 //!
 //! `cargo xtask bench peers` measures bpfvs beside plain routing, nftables, HAProxy and nginx, with wrk and iperf3;
-//! `cargo xtask bench table` a prototype of another connection table beside the kernel's hash map.
+//! `cargo xtask bench table` a prototype of another connection table beside the kernel's hash map; `cargo xtask bench
+//! contention` new connections on two CPUs at once.
 
 use std::{
     ffi::OsString,
@@ -42,6 +43,8 @@ enum What {
     Peers(Other),
     /// A prototype of another connection table beside the kernel's hash map: nanoseconds for each operation
     Table(Other),
+    /// New connections on two CPUs at once: what they wait for
+    Contention(Other),
 }
 
 /// What such a benchmark is told.
@@ -65,6 +68,11 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if let Some(What::Table(table)) = &options.what {
         let figures = table.json.clone().unwrap_or_else(|| target_directory().join("table.json"));
         return measure(Profile::Debug, "table", &figures, &table.further);
+    }
+    if let Some(What::Contention(contention)) = &options.what {
+        setup::programs(Purpose::Test)?;
+        let figures = contention.json.clone().unwrap_or_else(|| target_directory().join("contention.json"));
+        return measure(Profile::Debug, "contention", &figures, &contention.further);
     }
     setup::programs(Purpose::Test)?;
     let figures = options.json.clone().unwrap_or_else(|| target_directory().join("bench.json"));

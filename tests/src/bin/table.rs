@@ -2,7 +2,7 @@
 //!
 //! What the figures mean, and what was decided: `docs/decisions/connection-table.md`.
 
-use std::{fs, path::PathBuf, time::Duration};
+use std::{fs, path::PathBuf, time::Instant};
 
 use anyhow::{Context, Result, ensure};
 use bpfvs_tests::{
@@ -19,7 +19,6 @@ use lb_common::{
 };
 use nix::{
     sched::{CpuSet, sched_setaffinity},
-    time::{ClockId, clock_gettime},
     unistd::Pid,
 };
 use serde::Serialize;
@@ -44,7 +43,7 @@ struct Options {
 /// Operations in a sample.
 const SAMPLE: u64 = 1 << 17;
 
-/// What was measured of one size: each the minimum over all rounds, in nanoseconds, less what the harness takes.
+/// What was measured of one size: each the minimum over all rounds, in nanoseconds by the clock, less what the harness takes.
 #[derive(Debug, Serialize)]
 struct Line {
     family: &'static str,
@@ -103,20 +102,20 @@ fn measure<K: UserKey>(family: &'static str, flows: u64, load: u32, rounds: usiz
     let tables = Tables::load(sizes)?;
     let suffix = K::SUFFIX.to_lowercase();
     let run = |name: &str, flows, flow, part, times: u64| -> Result<(Run, f64)> {
-        let begin = cpu_time()?;
+        let begin = Instant::now();
         let run = Run { flow, flows, part, ..Run::default() };
         let done = tables.run(&format!("{name}_{suffix}"), 0, run, times)?;
-        Ok((done, cpu_time()?.saturating_sub(begin).as_secs_f64() * 1e9 / times as f64))
+        Ok((done, begin.elapsed().as_secs_f64() * 1e9 / times as f64))
     };
     let mut fill = [0.0; 3];
     for (place, table) in [(1, "hash"), (2, "lines")] {
-        let begin = cpu_time()?;
+        let begin = Instant::now();
         for first in (0..flows).step_by(1 << 22) {
             let times = (flows - first).min(1 << 22);
             let done = run(&format!("{table}_insert"), flows, first, 0, times)?.0.done;
             ensure!(done == times, "{done} of {times} {family} flows have come into the {table}");
         }
-        fill[place] = cpu_time()?.saturating_sub(begin).as_secs_f64() * 1e9 / flows as f64;
+        fill[place] = begin.elapsed().as_secs_f64() * 1e9 / flows as f64;
     }
     let stashed = tables.stashed::<K>()?.len() as f64 / flows as f64;
     let mut least = [[f64::INFINITY; 6]; 3];
@@ -154,12 +153,12 @@ fn measure<K: UserKey>(family: &'static str, flows: u64, load: u32, rounds: usiz
             note(4, taken * walked as f64 / done.done as f64);
         }
         let mapped = tables.lines::<K>()?;
-        let begin = cpu_time()?;
+        let begin = Instant::now();
         let mut met = 0_u64;
         for index in 0..mapped.lines() {
             lines::visit(&mapped, index, |_: &K, found| met += u64::from(lines::read(&mapped, found).is_some()));
         }
-        least[2][5] = least[2][5].min(cpu_time()?.saturating_sub(begin).as_secs_f64() * 1e9 / met as f64);
+        least[2][5] = least[2][5].min(begin.elapsed().as_secs_f64() * 1e9 / met as f64);
     }
     let nothing = least[0][0];
     let value = size_of::<K>() as f64;
@@ -199,6 +198,3 @@ fn run_new(run: &impl Fn(&str, u64, u64, u64, u64) -> Result<(Run, f64)>, name: 
     Ok((done.done, taken))
 }
 
-fn cpu_time() -> Result<Duration> {
-    Ok(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?.into())
-}

@@ -21,11 +21,13 @@
 //! | the harness and the floors, loaded | [`harness`] |
 //! | samples, and what they come to | [`measure`] |
 //! | what the scheduler and the number of real servers cost a new connection | [`picks`] |
+//! | what new connections cost on two CPUs at once | [`contention`] |
 //! | how far a living daemon's schedules stray from IPVS's choices | [`staleness`] |
 //! | the table for people, the file for programs | [`report`] |
 //!
-//! What this does not measure: drivers, queues, the memory of a network card, several CPUs at once.
+//! What this does not measure: drivers, queues, the memory of a network card; several CPUs at once only in [`contention`].
 
+pub mod contention;
 pub mod harness;
 pub mod measure;
 pub mod picks;
