@@ -1,6 +1,7 @@
 //! What new connections cost when all CPUs begin some at the same time: the cursor, the counters, the insertion.
 //!
-//! Two CPUs run the XDP program at once, each with new flows of its own. What they share tells what costs how much:
+//! Two CPUs run the tc program at once, each with new flows of its own. (With XDP's, the kernel waits before each run until all have
+//! gone on, so that no two are at the same time.) What they share tells what costs how much:
 //!
 //! | case | they share |
 //! | --- | --- |
@@ -10,8 +11,8 @@
 //! | one service, many real servers | and the cursor; a counter hardly ever |
 //! | one service, two real servers | and the counters |
 //!
-//! A sample counts only if both CPUs had nothing else to do in it: its time by the clock is that of the CPU. Samples are short, so
-//! that there are such ones on a machine that is busy.
+//! A sample counts only if both CPUs had nothing else to do in it (its time by the clock is that of the CPU), and did it at the same
+//! time. Samples are short, so that there are such ones on a machine that is busy; `chrt -f 10` makes sure of it.
 
 use std::{
     fmt::{self, Display, Formatter},
@@ -22,13 +23,11 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use aya::maps::{Array, HashMap, Map, MapData};
+use aya::maps::{HashMap, Map, MapData};
 use lb_common::{
     connection::{Connection, ConnectionKey},
     family::ipv4,
     floor::Round,
-    hop::Hop,
-    server::Server,
 };
 use nix::{
     sched::{CpuSet, sched_getaffinity, sched_setaffinity},
@@ -39,7 +38,7 @@ use serde::Serialize;
 use super::{
     harness::{Floor, Harness},
     measure::{Nanoseconds, cpu_time},
-    stage::{INGRESS, TCP, open, unknown_clients},
+    stage::{TCP, open, unknown_clients},
 };
 use crate::{
     bench::{Addresses, Bench},
@@ -163,9 +162,8 @@ fn prepare(picks_at_once: u32) -> Result<Bench> {
     let mut next = 0;
     let mut addresses = |count: u32| {
         let first = next;
-        // Those of each service begin in a cache line of their own.
-        next += count.next_multiple_of(8);
-        (first..first + count).map(|number| Ipv4Addr::from(0x0a01_0100 + number)).collect::<Vec<_>>()
+        next += count;
+        (first..next).map(|number| Ipv4Addr::from(0x0a01_0100 + number)).collect::<Vec<_>>()
     };
     let (mut lines, mut neighbours) = (Vec::new(), Vec::new());
     for port in FIRST..=LARGE {
@@ -179,19 +177,16 @@ fn prepare(picks_at_once: u32) -> Result<Bench> {
     bench.bpfvs.restore(&lines.join("\n"))?;
     bench.bpfvs.wait_for_servers()?;
     bench.bpfvs.kill9()?;
-    let mut servers: Array<MapData, Server> = Array::try_from(Map::Array(open(&bench, "SERVERS")?))?;
-    // It ends with `XDP_TX`, as nothing does.
-    for index in 0..2 * u32::from(LARGE - FIRST) + MANY {
-        let entry = servers.get(&index, 0)?;
-        servers.set(index, Server { hop: Hop { ifindex: INGRESS, port_ifindex: INGRESS, ..entry.hop }, ..entry }, 0)?;
-    }
     Ok(bench)
 }
+
+/// When a CPU began and ended, if nobody disturbed it.
+type Span = Option<[Instant; 2]>;
 
 /// Nanoseconds for each of many connections of the first CPU, while the other one does the same; nothing if one of them was disturbed.
 fn sample(bench: &Bench, cpus: [usize; 2], ports: (u16, Option<u16>), idle: bool) -> Result<Option<f64>> {
     let barrier = &Barrier::new(1 + usize::from(ports.1.is_some()));
-    let run = |cpu: usize, port, first| -> Result<Option<f64>> {
+    let run = |cpu: usize, port, first| -> Result<Span> {
         bench.director.enter(|| {
             let mut only = CpuSet::new();
             only.set(cpu)?;
@@ -204,19 +199,25 @@ fn sample(bench: &Bench, cpus: [usize; 2], ports: (u16, Option<u16>), idle: bool
         let mine = run(cpus[0], ports.0, 0);
         (mine, other.map(|other| other.join().expect("it returns its error")))
     });
-    let others = others.transpose()?;
-    Ok(mine?.filter(|_| others.is_none_or(|others| others.is_some())))
+    let Some([begin, end]) = mine? else { return Ok(None) };
+    let together = match others.transpose()? {
+        None => end - begin,
+        Some(None) => return Ok(None),
+        Some(Some([others_begin, others_end])) => end.min(others_end).saturating_duration_since(begin.max(others_begin)),
+    };
+    let is_shared = together.as_secs_f64() > 0.9 * (end - begin).as_secs_f64();
+    Ok(is_shared.then(|| (end - begin).as_secs_f64() * 1e9 / f64::from(CONNECTIONS)))
 }
 
-fn one(bench: &Bench, port: u16, first: u32, barrier: &Barrier, idle: bool) -> Result<Option<f64>> {
-    const XDP_TX: u32 = 3;
+fn one(bench: &Bench, port: u16, first: u32, barrier: &Barrier, idle: bool) -> Result<Span> {
+    const REDIRECTED: u32 = 7;
     let mut harness = Harness::load(1)?;
     let (frame, round) = unknown_clients(port);
     let round = Round { first_client: round.first_client + first, ..round };
     if idle {
-        harness.test_floor(Hook::Xdp, Floor::Nothing)?;
+        harness.test_floor(Hook::Tc, Floor::Nothing)?;
     } else {
-        harness.test(Hook::Xdp, bench.pinned.descriptor(Hook::Xdp)?)?;
+        harness.test(Hook::Tc, bench.pinned.descriptor(Hook::Tc)?)?;
     }
     harness.begin(&round)?;
     barrier.wait();
@@ -224,10 +225,10 @@ fn one(bench: &Bench, port: u16, first: u32, barrier: &Barrier, idle: bool) -> R
     for _ in 0..20_000 {
         std::hint::spin_loop();
     }
-    let (begin, clock) = (cpu_time()?, Instant::now());
-    let verdict = harness.run(Hook::Xdp, &frame, CONNECTIONS)?.return_value;
-    let (taken, clock) = (cpu_time()?.saturating_sub(begin), clock.elapsed());
-    ensure!(verdict == XDP_TX, "the verdict is {verdict} instead of {XDP_TX}: this is not the path to measure");
+    let (busy, begin) = (cpu_time()?, Instant::now());
+    let verdict = harness.run(Hook::Tc, &frame, CONNECTIONS)?.return_value;
+    let (busy, end) = (cpu_time()?.saturating_sub(busy), Instant::now());
+    ensure!(idle || verdict == REDIRECTED, "the verdict is {verdict} instead of {REDIRECTED}: this is not the path to measure");
     if !idle {
         let vip = ipv4(Addresses::of(Family::Ipv4).vip.parse()?);
         let clients = (0..u64::from(CONNECTIONS)).map(|flow| round.client(flow));
@@ -236,6 +237,6 @@ fn one(bench: &Bench, port: u16, first: u32, barrier: &Barrier, idle: bool) -> R
             HashMap::try_from(Map::HashMap(open(bench, "CONNECTIONS_V4")?))?;
         remove(&mut connections, keys)?;
     }
-    let undisturbed = clock.as_secs_f64() < 1.03 * taken.as_secs_f64();
-    Ok(undisturbed.then(|| clock.as_secs_f64() * 1e9 / f64::from(CONNECTIONS)))
+    let undisturbed = (end - begin).as_secs_f64() < 1.03 * busy.as_secs_f64();
+    Ok(undisturbed.then_some([begin, end]))
 }
