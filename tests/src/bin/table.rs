@@ -35,6 +35,9 @@ struct Options {
     /// The CPU to measure on; without it the last one.
     #[arg(long, value_name = "NUMBER")]
     cpu: Option<usize>,
+    /// How full the lines are, in per cent of their slots [default: IPv4 75, IPv6 60].
+    #[arg(long, value_name = "PER CENT", value_parser = clap::value_parser!(u32).range(10..=90))]
+    load: Option<u32>,
     /// Nothing larger than this many flows.
     #[arg(long, value_name = "NUMBER", default_value_t = 4 << 20)]
     flows: u64,
@@ -67,7 +70,12 @@ struct Line {
     walk_mapped: Option<f64>,
     /// Bytes of memory for each entry.
     bytes: f64,
+    /// Entries in the stash, in per cent.
+    stash: f64,
 }
+
+/// What stands above the lines: nanoseconds, bytes for each entry, and how many entries are in the stash.
+const HEADING: &str = "family   flows table   load     hit    miss    fill  insert  remove    walk  mapped   bytes   stash";
 
 fn main() -> Result<()> {
     let options = Options::parse();
@@ -76,11 +84,11 @@ fn main() -> Result<()> {
     let cpu = options.cpu.map_or_else(last_cpu, Ok)?;
     only.set(cpu)?;
     sched_setaffinity(Pid::from_raw(0), &only).with_context(|| format!("bind the measurement to CPU {cpu}"))?;
-    println!("family   flows table  load     hit    miss    fill  insert  remove    walk  mapped   bytes   (ns per operation; 3 % of IPv4's entries and more of IPv6's are in the stash)");
+    println!("{HEADING}");
     let mut figures = Vec::new();
     for flows in [1, 1 << 10, 1 << 16, 1 << 20, 4 << 20].into_iter().filter(|flows| *flows <= options.flows) {
-        figures.extend(measure::<ConnectionKey<Ipv4>>("IPv4", flows, 75, options.rounds)?);
-        figures.extend(measure::<ConnectionKey<Ipv6>>("IPv6", flows, 60, options.rounds)?);
+        figures.extend(measure::<ConnectionKey<Ipv4>>("IPv4", flows, options.load.unwrap_or(75), options.rounds)?);
+        figures.extend(measure::<ConnectionKey<Ipv6>>("IPv6", flows, options.load.unwrap_or(60), options.rounds)?);
     }
     if let Some(file) = &options.json {
         let text = serde_json::to_string_pretty(&figures)? + "\n";
@@ -180,13 +188,14 @@ fn measure<K: UserKey>(family: &'static str, flows: u64, load: u32, rounds: usiz
             walk,
             walk_mapped,
             bytes,
+            stash: if table == "lines" { 100.0 * stashed } else { 0.0 },
         }
     };
     let figures = [line(1, "hash", 100, of_hash, None), line(2, "lines", load, of_lines, Some(least[2][5]))];
-    for Line { family, flows, table, load, hit, miss, fill, insert, remove, walk, walk_mapped, bytes } in &figures {
+    for Line { family, flows, table, load, hit, miss, fill, insert, remove, walk, walk_mapped, bytes, stash } in &figures {
         let mapped = walk_mapped.map_or_else(|| "-".to_owned(), |walk| format!("{walk:.1}"));
         println!(
-            "{family} {flows:>9} {table:<5} {load:>4} % {hit:>7.1} {miss:>7.1} {fill:>7.1} {insert:>7.1} {remove:>7.1} {walk:>7.1} {mapped:>7} {bytes:>7.1}"
+            "{family} {flows:>9} {table:<5} {load:>4} % {hit:>7.1} {miss:>7.1} {fill:>7.1} {insert:>7.1} {remove:>7.1} {walk:>7.1} {mapped:>7} {bytes:>7.1} {stash:>5.1} %"
         );
     }
     Ok(figures)
