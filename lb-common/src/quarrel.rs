@@ -65,7 +65,14 @@ const fn ports(number: u32) -> Ports {
 #[inline(always)]
 pub const fn connection(number: u32, other: u32) -> Connection {
     let server = number << 16 | other & 0xffff;
-    Connection { server, local: Local(!server), last_seen: server ^ 0x5555, state: server as u8, flags: !server as u8, zero: [0; 2] }
+    Connection {
+        server,
+        local: Local(!server),
+        last_seen: server ^ 0x5555,
+        state: server as u8,
+        flags: !server as u8,
+        zero: [0; 2],
+    }
 }
 
 /// Whether it is one of this flow, and whole.

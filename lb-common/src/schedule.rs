@@ -75,7 +75,7 @@ impl Hand {
     /// worth nothing.
     #[inline(always)]
     pub const fn holds(&self, service: u32, base: u32) -> bool {
-        self.left != 0 && self.service == service && (self.next.wrapping_sub(base) as i32) >= 0
+        self.left != 0 && self.service == service && self.next.wrapping_sub(base).cast_signed() >= 0
     }
 
     /// A hand of so many picks, of which the first is to be dealt at once.

@@ -5,6 +5,8 @@
 //!
 //! Userspace has the same algorithm as the programs, over another [`Memory`]; it can do all but insert, which a program that is run
 //! for it must do: a program always comes to its end, and a daemon may be killed with a slot in its hands.
+//!
+//! There is `unsafe` code here, in one line: memory that programs in the kernel change is read by atomic operations.
 
 use std::{
     marker::PhantomData,
@@ -145,6 +147,7 @@ impl Words {
     ///
     /// # Panics
     /// If there is no such word.
+    #[expect(clippy::cast_ptr_alignment, reason = "a mapping begins with a page")]
     pub fn at(&self, index: usize) -> &AtomicU64 {
         assert!(index < self.length, "word {index} of {}", self.length);
         // SAFETY: aligned, within the mapped memory, which lives as long as this does; everybody's accesses to it are atomic.

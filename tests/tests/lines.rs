@@ -59,7 +59,7 @@ fn quarrel<K: UserKey + Hash + Send + Sync>(keys: u32, lines_of_64_bytes: u32, s
                         let Some(known) = lines::read(mapped, found) else { return };
                         outcome = number_of(met).and_then(|number| {
                             ensure!(is_whole(number, &known), "torn: {known:?} of {number}");
-                            if known.server & 7 == 0 && lines::remove_found(mapped, met, found) {
+                            if known.server.is_multiple_of(8) && lines::remove_found(mapped, met, found) {
                                 counts.at(number as usize).fetch_sub(1, Ordering::SeqCst);
                                 swept += 1;
                             }

@@ -135,7 +135,14 @@ fn key_v6(number: u32) -> ConnectionKey<Ipv6> {
 /// A connection whose every field follows from its key's number and another one.
 fn connection(number: u32, round: u32) -> Connection {
     let server = number << 16 | round & 0xffff;
-    Connection { server, local: Local(!server), last_seen: server ^ 0x5555, state: server as u8, flags: !server as u8, zero: [0; 2] }
+    Connection {
+        server,
+        local: Local(!server),
+        last_seen: server ^ 0x5555,
+        state: server as u8,
+        flags: !server as u8,
+        zero: [0; 2],
+    }
 }
 
 fn is_whole(number: u32, known: &Connection) -> bool {
@@ -183,7 +190,7 @@ where
                         let number = (0..keys).find(|number| key(*number) == *met).expect("a key that somebody inserted");
                         if let Some(known) = read::<K, _>(table, found) {
                             assert!(is_whole(number, &known), "torn in the sweep: {known:?} of {number}");
-                            if known.server & 7 == 0 && remove_found(table, met, found) {
+                            if known.server.is_multiple_of(8) && remove_found(table, met, found) {
                                 counts[number as usize].fetch_sub(1, SeqCst);
                             }
                         }
@@ -202,7 +209,10 @@ where
     let mut live = 0;
     for number in 0..keys {
         let (count, met) = (counts[number as usize].load(SeqCst), met.get(&key(number)).copied().unwrap_or(0));
-        assert!(count == met && (0..=1).contains(&count), "key {number} was inserted {count} times more than deleted, and is there {met} times");
+        assert!(
+            count == met && (0..=1).contains(&count),
+            "key {number} was inserted {count} times more than deleted, and is there {met} times"
+        );
         assert_eq!(find(table, &key(number)).is_some(), count == 1, "key {number}");
         live += count;
     }
@@ -239,43 +249,38 @@ fn no_ipv6_entry_is_lost_or_there_twice() {
 /// How many entries are where, at several loads. Printed, with `--nocapture`, for `docs/decisions/connection-table.md`.
 #[test]
 fn the_stash_stays_small() {
+    const LINES: u32 = 1 << 16;
     fn fill<K: Key + core::hash::Hash>(name: &str, key: impl Fn(u32) -> K, most: f64) {
-        const LINES: usize = 1 << 16;
-        for percent in [50_u32, 60, 70, 75, 80, 90] {
-            let slots = LINES * LINE / K::STRIDE;
-            let table = Table::new(LINES, slots, 77 + u64::from(percent));
-            let entries = slots as u32 / 100 * percent;
+        for percent in [50_u32, 60, 75, 90] {
+            let slots = LINES * (LINE / K::STRIDE) as u32;
+            let entries = slots / 100 * percent;
+            let table = Table::new(LINES as usize, entries as usize, 77 + u64::from(percent));
+            let stashed = || table.stash.lock().expect("one thread").0.len() as u32;
             let mut first = None;
             for number in 0..entries {
                 insert(&table, &key(number), &connection(1, 1)).expect("room");
-                let stashed = table.stash.lock().expect("one thread").0.len();
-                if stashed > 0 && first.is_none() {
-                    first = Some(f64::from(number) / slots as f64);
+                if first.is_none() && stashed() > 0 {
+                    first = Some(number);
                 }
             }
-            let mut home = 0;
-            for number in 0..entries {
-                home += u32::from(!find(&table, &key(number)).expect("each is found").away);
-            }
-            let full = table.lines.iter().filter(|line| line[K::ADDRESSES + 2].load(SeqCst) >= OVERFLOW).count();
-            let share = |part: usize| 100.0 * part as f64 / f64::from(entries);
-            let stashed = table.stash.lock().expect("one thread").0.len();
+            let home = (0..entries).filter(|number| !find(&table, &key(*number)).expect("each is found").away).count() as u32;
+            let overflowing = table.lines.iter().filter(|line| line[K::ADDRESSES + 2].load(SeqCst) >= OVERFLOW).count() as u32;
+            let share = |part: u32, whole: u32| 100.0 * f64::from(part) / f64::from(whole);
             println!(
-                "{name} {percent} %: home {:.1} %, stash {:.3} % (the first at {:.0?} %), lines with overflow {:.1} %",
-                share(home as usize),
-                share(stashed),
-                first.map(|first| 100.0 * first),
-                100.0 * full as f64 / LINES as f64,
+                "{name} {percent} %: home {:.1} %, stash {:.2} %, the first at {:.0?} % of the slots; overflow of {:.1} % of the lines",
+                share(home, entries),
+                share(stashed(), entries),
+                first.map(|first| share(first, slots)),
+                share(overflowing, LINES),
             );
-            assert!(percent > 75 || share(stashed) <= most, "{name}: {} in the stash", share(stashed));
+            assert!(percent > 75 || share(stashed(), entries) <= most, "{name}: {} in the stash", stashed());
         }
     }
     let mut random = Random(4711);
     let clients: Vec<u64> = (0..1 << 17).map(|_| random.next()).collect();
-    let random_v4 = |number: u32| ConnectionKey {
-        client: clients[number as usize] as u32,
-        ports: Ports::new((clients[number as usize] >> 32) as u16, 80),
-        ..key_v4(6)
+    let random_v4 = |number: u32| {
+        let client = clients[number as usize];
+        ConnectionKey { client: client as u32, ports: Ports::new((client >> 32) as u16, 80), ..key_v4(6) }
     };
     fill("random IPv4", random_v4, 4.0);
     fill("dense IPv4", key_v4, 4.0);

@@ -21,7 +21,10 @@ struct Options {
 
 fn main() -> Result<()> {
     let options = Options::parse();
-    ensure!(skip::is_root(), "the bench makes network namespaces and loads programs, which needs root: `cargo xtask bench contention`");
+    ensure!(
+        skip::is_root(),
+        "the bench makes network namespaces and loads programs, which needs root: `cargo xtask bench contention`"
+    );
     let figures = contention::measure(&[1, 16, 64], options.rounds)?;
     figures.iter().for_each(|line| println!("{line}"));
     if let Some(file) = &options.json {

@@ -65,11 +65,11 @@ struct Line {
     /// And a deletion.
     remove: f64,
     /// A walk over all, for each entry, in the kernel.
-    walk: f64,
+    walk: Option<f64>,
     /// The same in userspace, by mapped memory.
     walk_mapped: Option<f64>,
     /// Bytes of memory for each entry.
-    bytes: f64,
+    bytes: Option<f64>,
     /// Entries in the stash, in per cent.
     stash: f64,
 }
@@ -173,6 +173,8 @@ fn measure<K: UserKey>(family: &'static str, flows: u64, load: u32, rounds: usiz
     // The kernel's element: its head, key and value, each rounded up, and a bucket of 16 bytes for each.
     let of_hash = 48.0 + value + 16.0 + 16.0 * hash.next_power_of_two() as f64 / f64::from(hash);
     let of_lines = f64::from(lines) * 64.0 / flows as f64 + stashed * (48.0 + value + 64.0 + 16.0);
+    // Of a table that is much larger than its few flows, these say nothing.
+    let is_full = |figure| (slots * u64::from(load) / 100 <= flows + 1).then_some(figure);
     let line = |place: usize, table, load, bytes, walk_mapped| {
         let [hit, miss, insert, remove, walk, _] = least[place];
         Line {
@@ -185,17 +187,18 @@ fn measure<K: UserKey>(family: &'static str, flows: u64, load: u32, rounds: usiz
             fill: fill[place] - nothing,
             insert: insert - nothing,
             remove: remove - nothing,
-            walk,
-            walk_mapped,
-            bytes,
+            walk: is_full(walk),
+            walk_mapped: walk_mapped.and_then(is_full),
+            bytes: is_full(bytes),
             stash: if table == "lines" { 100.0 * stashed } else { 0.0 },
         }
     };
     let figures = [line(1, "hash", 100, of_hash, None), line(2, "lines", load, of_lines, Some(least[2][5]))];
     for Line { family, flows, table, load, hit, miss, fill, insert, remove, walk, walk_mapped, bytes, stash } in &figures {
-        let mapped = walk_mapped.map_or_else(|| "-".to_owned(), |walk| format!("{walk:.1}"));
+        let [walk, mapped, bytes] =
+            [walk, walk_mapped, bytes].map(|figure| figure.map_or_else(|| "-".to_owned(), |figure| format!("{figure:.1}")));
         println!(
-            "{family} {flows:>9} {table:<5} {load:>4} % {hit:>7.1} {miss:>7.1} {fill:>7.1} {insert:>7.1} {remove:>7.1} {walk:>7.1} {mapped:>7} {bytes:>7.1} {stash:>5.1} %"
+            "{family} {flows:>9} {table:<5} {load:>4} % {hit:>7.1} {miss:>7.1} {fill:>7.1} {insert:>7.1} {remove:>7.1} {walk:>7} {mapped:>7} {bytes:>7} {stash:>5.1} %"
         );
     }
     Ok(figures)
@@ -206,4 +209,3 @@ fn run_new(run: &impl Fn(&str, u64, u64, u64, u64) -> Result<(Run, f64)>, name: 
     let (done, taken) = run(name, SAMPLE, part * fresh, 1 << 29, fresh)?;
     Ok((done.done, taken))
 }
-

@@ -148,7 +148,8 @@ pub fn measure(picks_at_once: &[u32], rounds: usize) -> Result<Vec<Cost>> {
     let cases = picks_at_once.iter().flat_map(|picks| Case::ALL.map(|case| (*picks, case)));
     let cost = |((picks_at_once, case), samples): ((u32, Case), Vec<f64>)| {
         let count = samples.len();
-        let time = Nanoseconds::of(samples).with_context(|| format!("{case:?}: there was no moment in which both CPUs were free"))?;
+        let time =
+            Nanoseconds::of(samples).with_context(|| format!("{case:?}: there was no moment in which both CPUs were free"))?;
         Ok(Cost { case, picks_at_once, time: time.less(nothing), samples: count })
     };
     cases.zip(samples).map(cost).collect()
