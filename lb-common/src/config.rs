@@ -31,6 +31,14 @@ pub struct Config {
     pub lblc_expiration: u32,
     /// IPVS's `lblcr_expiration`: the same for lblcr, and seconds until a set of servers that does not change loses one.
     pub lblcr_expiration: u32,
+    /// With so many half-open connections or more, what begins one makes no entry; see [`crate::flood`].
+    pub half_open_limit: u32,
+    /// With so many, nothing makes one any more that would be half-open.
+    pub midst_limit: u32,
+    /// Seconds that a half-open connection lives in flood mode, at most.
+    pub half_open_timeout: u32,
+    /// Seconds that flood mode lasts after the last packet that found no room.
+    pub flood_hold: u32,
 }
 
 /// Bits of [`Config::flags`].
@@ -41,14 +49,20 @@ pub mod flags {
     pub const SLOPPY_SCTP: u32 = 2;
     /// IPVS's `expire_nodest_conn`: a connection of a removed server is scheduled anew.
     pub const EXPIRE_NODEST: u32 = 4;
-    /// IPVS's `secure_tcp`: the defence table of TCP states.
-    pub const SECURE_TCP: u32 = 8;
+    /// IPVS's `secure_tcp` = 3: flood mode is always on ([`crate::flood`]).
+    pub const FLOOD_ALWAYS: u32 = 8;
     /// IPVS's `expire_quiescent_template`: a template of a real server with weight 0 is not used for new connections.
     pub const EXPIRE_QUIESCENT: u32 = 16;
+    /// IPVS's `secure_tcp` = 0: there is no flood mode.
+    pub const FLOOD_NEVER: u32 = 32;
+    /// IPVS's `drop_entry` = 3: half-open connections always live as briefly as in flood mode.
+    pub const HURRY_ALWAYS: u32 = 64;
+    /// IPVS's `drop_entry` = 0: half-open connections live as long as ever, even in flood mode.
+    pub const HURRY_NEVER: u32 = 128;
 }
 
 impl Config {
-    /// IPVS's defaults.
+    /// IPVS's defaults, and those of flood mode but for the limits, which depend on the table.
     pub const DEFAULT: Self = Self {
         layout: LAYOUT,
         flags: 0,
@@ -61,10 +75,14 @@ impl Config {
         answers_per_second: 1000,
         lblc_expiration: 24 * 60 * 60,
         lblcr_expiration: 24 * 60 * 60,
+        half_open_limit: u32::MAX,
+        midst_limit: u32::MAX,
+        half_open_timeout: crate::flood::HALF_OPEN_TIMEOUT,
+        flood_hold: crate::flood::HOLD,
     };
 }
 
-plain! { Config = 168 }
+plain! { Config = 184 }
 
 /// What a run of the sweep found: the one entry of its result map.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -78,6 +96,8 @@ pub struct SweepReport {
     pub examined: u64,
     /// Connections that were over, and are deleted.
     pub expired: u64,
+    /// Half-open connections that are left.
+    pub half_open: u64,
 }
 
-plain! { SweepReport = 32 }
+plain! { SweepReport = 40 }

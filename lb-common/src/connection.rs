@@ -34,12 +34,14 @@ pub struct Connection {
     pub local: Local,
     /// When the last packet was seen, in jiffies (the low 32 bits); written at most once a second.
     pub last_seen: u32,
-    /// State of the protocol: a [`crate::tcp::State`] or [`crate::sctp::State`], 0 for UDP.
+    /// State of the protocol: a [`crate::tcp::State`], [`crate::sctp::State`] or [`crate::udp::State`].
     pub state: u8,
     /// Bits of [`flags`].
     pub flags: u8,
+    /// 1 if it is counted as half-open ([`crate::flood`]).
+    pub half_open: u8,
     /// Always zero.
-    pub zero: [u8; 2],
+    pub zero: u8,
 }
 
 impl Connection {

@@ -13,7 +13,8 @@
 //! | headers and their parsing | [`packet`] |
 //! | Internet checksums, SCTP's | [`checksum`], [`crc32c`] |
 //! | IPVS's hashes, and picking by them | [`hash`], [`pick`] |
-//! | protocol state machines | [`tcp`], [`sctp`] |
+//! | protocol state machines | [`tcp`], [`sctp`], [`udp`] |
+//! | what keeps a flood from the connection tables | [`flood`] |
 //! | the "may be ours" filter | [`filter`] |
 //! | mark rules for networks | [`mark`] |
 //! | the client's address in a TCP option | [`toa`] |
@@ -32,6 +33,7 @@ pub mod connection;
 pub mod crc32c;
 pub mod family;
 pub mod filter;
+pub mod flood;
 pub mod floor;
 pub mod hash;
 pub mod hop;
@@ -54,6 +56,7 @@ pub mod statistics;
 pub mod tcp;
 pub mod template;
 pub mod toa;
+pub mod udp;
 mod wire;
 
 pub use wire::Plain;

@@ -75,7 +75,8 @@ impl Model {
             Err(why) => match why.fate() {
                 Fate::Answered => Verdict::Answered(why),
                 Fate::Dropped => Verdict::Dropped(why),
-                Fate::Passed => Verdict::Passed(why),
+                // Nothing is stateless here: a model has room for everything.
+                Fate::Passed | Fate::Forwarded => Verdict::Passed(why),
             },
         }
     }

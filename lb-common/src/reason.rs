@@ -1,4 +1,4 @@
-//! Why a packet left the datapath without being forwarded: one counter for each reason.
+//! Why a packet left the datapath without being forwarded, or without being tracked: one counter for each reason.
 
 /// Defines the reasons, their names for people and machines, and their number, in one list.
 macro_rules! reasons {
@@ -18,6 +18,7 @@ macro_rules! reasons {
             }
 
             /// What became of the packet.
+            #[inline(always)]
             pub const fn fate(self) -> Fate {
                 match self { $(Self::$variant => Fate::$fate),+ }
             }
@@ -37,6 +38,8 @@ pub enum Fate {
     Answered,
     /// It was dropped.
     Dropped,
+    /// It was forwarded all the same: the counter tells what was missing.
+    Forwarded,
     /// The kernel's own stack has it, unchanged.
     Passed,
 }
@@ -76,6 +79,8 @@ reasons! {
     ServerRemoved = "server-removed", Dropped, "the connection's real server was removed from its service";
     /// The first part of an SCTP packet whose port is to be changed: its checksum is over parts that are not here.
     SctpFragment = "sctp-fragment", Dropped, "a fragmented SCTP packet, to a masqueraded real server on another port";
+    /// It was forwarded without a connection, by the addresses and ports alone: see [`crate::flood`].
+    Stateless = "stateless", Forwarded, "forwarded without a connection, for lack of room: flood mode";
     /// The connection table or that of templates is full.
     TableFull = "table-full", Dropped, "the connection table or that of templates is full";
     /// A client's template was about to be deleted; its next packet finds none, and makes a new one.

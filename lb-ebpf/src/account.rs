@@ -52,7 +52,7 @@ pub fn reason(reason: Reason) {
 pub fn leave<P: Packet>(why: Reason) -> i32 {
     reason(why);
     match why.fate() {
-        Fate::Passed => P::PASS,
+        Fate::Passed | Fate::Forwarded => P::PASS,
         Fate::Dropped | Fate::Answered => P::DROP,
     }
 }

@@ -28,6 +28,7 @@ mod atomic;
 mod bell;
 mod classify;
 mod cross;
+mod flood;
 mod forward;
 mod local;
 mod locality;
@@ -179,6 +180,10 @@ fn plain<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
         };
     }
     let leg = track::connection::<P, F>(packet, header, *protocol, *segment);
+    // That has switched flood mode on, in which there is a way: once more from the beginning.
+    if matches!(leg, Err(Reason::TableFull)) {
+        return Ok(Outcome::ODD);
+    }
     Ok(deliver::<P, F>(packet, &link, header, Some(&plain), true, leg))
 }
 

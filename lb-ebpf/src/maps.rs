@@ -16,6 +16,7 @@ use lb_common::{
     connection::{ConnectionKey, FragmentKey},
     family::{Ipv4, Ipv6},
     filter,
+    flood::word,
     hop::Device,
     local::{LocalAddress, Pool, PoolKey},
     locality::{Destination, DestinationKey},
@@ -127,6 +128,15 @@ static NETWORKS_V6: LpmTrie<mark::Destination<Ipv6>, u32> = LpmTrie::with_max_en
 /// connections read.
 #[map]
 pub static SCHEDULES: Array<u64> = Array::with_max_entries(SERVICE_COUNT, MMAPABLE);
+
+/// The same for the table that each service has for flood mode. Userspace publishes; in that mode, new connections read.
+#[map]
+pub static FLOODS: Array<u64> = Array::with_max_entries(SERVICE_COUNT, MMAPABLE);
+
+/// What flood mode goes by: see [`lb_common::flood::word`]. New connections and the ends of connections write, userspace reads, and
+/// corrects what has drifted.
+#[map]
+pub static FLOOD: Array<u64> = Array::with_max_entries(word::COUNT, MMAPABLE);
 
 /// How many picks each service has dealt (the low 32 bits). New connections advance it, userspace reads.
 #[map]

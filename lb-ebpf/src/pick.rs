@@ -40,7 +40,12 @@ pub fn pick<F: Family>(service: *const Service, client: &F::Address, client_port
 /// The service's run. One read of eight bytes: userspace publishes it by one store.
 #[inline(always)]
 pub fn pointer(service: u32) -> Option<Pointer> {
-    let word = SCHEDULES.get_ptr(service)?;
+    pointer_at(SCHEDULES.get_ptr(service)?)
+}
+
+/// A run, by the word that says where it stands: an element of an array.
+#[inline(always)]
+pub fn pointer_at(word: *const u64) -> Option<Pointer> {
     // SAFETY: an element of the array.
     let word = unsafe { word.read_volatile() };
     let pointer = Pointer { offset: word as u32, picks: (word >> 32) as u32 };
@@ -55,7 +60,7 @@ pub fn next_pick(service: u32, run: &Pointer) -> Option<u32> {
 
 /// A pick of a run.
 #[inline(always)]
-fn at(run: u32, position: u32) -> Option<u32> {
+pub fn at(run: u32, position: u32) -> Option<u32> {
     let pair = RUNS.get_ptr(run + schedule::HEADER + position / 2)?;
     // SAFETY: an element of the array.
     let [even, odd] = unsafe { pair.read() };

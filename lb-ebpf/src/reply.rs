@@ -268,7 +268,7 @@ fn move_on<F: Family>(key: &ConnectionKey<F::Address>, known: *mut Reply<F::Addr
         let connection = F::connections().find(&(*known).connection(key.protocol)).filter(|connection| {
             let connection = &**connection;
             let idle = track::jiffies().wrapping_sub(connection.last_seen);
-            (*known).belongs(connection) && idle < track::lifetime(config, protocol, connection.state)
+            (*known).belongs(connection) && idle < track::lifetime(config, protocol, connection)
         });
         let Some(connection) = connection else { return false };
         // A removed server's connections are left to die, but it may say its last words.

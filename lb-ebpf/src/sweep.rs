@@ -28,7 +28,7 @@ use crate::{
 pub fn sweep(_context: RawTracePointContext) -> i32 {
     // SAFETY: helpers without arguments.
     let (jiffies, monotonic_ns) = unsafe { (bpf_jiffies64(), bpf_ktime_get_ns()) };
-    let mut report = SweepReport { jiffies, monotonic_ns, examined: 0, expired: 0 };
+    let mut report = SweepReport { jiffies, monotonic_ns, examined: 0, expired: 0, half_open: 0 };
     walk::<V4>(&mut report);
     walk::<V6>(&mut report);
     walk_templates::<V4>(&mut report);
@@ -64,7 +64,7 @@ unsafe extern "C" fn visit<F: Family>(
         let known = *connection;
         let idle = ((*report).jiffies as u32).wrapping_sub(known.last_seen);
         // A connection that was seen after the sweep began has a negative idle time.
-        let over = (idle as i32) >= 0 && idle >= track::lifetime(config, (*key).protocol as u8, known.state);
+        let over = (idle as i32) >= 0 && idle >= track::lifetime(config, (*key).protocol as u8, &known);
         if over || known.flags & flags::LEAVING != 0 || track::is_forsaken(config, known.server) {
             if F::connections().remove(&*key) {
                 track::forget(&known);
@@ -75,6 +75,7 @@ unsafe extern "C" fn visit<F: Family>(
             }
             return 0;
         }
+        (*report).half_open += u64::from(known.half_open);
         if let Some(counter) = SWEPT.get_ptr_mut(known.server) {
             atomic::add(counter, track::share(&known));
         }

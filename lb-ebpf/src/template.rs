@@ -18,7 +18,8 @@
 use lb_common::{
     config::{Config, flags as settings},
     connection::{Connection, ConnectionKey, flags},
-    packet::{V4, V6, ethernet, protocol},
+    flood::{self as floods, Part},
+    packet::{V4, V6, ethernet, protocol, transport::Ports},
     reason::Reason,
     schedule::NOBODY,
     server::Status,
@@ -28,11 +29,11 @@ use lb_common::{
 };
 
 use crate::{
-    atomic, bell, classify,
+    atomic, bell, classify, flood,
     maps::{ARRIVALS, CONFIG, Family, HZ, PERSISTED, SCOPES, SERVERS},
     pick,
     table::EEXIST,
-    track::{self, CONTROLLED, ONCE, jiffies},
+    track::{self, CONTROLLED, FLOODED, ONCE, jiffies},
 };
 
 /// A new connection of a persistent service.
@@ -45,6 +46,10 @@ pub struct Arrival {
     connection: [u32; 10],
     /// The [`TemplateKey`], of either family.
     key: [u32; 9],
+    /// Whether flood mode is on: no template is made.
+    flooded: u32,
+    /// What the packet is to that mode: a [`Part`].
+    part: u32,
 }
 
 impl Arrival {
@@ -80,7 +85,7 @@ impl Arrival {
 
 /// Notes a new connection of a persistent service, and the event that begins it, for [`choose`].
 #[inline(always)]
-pub fn note<F: Family>(service: *const Service, connection: &ConnectionKey<F::Address>, event: u8) {
+pub fn note<F: Family>(service: *const Service, connection: &ConnectionKey<F::Address>, event: u8, admission: u32) {
     use tcp::flags::{ACK, FIN, RST, SYN};
     let Some(arrival) = ARRIVALS.get_ptr_mut(0) else { return };
     // With `sloppy_tcp` a connection may begin as one that is established. (`begin` knows that better, but there the verifier would
@@ -90,6 +95,8 @@ pub fn note<F: Family>(service: *const Service, connection: &ConnectionKey<F::Ad
     unsafe {
         (*arrival).fresh.assured = established.into();
         (*arrival).service = *service;
+        (*arrival).flooded = admission & flood::FLOODED;
+        (*arrival).part = Part::of(connection.protocol as u8, event) as u32;
         Arrival::connection::<F>(arrival).write(*connection);
     }
 }
@@ -136,6 +143,12 @@ fn persist<F: Family>() -> u32 {
     };
     match choice {
         Ok(Choice::OVER) => OVER,
+        // SAFETY: as above.
+        Ok(server) if unsafe { (*arrival).flooded != 0 } => {
+            // SAFETY: as above.
+            let begins = unsafe { (*arrival).part == Part::Beginning as u32 };
+            if !begins && flood::needs_entry(server) { LEFT } else { server | kind | FLOODED }
+        }
         Ok(server) => server | kind,
         // As in IPVS: of a port that is not the service's own nobody knows whether FTP uses it.
         Err(NOBODY) if Arrival::may_be_foreign::<F>(arrival) => LEFT,
@@ -195,6 +208,9 @@ unsafe fn go<F: Family>(arrival: *mut Arrival) -> Result<u32, u32> {
     let server = pick::<F>(arrival)?;
     // SAFETY: the caller's promise.
     unsafe {
+        if (*arrival).flooded != 0 {
+            return Ok(server);
+        }
         let fresh = &raw mut (*arrival).fresh;
         (*fresh).choice = Choice { server, last_seen: jiffies() }.word();
         (*fresh).timeout = timeout(arrival);
@@ -219,6 +235,15 @@ fn pick<F: Family>(arrival: *mut Arrival) -> Result<u32, u32> {
     // SAFETY: an element of the map.
     let picked = unsafe {
         let connection = &*Arrival::connection::<F>(arrival);
+        if (*arrival).flooded != 0 {
+            // All that would have one template go to one real server.
+            let client = (*Arrival::key::<F>(arrival)).client;
+            let flow = floods::flow(&client, &connection.vip, Ports::new(0, 0));
+            return match flood::pick((*arrival).service.id, flow, Part::Beginning) {
+                NOBODY => Err(NOBODY),
+                server => Ok(server),
+            };
+        }
         pick::pick::<F>(&raw const (*arrival).service, &connection.client, connection.ports.source(), &connection.vip)
     };
     picked.ok_or_else(|| {

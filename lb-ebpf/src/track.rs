@@ -8,6 +8,7 @@ use aya_ebpf::{cty::c_void, helpers::generated::bpf_jiffies64};
 use lb_common::{
     config::{Config, flags as settings},
     connection::{Connection, ConnectionKey, FragmentKey, Leg, flags},
+    flood::{self as floods, Part},
     packet::{
         Fragment, IpHeader,
         icmp::IcmpHeader,
@@ -21,11 +22,12 @@ use lb_common::{
     service::{Service, flags as service_flags},
     tcp::{self, Direction},
     template::scope_flags,
+    udp,
 };
 use lb_ebpf::packet::{Packet, REACH, merged};
 
 use crate::{
-    account, atomic, bell, classify, local,
+    account, atomic, bell, classify, flood, local,
     maps::{CONFIG, COUNTERS, Family, HZ, PEAKS, SCOPES, SERVERS},
     pick, reply,
     table::Refusal,
@@ -70,7 +72,7 @@ pub fn connection<P: Packet, F: Family>(
         }
     }
     let picked = schedule::<F>(&key, segment.event, packet.mark())?;
-    let local = local::of_new::<F>(&key, picked & !(CONTROLLED | ONCE))?;
+    let local = local::of_new::<F>(&key, picked & !BITS)?;
     match begin::<F>(&key, segment.event, Leg::new(picked, local)) {
         NO_SERVER => Err(Reason::NoServer),
         FULL => Err(Reason::TableFull),
@@ -96,6 +98,10 @@ const EXPECTS: u64 = 1 << 31;
 pub const CONTROLLED: u32 = 1 << 30;
 /// The same: for this packet alone, if it is one of UDP.
 pub const ONCE: u32 = 1 << 29;
+/// The same: it was picked in flood mode.
+pub const FLOODED: u32 = 1 << 27;
+/// All of them.
+const BITS: u32 = CONTROLLED | ONCE | FLOODED;
 /// In the place of a picked server: its template knows it.
 const PERSISTENT: u32 = 1 << 28;
 /// Answer of [`begin`]: no real server takes the connection.
@@ -108,22 +114,39 @@ const FULL: u64 = u64::MAX - 1;
 pub struct Standing {
     state: u8,
     flags: u8,
+    half_open: u8,
 }
 
 impl Standing {
     /// What follows on an event in a state; `side` are the flags that do not follow from the state.
     #[inline(always)]
     fn after(protocol: u8, direction: Direction, state: u8, event: u8, side: u8) -> Self {
-        let word = after(protocol.into(), direction as u32, state.into(), event.into());
+        Self::from_word(after(protocol.into(), direction as u32, state.into(), event.into()), side)
+    }
+
+    /// Where a new connection stands. In flood mode the packet may be another than its first, and does not prove that anybody listens
+    /// to the real server.
+    #[inline(always)]
+    fn of_new(protocol: u8, direction: Direction, event: u8, side: u8, flooded: u32) -> Self {
+        Self::from_word(opening(protocol.into(), direction as u32, event.into(), flooded), side)
+    }
+
+    #[inline(always)]
+    fn from_word(word: u32, side: u8) -> Self {
         let settled = if side & flags::UNNAMED == 0 { flags::SETTLED } else { 0 };
-        Self { state: word as u8, flags: (word >> 8) as u8 & (flags::ACTIVE | settled) | side }
+        Self {
+            state: word as u8,
+            flags: (word >> 8) as u8 & (flags::ACTIVE | settled) | side,
+            half_open: (word >> HALF_OPEN_SHIFT) as u8 & 1,
+        }
     }
 }
 
-/// State and flags after an event, in one word. In a function of its own, so that its many ways meet again for the verifier.
-#[inline(never)]
-fn after(protocol: u32, direction: u32, state: u32, event: u32) -> u32 {
+/// State and flags after an event, in one word. A global function, so that the verifier follows its many ways once.
+#[unsafe(no_mangle)]
+extern "C" fn after(protocol: u32, direction: u32, state: u32, event: u32) -> u32 {
     const ESTABLISHED: u8 = tcp::State::Established as u8;
+    const NORMAL: u8 = udp::State::Normal as u8;
     let (protocol, state, event) = (protocol as u8, state as u8, event as u8);
     let direction = match direction {
         0 => Direction::Input,
@@ -139,10 +162,30 @@ fn after(protocol: u32, direction: u32, state: u32, event: u32) -> u32 {
             let next = sctp::next(direction, state, event);
             (next, sctp::is_active(next), false)
         }
-        _ => (state, false, true),
+        _ => {
+            let next = udp::next(state);
+            (next, false, next == NORMAL)
+        }
     };
-    u32::from(next) | u32::from(active) << 8 | u32::from(settled) << 10
+    let half_open = floods::is_half_open(protocol, next);
+    u32::from(next) | u32::from(active) << 8 | u32::from(settled) << 10 | u32::from(half_open) << HALF_OPEN_SHIFT
 }
+
+/// The same for a new connection.
+#[unsafe(no_mangle)]
+extern "C" fn opening(protocol: u32, direction: u32, event: u32, flooded: u32) -> u32 {
+    const TCP: u32 = protocol::TCP as u32;
+    const UDP: u32 = protocol::UDP as u32;
+    if flooded != 0 && Part::of(protocol as u8, event as u8) == Part::Midst {
+        let active = if protocol == TCP { flags::ACTIVE } else { 0 };
+        return u32::from(floods::midst_state(protocol as u8)) | u32::from(active) << 8 | 1 << HALF_OPEN_SHIFT;
+    }
+    let none = if protocol == UDP { udp::State::None as u32 } else { 0 };
+    after(protocol, direction, none, event)
+}
+
+/// Where [`after`] says whether the connection is half-open.
+const HALF_OPEN_SHIFT: u32 = 16;
 
 const _: () = assert!(flags::ACTIVE == 1 && flags::SETTLED == 1 << 2, "`after` puts them there");
 
@@ -179,7 +222,7 @@ fn attend<F: Family>(key: &ConnectionKey<F::Address>, connection: *mut Connectio
     let known = unsafe { *connection };
     let protocol = key.protocol as u8;
     let replies = if known.flags & flags::MASQUERADED != 0 { known.leg().0 } else { GONE };
-    let over = known.flags & flags::LEAVING != 0 || idle >= lifetime(config, protocol, known.state);
+    let over = known.flags & flags::LEAVING != 0 || idle >= lifetime(config, protocol, &known);
     if over || is_forsaken(config, known.server) {
         if !F::connections().remove(key) {
             return GONE;
@@ -251,6 +294,9 @@ pub fn move_on(connection: *mut Connection, protocol: u8, direction: Direction, 
         if next.state != state || next.flags != before {
             (*connection).state = next.state;
             (*connection).flags = next.flags;
+            let half_open = (*connection).half_open;
+            (*connection).half_open = next.half_open;
+            flood::count(half_open, next.half_open);
         }
         recount((*connection).server, before, next.flags);
         next.flags
@@ -313,7 +359,16 @@ fn is_to_quiescent(config: &Config, server: u32) -> bool {
 /// A packet within a second after another is not noted, so of a timeout of one second nothing would be left for an answer to it:
 /// it counts as two.
 #[inline(always)]
-pub fn lifetime(config: &Config, protocol: u8, state: u8) -> u32 {
+pub fn lifetime(config: &Config, protocol: u8, connection: &Connection) -> u32 {
+    let ticks = lifetime_in(config, protocol, connection.state);
+    if connection.half_open == 0 {
+        return ticks;
+    }
+    ticks.min(flood::half_open_lifetime())
+}
+
+#[inline(always)]
+fn lifetime_in(config: &Config, protocol: u8, state: u8) -> u32 {
     let state = (state & 0xf) as usize;
     let seconds = match protocol {
         protocol::TCP => config.tcp_timeouts[state],
@@ -332,6 +387,7 @@ pub const fn share(connection: &Connection) -> u64 {
 /// Takes a deleted connection out of its real server's counters.
 #[inline(always)]
 pub fn forget(connection: &Connection) {
+    flood::count(connection.half_open, 0);
     if let Some(counter) = COUNTERS.get_ptr_mut(connection.server) {
         // SAFETY: an element of the counter array.
         unsafe { atomic::add(counter, share(connection).wrapping_neg()) };
@@ -353,24 +409,36 @@ fn schedule<F: Family>(key: &ConnectionKey<F::Address>, event: u8, mark: u32) ->
 fn pick_for<F: Family>(key: &ConnectionKey<F::Address>, event: u8, mark: u32) -> Result<u32, Reason> {
     let protocol = key.protocol as u8;
     let service = classify::service::<F>(key, mark).ok_or(Reason::NoService)?;
-    let sloppy = CONFIG.get(0).map_or(0, |config| config.flags);
-    if !may_begin(protocol, event, sloppy) || key.ports.source() == FTP_DATA.to_be() {
+    let admission = flood::admission(protocol, event);
+    if admission == flood::LEFT || key.ports.source() == FTP_DATA.to_be() {
         return Err(Reason::NoConnection);
     }
     // SAFETY: an element of the map.
     let (persistence, flags) = unsafe { ((*service).persistence, (*service).flags) };
     if persistence != 0 {
-        template::note::<F>(service, key, event);
+        template::note::<F>(service, key, event, admission);
         return Ok(PERSISTENT);
     }
-    let picked = pick::pick::<F>(service, &key.client, key.ports.source(), &key.vip).unwrap_or_else(|| {
-        // The cursor has moved, and that the forecast says "nobody" may be out of date.
-        bell::ring();
-        NOBODY
-    });
-    // Without a question, of which the verifier would follow both answers to the end.
-    Ok(picked | u32::from(flags & service_flags::ONE_PACKET) << ONCE_SHIFT)
+    let picked = if admission == flood::FLOODED {
+        // SAFETY: as above.
+        let id = unsafe { (*service).id };
+        flood::pick(id, floods::flow(&key.client, &key.vip, key.ports), Part::of(protocol, event))
+    } else {
+        pick::pick::<F>(service, &key.client, key.ports.source(), &key.vip).unwrap_or_else(|| {
+            // The cursor has moved, and that the forecast says "nobody" may be out of date.
+            bell::ring();
+            NOBODY
+        })
+    };
+    if picked == flood::NEEDS_ENTRY {
+        return Err(Reason::NoConnection);
+    }
+    // Without questions, of which the verifier would follow both answers to the end.
+    Ok(picked | u32::from(flags & service_flags::ONE_PACKET) << ONCE_SHIFT | (admission & flood::FLOODED) << FLOODED_SHIFT)
 }
+
+/// From an [admission](flood::admission) to [`FLOODED`].
+const FLOODED_SHIFT: u32 = FLOODED.trailing_zeros() - flood::FLOODED.trailing_zeros();
 
 /// From the flag of a service to [`ONCE`].
 const ONCE_SHIFT: u32 = ONCE.trailing_zeros() - service_flags::ONE_PACKET.trailing_zeros();
@@ -389,7 +457,7 @@ fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8, to: Leg) -> u64 
         make_way::<F>(key, NOBODY);
         return NO_SERVER;
     }
-    let server = picked & !(CONTROLLED | ONCE);
+    let server = picked & !BITS;
     let protocol = key.protocol as u8;
     let to = Leg::new(server, local);
     if picked & ONCE != 0 && protocol == protocol::UDP {
@@ -401,8 +469,13 @@ fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8, to: Leg) -> u64 
     let controlled = if picked & CONTROLLED != 0 { flags::CONTROLLED } else { 0 };
     let unnamed = if named && protocol == protocol::TCP { flags::UNNAMED } else { 0 };
     let side = controlled | if masqueraded { flags::MASQUERADED | unnamed } else { flags::NO_OUTPUT };
-    let Standing { state, flags } = Standing::after(protocol, from_client(side), 0, event, side);
-    let connection = Connection { server, local, last_seen: jiffies(), state, flags, zero: [0; 2] };
+    let stateless = picked & FLOODED != 0 && !masqueraded;
+    if stateless && !flood::admits(protocol, event) {
+        flood::pass(server, protocol, event);
+        return to.0;
+    }
+    let Standing { state, flags, half_open } = Standing::of_new(protocol, from_client(side), event, side, picked & FLOODED);
+    let connection = Connection { server, local, last_seen: jiffies(), state, flags, half_open, zero: 0 };
     let insert = || F::connections().insert(key, &connection);
     let inserted = match insert() {
         Err(Refusal::Exists) if make_way::<F>(key, server) => insert(),
@@ -415,8 +488,17 @@ fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8, to: Leg) -> u64 
         Ok(()) => {}
         // Another CPU was faster: one connection, one server.
         Err(Refusal::Exists) => return F::connections().find(key).map_or(FULL, |known| leg(known).0),
-        Err(Refusal::Full) => return FULL,
+        Err(Refusal::Full) if stateless => {
+            flood::pass(server, protocol, event);
+            flood::full();
+            return to.0;
+        }
+        Err(Refusal::Full) => {
+            flood::full();
+            return FULL;
+        }
     }
+    flood::count(0, half_open);
     if let Some(counter) = COUNTERS.get_ptr_mut(server) {
         // SAFETY: an element of the counter array.
         unsafe { atomic::add(counter, share(&connection)) };
@@ -429,7 +511,7 @@ fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8, to: Leg) -> u64 
 
 /// Whether a packet without a connection may begin one.
 #[inline(always)]
-fn may_begin(protocol: u8, event: u8, sloppy: u32) -> bool {
+pub fn may_begin(protocol: u8, event: u8, sloppy: u32) -> bool {
     match protocol {
         protocol::TCP => event & tcp::flags::RST == 0 && (event & tcp::flags::SYN != 0 || sloppy & settings::SLOPPY_TCP != 0),
         protocol::SCTP => event == sctp::chunk::INIT || (sloppy & settings::SLOPPY_SCTP != 0 && event != sctp::chunk::ABORT),

@@ -635,7 +635,8 @@ fn connections_are_listed() {
             last_seen: now - idle * hz,
             state,
             flags,
-            zero: [0; 2],
+            half_open: 0,
+            zero: 0,
         };
         for client in 0..10_000_u32 {
             let key = ConnectionKey {

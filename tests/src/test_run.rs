@@ -35,6 +35,7 @@ use lb_common::{
     config::Config,
     connection::{Connection, ConnectionKey, FragmentKey},
     family::{Address, Ipv4, Ipv6, ipv4, ipv6},
+    flood::word,
     local::Local,
     locality::{Destination, DestinationKey},
     packet::transport::Ports,
@@ -342,6 +343,13 @@ impl Pinned {
     /// Takes the connections out alone, and leaves the entries for their replies: as nothing should, but two CPUs at once may.
     pub fn lose_connections(&self) -> Result<()> {
         clear::<ConnectionKey<Ipv4>, Connection>(&mut self.map("CONNECTIONS_V4", Map::HashMap)?)
+    }
+
+    /// Says that no connection is half-open, and that none ever found the table without room.
+    pub fn forget_flood(&self) -> Result<()> {
+        let mut map: Array<MapData, u64> = self.map("FLOOD", Map::Array)?;
+        map.set(word::HALF_OPEN, 0, 0)?;
+        Ok(map.set(word::LAST, 0, 0)?)
     }
 
     /// Forgets which packets' first fragments were seen.

@@ -33,7 +33,7 @@ fn they_are_typed_as_for_sysctl_and_survive_the_daemon() -> Result<()> {
         sysctl(&bpfvs, &["lblc_expiration=60", "sloppy_tcp"])? == "net.ipv4.vs.lblc_expiration = 60\nnet.ipv4.vs.sloppy_tcp = 1\n"
     );
     let all = sysctl(&bpfvs, &["-a"])?;
-    ensure!(all.lines().count() == 7 && all.contains("net.ipv4.vs.lblc_expiration = 60\n"), "{all}");
+    ensure!(all.lines().count() == 9 && all.contains("net.ipv4.vs.lblc_expiration = 60\n"), "{all}");
 
     for (words, part) in [
         (["sysctl", "sloppy_tcp=yes"], "\"yes\" is no number"),

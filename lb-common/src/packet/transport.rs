@@ -32,6 +32,12 @@ impl Ports {
         u16::from_ne_bytes([c, d])
     }
 
+    /// Both in one word, as they stand in memory.
+    #[inline(always)]
+    pub const fn word(self) -> u32 {
+        self.0
+    }
+
     /// What a checksum over both ports has to gain when others take their place (RFC 1624): not folded.
     #[inline(always)]
     pub const fn difference(self, new: Self) -> u64 {

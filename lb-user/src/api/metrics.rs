@@ -77,13 +77,26 @@ impl Collector for Snapshot {
         write(page, Gauge, "connections", "Connections in the tables at the last sweep", one(status.connections))?;
         write(page, Gauge, "connections_capacity", "Room in each table (IPv4, IPv6)", one(status.max_connections.into()))?;
 
+        write(
+            page,
+            Gauge,
+            "flood_mode",
+            "Whether new connections go without entries for lack of room",
+            one(status.flood.on.into()),
+        )?;
+        write(page, Gauge, "half_open_connections", "Connections that have only begun", one(status.flood.half_open))?;
+        write(page, Gauge, "half_open_connections_limit", "With so many, flood mode begins", one(status.flood.limit.into()))?;
+
         let attached = status.interfaces.iter().flat_map(|interface| {
             let hooks = [("xdp", interface.xdp.is_some()), ("tc", interface.tc)];
             hooks.map(|(hook, attached)| ([("interface", interface.name.as_str()), ("hook", hook)], attached.into()))
         });
         write(page, Gauge, "interface_attached", "Whether packets are met there", attached)?;
 
-        let reasons = self.reasons.iter();
+        let (forwarded, reasons): (Vec<_>, Vec<_>) = self.reasons.iter().partition(|view| view.fate == "forwarded");
+        let stateless = forwarded.iter().map(|view| view.packets).sum();
+        write(page, Counter, "stateless_packets", "Packets that were forwarded without a connection", one(stateless))?;
+        let reasons = reasons.into_iter();
         let reasons = reasons.map(|view| ([("reason", view.name.as_str()), ("fate", view.fate.as_str())], view.packets));
         write(page, Counter, "unforwarded_packets", "Packets that left without being forwarded, by reason", reasons)?;
 

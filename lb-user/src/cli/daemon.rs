@@ -32,6 +32,12 @@ pub(super) struct Serve {
     /// CPU they come by. More save CPUs that begin connections of one service from waiting for each other
     #[arg(long, default_value_t = 1, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..=1024))]
     picks_at_once: u32,
+    /// Begin flood mode with so many half-open connections [default: an eighth of --max-connections]
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..))]
+    max_half_open: Option<u32>,
+    /// Seconds that flood mode lasts after the last packet that found no room
+    #[arg(long, default_value_t = lb_common::flood::HOLD, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=86_400))]
+    flood_hold: u32,
     /// Begin with the rules in this file (those of `ipvsadm-save`), unless there is something to take over; `auto` stands for
     /// the distribution's, if its own ipvsadm would restore them
     #[arg(long, env = "BPFVS_RULES", value_name = "FILE|auto")]
@@ -46,9 +52,34 @@ pub(super) struct Serve {
 
 impl Serve {
     pub(super) fn run(self, socket: Option<PathBuf>) -> anyhow::Result<()> {
-        let Self { interfaces, hook, netns, state, max_connections, picks_at_once, rules, metrics, save_rules } = self;
+        let Self {
+            interfaces,
+            hook,
+            netns,
+            state,
+            max_connections,
+            picks_at_once,
+            max_half_open,
+            flood_hold,
+            rules,
+            metrics,
+            save_rules,
+        } = self;
         let rules = rules.map(|file| rule_file::find(&file, save_rules)).transpose()?.flatten();
-        kernel::run(Options { interfaces, hook, netns, socket, state, max_connections, picks_at_once, rules, metrics })
+        let options = Options {
+            interfaces,
+            hook,
+            netns,
+            socket,
+            state,
+            max_connections,
+            picks_at_once,
+            max_half_open,
+            flood_hold,
+            rules,
+            metrics,
+        };
+        kernel::run(options)
     }
 }
 

@@ -4,7 +4,7 @@ use super::{
     Global,
     table::{number, table, text},
 };
-use crate::director::model::{InterfaceView, Status, SyncDaemonView};
+use crate::director::model::{FloodView, InterfaceView, Status, SyncDaemonView};
 
 pub(super) fn run(global: &Global) -> anyhow::Result<()> {
     let status = global.client()?.status()?;
@@ -22,9 +22,15 @@ fn describe(status: &Status) -> String {
         ("services", status.services.to_string()),
         ("servers", status.servers.to_string()),
         ("connections", format!("{} (each table has room for {})", status.connections, status.max_connections)),
+        ("flood mode", flood(&status.flood)),
     ];
     let text: Vec<String> = lines.into_iter().map(|(name, value)| format!("{name:<13}{value}\n")).collect();
     text.concat() + "\n" + &interfaces(&status.interfaces) + &sync_daemons(&status.sync_daemons)
+}
+
+fn flood(flood: &FloodView) -> String {
+    let FloodView { on, half_open, limit } = flood;
+    format!("{} ({half_open} half-open connections; begins with {limit})", if *on { "ON" } else { "off" })
 }
 
 /// Nothing if there are none: most directors stand alone.

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     datapath::{self, KernelDatapath, attach::Attachments, mark_device::MarkDevice, take_over::Place, tell::Told},
-    director::model::{ConnectionView, Hook, InterfaceView, LocalUsage, ReasonView},
+    director::model::{ConnectionView, FloodView, Hook, InterfaceView, LocalUsage, ReasonView},
     synchronisation::{LeftOut, changes::Changes, message::Entry},
 };
 
@@ -110,6 +110,10 @@ impl Instance for KernelDatapath {
 
     fn reasons(&self) -> anyhow::Result<Vec<ReasonView>> {
         Self::reasons(self)
+    }
+
+    fn flood(&self) -> anyhow::Result<FloodView> {
+        Self::flood(self)
     }
 
     fn tell(&self, changes: Arc<Mutex<Changes>>) -> impl Future<Output = anyhow::Result<Told>> + Send + use<> {

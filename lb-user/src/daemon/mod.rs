@@ -5,6 +5,7 @@
 //! and goes on without it: ending the daemon ends nothing but changes.
 
 pub mod environment;
+mod flood;
 pub mod kernel;
 pub mod lock;
 pub mod namespace;
@@ -29,6 +30,7 @@ use tokio::sync::Notify;
 use tracing::{error, info, warn};
 
 use self::{
+    flood::FloodWatch,
     namespace::Identity,
     synchronisation::{Counters, Synchronisation},
 };
@@ -37,8 +39,8 @@ use crate::{
     director::{
         Director,
         model::{
-            Command, ConnectionView, Hook, InterfaceView, LocalAddressView, LocalAddresses, LocalUsage, MarkRule, Outcome,
-            ReasonView, ServiceView, Status, SysctlView, Timeouts, Traffic,
+            Command, ConnectionView, FloodView, Hook, InterfaceView, LocalAddressView, LocalAddresses, LocalUsage, MarkRule,
+            Outcome, ReasonView, ServiceView, Status, SysctlView, Timeouts, Traffic,
         },
     },
     synchronisation::{
@@ -97,6 +99,9 @@ pub trait Instance: Datapath + Send + Sized + 'static {
     /// The reason counters.
     fn reasons(&self) -> anyhow::Result<Vec<ReasonView>>;
 
+    /// How flood mode is.
+    fn flood(&self) -> anyhow::Result<FloodView>;
+
     /// Finds what a master has to tell other directors, beside everything else.
     fn tell(&self, changes: Arc<Mutex<Changes>>) -> impl Future<Output = anyhow::Result<Told>> + Send + use<Self>;
 
@@ -146,6 +151,7 @@ pub struct Daemon<I> {
     synchronisation: Synchronisation,
     /// Whether the state file does not know of it yet.
     sync_changed: bool,
+    flood: FloodWatch,
 }
 
 impl<I: Instance> Daemon<I> {
@@ -163,6 +169,7 @@ impl<I: Instance> Daemon<I> {
             stopping: Arc::default(),
             synchronisation: Synchronisation::default(),
             sync_changed: false,
+            flood: FloodWatch::default(),
         }
     }
 
@@ -290,6 +297,7 @@ impl<I: Instance> Daemon<I> {
             servers: self.director.server_count(),
             connections: self.connections,
             max_connections: datapath.max_connections(),
+            flood: datapath.flood().unwrap_or_default(),
             clock_rate: self.director.clock_rate(),
             sync_daemons: self.synchronisation.views(),
         }
@@ -324,7 +332,21 @@ impl<I: Instance> Daemon<I> {
     /// To be called each second.
     pub fn tick(&mut self) {
         self.director.tick(Instant::now());
+        self.watch_flood();
         self.save();
+    }
+
+    fn watch_flood(&mut self) {
+        let datapath = self.director.datapath();
+        match datapath.flood() {
+            Ok(view) => self.flood.look(&view, || stateless_packets(datapath)),
+            Err(error) => warn!("flood mode is not watched: {error:#}"),
+        }
+    }
+
+    /// Whether flood mode was on at the last tick.
+    pub const fn is_flooded(&self) -> bool {
+        self.flood.is_on()
     }
 
     /// Resolves when the way to every real server has been looked for.
@@ -405,6 +427,12 @@ fn report(commands: &[Command], outcomes: &[Outcome]) {
 /// Whether packets to an address come to this host's own sockets: the kernel lets one have it.
 fn is_here(address: IpAddr) -> bool {
     UdpSocket::bind((address, 0)).is_ok()
+}
+
+/// Packets that were forwarded without a connection.
+fn stateless_packets(datapath: &impl Instance) -> u64 {
+    let reasons = datapath.reasons().unwrap_or_default();
+    reasons.iter().find(|reason| reason.name == Reason::Stateless.name()).map_or(0, |reason| reason.packets)
 }
 
 /// Removes a file that may not be there.

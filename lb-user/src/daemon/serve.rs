@@ -22,7 +22,7 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use lb_common::config::Config;
+use lb_common::{config::Config, flood::default_limit};
 use listenfd::ListenFd;
 use sd_notify::NotifyState;
 use tempfile::NamedTempFile;
@@ -80,6 +80,10 @@ pub struct Options {
     pub max_connections: u32,
     /// How many picks of a service a CPU takes at once.
     pub picks_at_once: u32,
+    /// With how many half-open connections flood mode begins; nothing for an eighth of the table.
+    pub max_half_open: Option<u32>,
+    /// Seconds that it lasts after the last packet that found no room.
+    pub flood_hold: u32,
     /// What to begin with, if there is nothing to take over.
     pub rules: Option<Rules>,
     /// Where to offer the metrics besides.
@@ -128,13 +132,14 @@ pub fn serve<I: Instance>(options: Options) -> anyhow::Result<()> {
         max_connections: options.max_connections,
         picks_at_once: options.picks_at_once,
     };
+    let limits = Limits { half_open: options.max_half_open, hold: options.flood_hold };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.context("cannot run the daemon: there is no event loop to be had; see the limits of open files")?;
     let (socket, own) = (door.path.clone(), door.own);
     let outcome = runtime.block_on(async {
         let found = opening.pins.exists();
         let sync_daemons = state.as_ref().map_or_else(Vec::new, |state| state.sync_daemons.clone());
-        let director = match start::<I>(&opening, state, &state_file, options.rules.as_ref()).await {
+        let director = match start::<I>(&opening, limits, state, &state_file, options.rules.as_ref()).await {
             Ok(director) => director,
             // What could not begin leaves no trace; what was at work before stays at work.
             Err(error) if !found => {
@@ -156,16 +161,32 @@ pub fn serve<I: Instance>(options: Options) -> anyhow::Result<()> {
     outcome
 }
 
+/// The limits of flood mode.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    half_open: Option<u32>,
+    hold: u32,
+}
+
 /// Opens the datapath, and lets the director take it over.
 async fn start<I: Instance>(
     opening: &Opening,
+    limits: Limits,
     state: Option<State>,
     state_file: &StateFile,
     rules: Option<&Rules>,
 ) -> anyhow::Result<Director<I>> {
     let rules = rules.filter(|_| state.is_none());
     let datapath = I::open(opening)?;
-    let config = Config { netns_cookie: opening.netns_cookie, ..Config::DEFAULT };
+    // Not by what was asked for: a table that was found keeps its size.
+    let half_open_limit = limits.half_open.unwrap_or_else(|| default_limit(datapath.max_connections()));
+    let config = Config {
+        netns_cookie: opening.netns_cookie,
+        half_open_limit,
+        midst_limit: half_open_limit.saturating_mul(2),
+        flood_hold: limits.hold,
+        ..Config::DEFAULT
+    };
     let mut director = match state {
         Some(state) => Director::adopt(datapath, config, state, &state_file.path)?,
         None => Director::new(datapath, config)?,
@@ -362,9 +383,13 @@ async fn keep_sweeping<I: Instance>(daemon: Arc<Mutex<Daemon<I>>>, forsaken: Arc
         let outcome = daemon.lock().await.sweep();
         let outcome = outcome.await;
         let is_empty = outcome.as_ref().is_ok_and(|left| *left == 0);
-        daemon.lock().await.swept(outcome);
+        let flooded = {
+            let mut daemon = daemon.lock().await;
+            daemon.swept(outcome);
+            daemon.is_flooded()
+        };
         let rest = async {
-            sleep(pause(begin.elapsed(), is_empty)).await;
+            sleep(if flooded { flood_pause(begin.elapsed()) } else { pause(begin.elapsed(), is_empty) }).await;
             while is_empty && begin.elapsed() < LONGEST_REST && !daemon.lock().await.has_connections() {
                 sleep(IDLE_PAUSE).await;
             }
@@ -381,6 +406,12 @@ async fn keep_sweeping<I: Instance>(daemon: Arc<Mutex<Daemon<I>>>, forsaken: Arc
 /// Nothing depends on it but the counters of connections that are over: the packet path looks at a connection's age itself.
 fn pause(took: Duration, is_empty: bool) -> Duration {
     if is_empty { IDLE_PAUSE } else { (took * 100).clamp(SHORTEST_PAUSE, LONGEST_PAUSE) }
+}
+
+/// The same in flood mode: the sooner the half-open connections go, the more of those that mean it are tracked. At most a fifth of
+/// one CPU.
+fn flood_pause(took: Duration) -> Duration {
+    (took * 4).clamp(SHORTEST_PAUSE, LONGEST_PAUSE)
 }
 
 /// Tells the service manager, if there is one.

@@ -76,6 +76,10 @@ impl Instance for Memory {
         Ok(vec![])
     }
 
+    fn flood(&self) -> anyhow::Result<FloodView> {
+        Ok(FloodView::default())
+    }
+
     fn tell(&self, _changes: Arc<Mutex<Changes>>) -> impl Future<Output = anyhow::Result<Told>> + Send + use<> {
         future::ready(Ok(Told::default()))
     }

@@ -174,15 +174,23 @@ pub struct Clock {
 impl Clock {
     /// The present time. Never ahead of the kernel's.
     pub fn read(report: &SweepReport, hz: u32) -> anyhow::Result<Self> {
+        Ok(Self { jiffies: Self::ticks(report, hz)? as u32, hz: hz.max(1) })
+    }
+
+    /// The whole of the present time, in ticks.
+    pub fn ticks(report: &SweepReport, hz: u32) -> anyhow::Result<u64> {
         let monotonic = clock_gettime(ClockId::CLOCK_MONOTONIC).context("the clock cannot be read")?;
-        Ok(Self::now(report, Duration::from(monotonic).as_nanos() as u64, hz))
+        Ok(Self::ticks_at(report, Duration::from(monotonic).as_nanos() as u64, hz))
     }
 
     /// Goes on from both clocks as the sweep saw them.
     pub fn now(report: &SweepReport, monotonic_ns: u64, hz: u32) -> Self {
+        Self { jiffies: Self::ticks_at(report, monotonic_ns, hz) as u32, hz: hz.max(1) }
+    }
+
+    fn ticks_at(report: &SweepReport, monotonic_ns: u64, hz: u32) -> u64 {
         let elapsed = u128::from(monotonic_ns.saturating_sub(report.monotonic_ns));
-        let ticks = elapsed * u128::from(hz) / 1_000_000_000;
-        Self { jiffies: report.jiffies.wrapping_add(ticks as u64) as u32, hz: hz.max(1) }
+        report.jiffies.wrapping_add((elapsed * u128::from(hz) / 1_000_000_000) as u64)
     }
 
     /// Whole seconds since a tick.
@@ -226,7 +234,7 @@ mod tests {
 
     #[test]
     fn the_clock_goes_on() {
-        let report = SweepReport { jiffies: 0xffff_ffff, monotonic_ns: 1_000_000_000, examined: 0, expired: 0 };
+        let report = SweepReport { jiffies: 0xffff_ffff, monotonic_ns: 1_000_000_000, examined: 0, expired: 0, half_open: 0 };
         assert_eq!(Clock::now(&report, 2_000_000_000, 250).jiffies, 249);
     }
 }

@@ -39,6 +39,7 @@ use super::{
     bell::Bell,
     connections::{Clock, Connections},
     devices::Devices,
+    flood::Flood,
     hz, kernel_error,
     links::{self},
     locality::{Destinations, Standings},
@@ -58,7 +59,9 @@ use super::{
     templates::Templates,
 };
 use crate::{
-    director::model::{ConnectionView, Family, Hook, InterfaceView, LocalUsage, MarkRule, Method, ReasonView, ServiceId},
+    director::model::{
+        ConnectionView, Family, FloodView, Hook, InterfaceView, LocalUsage, MarkRule, Method, ReasonView, ServiceId,
+    },
     scheduler::Run,
     synchronisation::{LeftOut, changes::Changes, message::Entry},
 };
@@ -99,6 +102,7 @@ pub struct KernelDatapath {
     locals: Locals,
     counters: Words,
     peaks: Words,
+    flood: Flood,
     /// Something once it is started.
     bell: Option<Bell>,
     swept: Words,
@@ -161,13 +165,14 @@ impl KernelDatapath {
             adopted: found.is_some(),
             config,
             config_map: pins.typed("CONFIG")?,
-            runs: Runs::new(words("SCHEDULES")?, words("CURSORS")?, words("RUNS")?),
+            runs: Runs::new(words("SCHEDULES")?, words("FLOODS")?, words("CURSORS")?, words("RUNS")?),
             standings: Standings::new(words("STANDINGS")?),
             destinations: Destinations::open(&pins)?,
             templates: Templates::open(&pins)?,
             locals: Locals::open(&pins)?,
             counters: words("COUNTERS")?,
             peaks: words("PEAKS")?,
+            flood: Flood::open(&pins)?,
             bell: None,
             swept: words("SWEPT")?,
             statistics: pins.typed("STATISTICS")?,
@@ -338,6 +343,11 @@ impl KernelDatapath {
         self.connections.local_usage(|index| servers.entry(index).ok(), |index| self.locals.address(index))
     }
 
+    /// How flood mode is.
+    pub fn flood(&self) -> anyhow::Result<FloodView> {
+        self.flood.view(&self.config, &lock(&self.sweeper).report()?)
+    }
+
     /// All reason counters.
     pub fn reasons(&self) -> anyhow::Result<Vec<ReasonView>> {
         self.reasons.list()
@@ -439,6 +449,10 @@ impl Datapath for KernelDatapath {
             tracing::warn!(service, "destinations stay for now: {error:#}");
         }
         self.runs.publish(service, run)
+    }
+
+    fn publish_flood(&mut self, service: u32, picks: &[u32]) -> Result<(), Error> {
+        self.runs.publish_flood(service, picks)
     }
 
     fn cursor(&self, service: u32) -> u32 {

@@ -17,7 +17,7 @@
 //! | local addresses of FULLNAT | [`locals`] |
 //! | real servers and the ways to them | [`servers`], [`way`], [`resolve`] |
 //! | what other directors are told, and what they tell | [`tell`], [`take_over`] |
-//! | what the kernel counts | [`sweep`], [`connections`], [`reasons`] |
+//! | what the kernel counts | [`sweep`], [`connections`], [`reasons`], [`flood`] |
 //! | the kernel's clock rate | [`hz`] |
 
 pub mod attach;
@@ -25,6 +25,7 @@ pub mod bell;
 pub mod connections;
 pub mod devices;
 pub mod filter;
+pub mod flood;
 pub mod hz;
 pub mod kernel;
 pub mod links;
@@ -83,6 +84,12 @@ pub trait Datapath {
 
     /// Publishes the schedule of the service with this index; a later one takes its place at once.
     fn publish(&mut self, service: u32, run: &Run) -> Result<(), Error>;
+
+    /// Publishes the table that the service with this index has for flood mode; without picks, it has none. Does nothing where
+    /// there is no such mode.
+    fn publish_flood(&mut self, _service: u32, _picks: &[u32]) -> Result<(), Error> {
+        Ok(())
+    }
 
     /// Where the cursor of the service with this index stands: how many picks were taken, modulo 2^32.
     fn cursor(&self, service: u32) -> u32;

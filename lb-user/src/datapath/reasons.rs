@@ -29,6 +29,7 @@ impl Reasons {
                 let fate = match reason.fate() {
                     Fate::Answered => "answered",
                     Fate::Dropped => "dropped",
+                    Fate::Forwarded => "forwarded",
                     Fate::Passed => "passed",
                 };
                 Ok(ReasonView {

@@ -100,36 +100,55 @@ impl Space {
     }
 }
 
-/// The published schedules.
+/// What a run is for.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+enum Use {
+    /// New connections, as the service's scheduler has it.
+    Schedule,
+    /// New connections in flood mode: the picks are a table.
+    Flood,
+}
+
+/// The published schedules, and the tables for flood mode.
 #[derive(Debug)]
 pub struct Runs {
     schedules: Words,
+    floods: Words,
     cursors: Words,
     pairs: Words,
     space: Space,
-    published: HashMap<u32, Region>,
+    published: HashMap<(Use, u32), Region>,
     retired: VecDeque<(Instant, Region)>,
 }
 
 impl Runs {
     /// Takes over what is published already.
-    pub fn new(schedules: Words, cursors: Words, pairs: Words) -> Self {
+    pub fn new(schedules: Words, floods: Words, cursors: Words, pairs: Words) -> Self {
         let mut space = Space::new(pairs.length());
         let mut published = HashMap::new();
-        for service in 0..schedules.length() {
-            let (offset, picks) = halves(schedules.load(service));
-            if picks == 0 {
-                continue;
-            }
-            let region = Region { offset, length: Region::length_for(picks) };
-            if space.reserve(region) {
-                published.insert(service, region);
-            } else {
-                tracing::warn!(service, offset, picks, "a schedule that was found points outside its room; it is cleared");
-                schedules.store(service, 0);
+        for (purpose, pointers) in [(Use::Schedule, &schedules), (Use::Flood, &floods)] {
+            for service in 0..pointers.length() {
+                let (offset, picks) = halves(pointers.load(service));
+                if picks == 0 {
+                    continue;
+                }
+                let region = Region { offset, length: Region::length_for(picks) };
+                if space.reserve(region) {
+                    published.insert((purpose, service), region);
+                } else {
+                    tracing::warn!(service, offset, picks, "a schedule that was found points outside its room; it is cleared");
+                    pointers.store(service, 0);
+                }
             }
         }
-        Self { schedules, cursors, pairs, space, published, retired: VecDeque::new() }
+        Self { schedules, floods, cursors, pairs, space, published, retired: VecDeque::new() }
+    }
+
+    const fn pointers(&self, purpose: Use) -> &Words {
+        match purpose {
+            Use::Schedule => &self.schedules,
+            Use::Flood => &self.floods,
+        }
     }
 
     /// Services that fit.
@@ -144,12 +163,21 @@ impl Runs {
 
     /// Makes `run` the schedule of a service.
     pub fn publish(&mut self, service: u32, run: &Run) -> Result<(), Error> {
+        self.publish_for(Use::Schedule, service, run)
+    }
+
+    /// Makes `picks` the table that a service has for flood mode.
+    pub fn publish_flood(&mut self, service: u32, picks: &[u32]) -> Result<(), Error> {
+        self.publish_for(Use::Flood, service, &Run { picks: picks.to_vec(), ..Run::default() })
+    }
+
+    fn publish_for(&mut self, purpose: Use, service: u32, run: &Run) -> Result<(), Error> {
         if service >= self.schedules.length() {
             return Err(full("the table of services", self.schedules.length(), "remove services that are not needed"));
         }
         let picks = u32::try_from(run.picks.len()).unwrap_or(u32::MAX);
         if picks == 0 {
-            self.withdraw(service);
+            self.withdraw_from(purpose, service);
             return Ok(());
         }
         let region = self.room(picks)?;
@@ -160,8 +188,8 @@ impl Runs {
         for (index, two) in (region.offset + HEADER..).zip(run.picks.chunks(2)) {
             self.pairs.store(index, pair(two[0], two.get(1).copied().unwrap_or(NOBODY)));
         }
-        self.schedules.store(service, pair(region.offset, picks));
-        if let Some(old) = self.published.insert(service, region) {
+        self.pointers(purpose).store(service, pair(region.offset, picks));
+        if let Some(old) = self.published.insert((purpose, service), region) {
             self.retired.push_back((Instant::now(), old));
         }
         Ok(())
@@ -169,8 +197,13 @@ impl Runs {
 
     /// Leaves a service without a schedule.
     pub fn withdraw(&mut self, service: u32) {
-        self.schedules.store(service, 0);
-        if let Some(old) = self.published.remove(&service) {
+        self.withdraw_from(Use::Schedule, service);
+        self.withdraw_from(Use::Flood, service);
+    }
+
+    fn withdraw_from(&mut self, purpose: Use, service: u32) {
+        self.pointers(purpose).store(service, 0);
+        if let Some(old) = self.published.remove(&(purpose, service)) {
             self.retired.push_back((Instant::now(), old));
         }
     }
@@ -239,7 +272,7 @@ mod tests {
     }
 
     fn runs(schedules: Words, pairs: Words) -> Runs {
-        Runs::new(schedules, Words::anonymous(8), pairs)
+        Runs::new(schedules, Words::anonymous(8), Words::anonymous(8), pairs)
     }
 
     /// The run of a service as the kernel reads it: base, head, period, picks.
@@ -292,6 +325,18 @@ mod tests {
             let (offset, _) = halves(runs.schedules.load(service));
             assert!(offset + 6 <= 10 || offset >= 16, "the found run at 10 is not written over by one at {offset}");
         }
+    }
+
+    #[test]
+    fn a_service_has_a_schedule_and_a_table_for_floods() {
+        let mut runs = runs(Words::anonymous(8), Words::anonymous(64));
+        runs.publish(2, &Run { picks: vec![1, 2], ..Run::default() }).expect("there is room");
+        runs.publish_flood(2, &[3, 4, 5]).expect("there is room");
+        assert_eq!(read(&runs, 2).3, [1, 2]);
+        let (offset, picks) = halves(runs.floods.load(2));
+        assert_eq!((halves(runs.pairs.load(offset + HEADER)), picks), ((3, 4), 3));
+        runs.withdraw(2);
+        assert_eq!((runs.schedules.load(2), runs.floods.load(2), runs.retired.len()), (0, 0, 2));
     }
 
     proptest! {

@@ -22,7 +22,7 @@ use aya::{
 };
 use lb_common::{config::SweepReport, server::Counters, statistics::Statistics};
 
-use super::{maps::Pins, programs::Programs, shared::Words};
+use super::{flood::Recount, maps::Pins, programs::Programs, shared::Words};
 
 /// What a run of the sweep did.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
@@ -75,6 +75,7 @@ pub struct Sweeper {
     counters: Words,
     swept: Words,
     suspects: HashMap<u32, Drift>,
+    half_open: Recount,
 }
 
 impl Sweeper {
@@ -87,6 +88,7 @@ impl Sweeper {
             counters: Words::open(&pins.map("COUNTERS"))?,
             swept: Words::open(&pins.map("SWEPT"))?,
             suspects: HashMap::new(),
+            half_open: Recount::open(pins)?,
         })
     }
 
@@ -115,7 +117,9 @@ impl Sweeper {
         for index in self.suspects.keys() {
             before.insert(*index, (self.opened(*index)?, self.counters.load(*index)));
         }
+        let half_open = self.half_open.before();
         let report = self.walk()?;
+        self.half_open.after(half_open, report.half_open);
         let mut corrected = Vec::new();
         let earlier = std::mem::take(&mut self.suspects);
         for index in 0..self.counters.length() {

@@ -156,7 +156,8 @@ where
                 | set(entry.flags & entry_flags::INACTIVE == 0, flags::ACTIVE)
                 | set(place.persistence != 0, flags::CONTROLLED)
                 | if masqueraded { flags::MASQUERADED } else { flags::NO_OUTPUT },
-            zero: [0; 2],
+            half_open: 0,
+            zero: 0,
         };
         if let Some(known) = found(self.connections.get(&key, 0))? {
             let is_over = known.flags & flags::LEAVING != 0
@@ -171,7 +172,7 @@ where
                     return Ok(());
                 }
                 // Its replies' entry stays as it is.
-                return match self.connections.insert(key, told, EXIST) {
+                return match self.connections.insert(key, Connection { half_open: known.half_open, ..told }, EXIST) {
                     Ok(()) => {
                         recount(counters, place.server, told.share().wrapping_sub(known.share()));
                         Ok(())

@@ -116,11 +116,12 @@ impl<D: Datapath> Director<D> {
         for service in self.services.values_mut().filter(|service| service.is_live()) {
             if let Some(untrue) = service.is_left_behind(&self.datapath) {
                 self.changed |= untrue.flipped;
-                left_behind.push(service.id);
+                left_behind.push((service.id, untrue.flipped));
             }
         }
-        for id in &left_behind {
-            let outcome = self.publish(id);
+        for (id, flipped) in &left_behind {
+            let flood = if *flipped { self.publish_flood(id) } else { Ok(()) };
+            let outcome = flood.and_then(|()| self.publish(id));
             let Some(service) = self.services.get_mut(id) else { continue };
             let was_stuck = std::mem::replace(&mut service.stuck, outcome.is_err());
             // This may go on a thousand times in a second.

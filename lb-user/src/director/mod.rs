@@ -69,7 +69,7 @@ use self::{
 };
 use crate::{
     datapath::{self, Datapath},
-    scheduler::{Change, Run, Scheduler},
+    scheduler::{Change, Run, Scheduler, flood},
 };
 
 /// The model of all services, and the datapath that follows it.
@@ -251,6 +251,7 @@ impl<D: Datapath> Director<D> {
         for id in ids {
             self.bring_up_to_date(&id);
             self.start_from_now(&id);
+            self.publish_flood(&id)?;
             self.publish(&id)?;
         }
         Ok(())
@@ -506,6 +507,7 @@ impl<D: Datapath> Director<D> {
             ahead: 0,
             stuck: false,
             lasts: None,
+            flood: None,
             locals: Vec::new(),
             servers: Servers::default(),
             left_behind: Totals::default(),
@@ -745,10 +747,15 @@ impl<D: Datapath> Director<D> {
                 touched.tell(service);
             }
             self.start_from_now(&id);
-            let published =
-                unwritten.take().map_or(Ok(()), Err).and_then(|()| self.set_scopes(&id)).and_then(|()| self.publish(&id));
+            let published = unwritten
+                .take()
+                .map_or(Ok(()), Err)
+                .and_then(|()| self.set_scopes(&id))
+                .and_then(|()| self.publish_flood(&id))
+                .and_then(|()| self.publish(&id));
             let Err(error) = published else { continue };
             self.roll_back(&id, touched.before, &mut retiring, &mut abandoned);
+            self.set_flood_back(&id);
             for position in touched.commands {
                 if outcomes[position] == Outcome::Ok {
                     outcomes[position] = Outcome::Refused(Refusal::from_datapath(&error));
@@ -760,7 +767,8 @@ impl<D: Datapath> Director<D> {
             warn!("real servers are not what they were: {error}");
         }
         for index in abandoned {
-            if let Err(error) = self.datapath.publish(index, &Run::default()) {
+            let withdrawn = self.datapath.publish_flood(index, &[]);
+            if let Err(error) = withdrawn.and_then(|()| self.datapath.publish(index, &Run::default())) {
                 warn!("the schedule of a removed service keeps its room: {error}");
             }
             self.service_indices.give_back(index);
@@ -788,6 +796,26 @@ impl<D: Datapath> Director<D> {
         self.datapath.publish(service.index, &run)?;
         service.lasts = run.truncated.then_some(run.picks.len() as u32);
         self.datapath.set_service(id, service.entry())
+    }
+
+    /// Compiles the table that a service has for flood mode, and publishes it unless it is there already.
+    pub(super) fn publish_flood(&mut self, id: &ServiceId) -> Result<(), datapath::Error> {
+        let Some(service) = self.services.get_mut(id) else { return Ok(()) };
+        let table = flood::table(&service.candidates(), id.family());
+        if service.flood.as_ref() != Some(&table) {
+            self.datapath.publish_flood(service.index, &table)?;
+            service.flood = Some(table);
+        }
+        Ok(())
+    }
+
+    /// The same for a service that was set back: what is published may be of the one that failed.
+    fn set_flood_back(&mut self, id: &ServiceId) {
+        let Some(service) = self.services.get_mut(id) else { return };
+        service.flood = None;
+        if let Err(error) = self.publish_flood(id) {
+            warn!("the table of {id} for flood mode is not what it was: {error}");
+        }
     }
 
     /// Makes a service again what it was before a list of commands.

@@ -857,6 +857,17 @@ pub struct SyncDaemonView {
     pub refused: BTreeMap<String, u64>,
 }
 
+/// How flood mode is: [`lb_common::flood`].
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+pub struct FloodView {
+    /// Whether it is on.
+    pub on: bool,
+    /// Connections that have shown no more than their beginning.
+    pub half_open: u64,
+    /// With so many of them the mode begins.
+    pub limit: u32,
+}
+
 /// How the daemon is.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct Status {
@@ -883,6 +894,9 @@ pub struct Status {
     pub connections: u64,
     /// Capacity of each connection table.
     pub max_connections: u32,
+    /// Flood mode.
+    #[serde(default)]
+    pub flood: FloodView,
     /// Ticks of the kernel's clock in a second (`CONFIG_HZ`).
     #[serde(default)]
     pub clock_rate: u32,

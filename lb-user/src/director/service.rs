@@ -45,6 +45,9 @@ pub(super) struct Service {
     /// After how many picks the schedule has to be made anew; nothing if it repeats for ever.
     #[serde(skip)]
     pub(super) lasts: Option<u32>,
+    /// The table for flood mode, as it is published.
+    #[serde(skip)]
+    pub(super) flood: Option<Vec<u32>>,
     /// FULLNAT's local addresses, if it has any of its own.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(super) locals: Vec<IpAddr>,

@@ -24,10 +24,12 @@ pub const PREFIX: &str = "net.ipv4.vs.";
 #[serde(default)]
 pub struct Values {
     conn_reuse_mode: u32,
+    drop_entry: u32,
     expire_nodest_conn: u32,
     expire_quiescent_template: u32,
     lblc_expiration: u32,
     lblcr_expiration: u32,
+    secure_tcp: u32,
     sloppy_sctp: u32,
     sloppy_tcp: u32,
 }
@@ -36,10 +38,12 @@ impl Default for Values {
     fn default() -> Self {
         Self {
             conn_reuse_mode: 1,
+            drop_entry: 1,
             expire_nodest_conn: 0,
             expire_quiescent_template: 0,
             lblc_expiration: 24 * 60 * 60,
             lblcr_expiration: 24 * 60 * 60,
+            secure_tcp: 1,
             sloppy_sctp: 0,
             sloppy_tcp: 0,
         }
@@ -68,10 +72,14 @@ const fn without_meaning(name: &'static str, text: &'static str) -> Knob {
     Knob { name, place: None, text }
 }
 
-/// A part of the defence against floods, which has not been made yet.
-const DEFENCE: &str = "not yet: defence against floods of SYNs; a connection that is established is never pushed out by new ones";
-/// The same, of the automatic modes.
-const MEMORY: &str = "not yet: defence against floods; the tables have a fixed size, so that there is no memory to run out of";
+/// When IPVS's automatic defence begins.
+const MEMORY: &str = "no meaning: the tables have a fixed size, so that there is no memory to run out of; flood mode begins with so many \
+                      half-open connections as `bpfvs serve --max-half-open` says";
+/// What IPVS drops.
+const DROPPING: &str =
+    "no meaning: in flood mode no new connection is dropped, they are balanced without an entry; secure_tcp says when";
+/// The largest value of the defence's switches; 1 and 2 are one mode, which IPVS itself changes from one to the other.
+const ALWAYS: u32 = 3;
 /// Of the estimators in the kernel.
 const ESTIMATION: &str = "no meaning: the daemon makes the rates, two seconds apart; the packet path has no part in it";
 /// Of the synchronisation of connections.
@@ -79,7 +87,7 @@ const SYNCHRONISATION: &str = "no meaning: synchronisation has no settings but t
 
 /// All of them, by their names.
 const KNOBS: &[Knob] = &[
-    without_meaning("am_droprate", MEMORY),
+    without_meaning("am_droprate", DROPPING),
     without_meaning("amemthresh", MEMORY),
     without_meaning("backup_only", "always 0: a director that is a backup balances what comes to it"),
     without_meaning(
@@ -94,8 +102,14 @@ const KNOBS: &[Knob] = &[
          replies do not pass here",
     ),
     without_meaning("conntrack", "no meaning: what is balanced never meets netfilter's connection tracking"),
-    without_meaning("drop_entry", DEFENCE),
-    without_meaning("drop_packet", DEFENCE),
+    honoured(
+        "drop_entry",
+        |values| &mut values.drop_entry,
+        ALWAYS,
+        "how long half-open connections live: 0 as long as ever, 1 and 2 five seconds in flood mode, 3 five seconds always; none that \
+         is established is ever dropped",
+    ),
+    without_meaning("drop_packet", DROPPING),
     without_meaning("est_cpulist", ESTIMATION),
     without_meaning("est_nice", ESTIMATION),
     honoured(
@@ -134,7 +148,13 @@ const KNOBS: &[Knob] = &[
     ),
     without_meaning("run_estimation", ESTIMATION),
     without_meaning("schedule_icmp", "always 0: an ICMP error never begins a connection"),
-    without_meaning("secure_tcp", DEFENCE),
+    honoured(
+        "secure_tcp",
+        |values| &mut values.secure_tcp,
+        ALWAYS,
+        "flood mode, in which what begins a connection makes no entry: 0 never, 1 and 2 with too many half-open connections or a full \
+         table, 3 always",
+    ),
     honoured(
         "sloppy_sctp",
         |values| &mut values.sloppy_sctp,
@@ -190,8 +210,14 @@ impl Values {
             (self.expire_nodest_conn, flags::EXPIRE_NODEST),
             (self.expire_quiescent_template, flags::EXPIRE_QUIESCENT),
         ];
-        for (value, flag) in switches {
-            config.flags = if value == 0 { config.flags & !flag } else { config.flags | flag };
+        let defences = [
+            (self.secure_tcp == 0, flags::FLOOD_NEVER),
+            (self.secure_tcp == ALWAYS, flags::FLOOD_ALWAYS),
+            (self.drop_entry == 0, flags::HURRY_NEVER),
+            (self.drop_entry == ALWAYS, flags::HURRY_ALWAYS),
+        ];
+        for (on, flag) in switches.map(|(value, flag)| (value != 0, flag)).into_iter().chain(defences) {
+            config.flags = if on { config.flags | flag } else { config.flags & !flag };
         }
         config.connection_reuse = self.conn_reuse_mode;
         config.lblc_expiration = self.lblc_expiration;
@@ -222,9 +248,9 @@ mod tests {
 
     #[test]
     fn defaults_are_those_of_the_packet_path() {
-        let mut config = Config { flags: flags::SECURE_TCP, connection_reuse: 7, ..Config::DEFAULT };
+        let mut config = Config { flags: flags::FLOOD_NEVER, connection_reuse: 7, ..Config::DEFAULT };
         Values::default().write_to(&mut config);
-        assert_eq!(config, Config { flags: flags::SECURE_TCP, ..Config::DEFAULT });
+        assert_eq!(config, Config::DEFAULT);
     }
 
     #[test]
@@ -242,7 +268,7 @@ mod tests {
             let refusal = values.with(&format!("{PREFIX}{name}"), most + 1).expect_err("it is out of range");
             assert_eq!(refusal.kind, RefusalKind::OutOfRange);
         }
-        assert_eq!(seen.len(), 7);
+        assert_eq!(seen.len(), 9);
         assert!(KNOBS.is_sorted_by_key(|knob| knob.name));
     }
 
@@ -252,7 +278,7 @@ mod tests {
             ("sloppy", RefusalKind::NoSuchSysctl, "`bpfvs sysctl`"),
             ("net.ipv4.ip_forward", RefusalKind::NoSuchSysctl, "net.ipv4.ip_forward"),
             ("net.ipv4.vs.conntrack", RefusalKind::Unsupported, "netfilter"),
-            ("drop_entry", RefusalKind::Unsupported, "not yet"),
+            ("drop_packet", RefusalKind::Unsupported, "secure_tcp"),
         ] {
             let refusal = Values::default().with(name, 1).expect_err("it cannot be set");
             assert_eq!(refusal.kind, kind, "{name}");

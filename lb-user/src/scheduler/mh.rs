@@ -42,59 +42,69 @@ pub struct Maglev {
 }
 
 /// A server's sequence through the slots, and how far it has come.
-struct Sequence {
-    index: u32,
-    slot: u32,
-    step: u32,
-    turns: u32,
+#[derive(Clone, Copy)]
+pub(super) struct Sequence {
+    pub(super) index: u32,
+    pub(super) slot: u32,
+    pub(super) step: u32,
+    pub(super) turns: u32,
 }
 
 impl Maglev {
     /// The slots of these servers, which are no more than slots, by index; eligible or not.
     fn table(&self, servers: &[Candidate]) -> Vec<u32> {
-        let mut table = vec![NOBODY; SLOTS];
-        let mut sequences = self.sequences(servers);
-        if sequences.is_empty() {
-            return table;
-        }
-        let mut free = SLOTS;
-        loop {
-            for sequence in &mut sequences {
-                for _ in 0..sequence.turns {
-                    while table[sequence.slot as usize] != NOBODY {
-                        sequence.slot = (sequence.slot + sequence.step) % MAGLEV_SLOTS;
-                    }
-                    table[sequence.slot as usize] = sequence.index;
-                    free -= 1;
-                    if free == 0 {
-                        return table;
-                    }
-                }
-            }
-        }
+        fill(self.sequences(servers), MAGLEV_SLOTS)
     }
 
     fn sequences(&self, servers: &[Candidate]) -> Vec<Sequence> {
-        let weights = || servers.iter().map(|server| server.last_weight);
-        let divisor = weights().fold(0, super::wrr::greatest_common_divisor).max(1);
-        let heaviest = weights().max().unwrap_or(0) / divisor;
-        let shift = (u32::BITS - heaviest.leading_zeros()).saturating_sub(WEIGHT_BITS);
-        let sequence = |server: &Candidate| {
+        let weights: Vec<u32> = servers.iter().map(|server| server.last_weight).collect();
+        let sequence = |(server, turns): (&Candidate, u32)| {
             let value = fold(server.address, self.family).wrapping_add(u32::from(server.port));
             Sequence {
                 index: server.index,
                 slot: maglev(MAGLEV_KEY_1, value) % MAGLEV_SLOTS,
                 step: maglev(MAGLEV_KEY_2, value) % (MAGLEV_SLOTS - 1) + 1,
-                turns: ((server.last_weight / divisor) >> shift).max(1),
+                turns,
             }
         };
-        servers.iter().filter(|server| server.last_weight > 0).map(sequence).collect()
+        servers.iter().zip(turns(&weights)).filter(|(server, _)| server.last_weight > 0).map(sequence).collect()
     }
+}
+
+/// Lets servers take turns with the slots of a table, whose number is a prime.
+pub(super) fn fill(mut sequences: Vec<Sequence>, slots: u32) -> Vec<u32> {
+    let mut table = vec![NOBODY; slots as usize];
+    if sequences.is_empty() {
+        return table;
+    }
+    let mut free = slots;
+    loop {
+        for sequence in &mut sequences {
+            for _ in 0..sequence.turns {
+                while table[sequence.slot as usize] != NOBODY {
+                    sequence.slot = (sequence.slot + sequence.step) % slots;
+                }
+                table[sequence.slot as usize] = sequence.index;
+                free -= 1;
+                if free == 0 {
+                    return table;
+                }
+            }
+        }
+    }
+}
+
+/// How many turns in a row servers with these weights take.
+pub(super) fn turns(weights: &[u32]) -> Vec<u32> {
+    let divisor = weights.iter().copied().fold(0, super::wrr::greatest_common_divisor).max(1);
+    let heaviest = weights.iter().max().unwrap_or(&0) / divisor;
+    let shift = (u32::BITS - heaviest.leading_zeros()).saturating_sub(WEIGHT_BITS);
+    weights.iter().map(|weight| ((weight / divisor) >> shift).max(1)).collect()
 }
 
 /// IPVS's folding of a server's address: as for clients, but an IPv6 server of an IPv4 service shows only its first
 /// four bytes.
-fn fold(address: IpAddr, service: Family) -> u32 {
+pub(super) fn fold(address: IpAddr, service: Family) -> u32 {
     match (address, service) {
         (IpAddr::V4(address), _) => address.to_bits(),
         (IpAddr::V6(address), Family::Ipv4) => (address.to_bits() >> 96) as u32,

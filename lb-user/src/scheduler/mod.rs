@@ -33,6 +33,7 @@
 #[cfg(test)]
 mod destinations;
 mod dh;
+pub mod flood;
 mod fo;
 mod forecast;
 mod lblc;
