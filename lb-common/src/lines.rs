@@ -9,7 +9,7 @@
 //! a line for IPv4:  | addresses | control | leg | standing || addresses | control | leg | standing |
 //! a line for IPv6:  |      addresses: four words           | control    | leg     | standing | -   |
 //! control:          | version: 22 | state: 2 | protocol: 8 | ports: 32 |
-//! standing:         | overflow: 16 (of the line's first slot) | flags: 8 | state: 8 | last seen: 32 |
+//! standing:         | overflow: 8 (of the line's first slot) | half open: 8 | flags: 8 | state: 8 | last seen: 32 |
 //! ```
 //!
 //! Several CPUs insert, delete and read at once, nobody waits for anybody, and a program may be interrupted anywhere:
@@ -97,8 +97,8 @@ pub trait Memory<K> {
     fn load(&self, line: Self::Line, word: usize) -> u64;
     /// Writes a word.
     fn store(&self, line: Self::Line, word: usize, value: u64);
-    /// Writes the low 48 bits of a word, and leaves the others, which somebody may change at the same time.
-    fn store_48(&self, line: Self::Line, word: usize, value: u64);
+    /// Writes the low 56 bits of a word, and leaves the others, which somebody may change at the same time.
+    fn store_56(&self, line: Self::Line, word: usize, value: u64);
     /// Puts `new` where `old` stands, and says whether it stood there. A fence.
     fn compare_exchange(&self, line: Self::Line, word: usize, old: u64, new: u64) -> bool;
     /// Adds to a word. A fence.
@@ -146,7 +146,7 @@ const IDENTITY: u64 = (1 << STATE) - 1;
 const VERSION: u64 = 1 << (STATE + 2);
 const VERSIONS: u64 = !(VERSION - 1);
 /// One entry that is elsewhere, in the standing word of a line's first slot.
-const OVERFLOW: u64 = 1 << 48;
+const OVERFLOW: u64 = 1 << 56;
 /// The place of an entry of the stash is the highest.
 const STASH: u64 = u64::MAX;
 
@@ -256,14 +256,16 @@ pub fn read<K: Key, M: Memory<K>>(memory: &M, found: &Found<M::Line>) -> Option<
         last_seen: standing as u32,
         state: (standing >> 32) as u8,
         flags: (standing >> 40) as u8,
-        zero: [0; 2],
+        half_open: (standing >> 48) as u8,
+        zero: 0,
     })
 }
 
 /// Leg and standing, as they stand in a slot.
 #[inline(always)]
 const fn words(connection: &Connection) -> [u64; 2] {
-    let standing = connection.last_seen as u64 | (connection.state as u64) << 32 | (connection.flags as u64) << 40;
+    let bytes = u32::from_le_bytes([connection.state, connection.flags, connection.half_open, 0]);
+    let standing = connection.last_seen as u64 | (bytes as u64) << 32;
     [connection.leg().0, standing]
 }
 
@@ -349,7 +351,7 @@ fn write<K: Key, M: Memory<K>>(memory: &M, place: Place<M::Line>, key: &K, conne
     }
     let [leg, standing] = words(connection);
     memory.store(place.line, place.control + 1, leg);
-    memory.store_48(place.line, place.control + 2, standing);
+    memory.store_56(place.line, place.control + 2, standing);
 }
 
 /// Makes a written slot pending, and live if no other of the same key stands against it.

@@ -71,7 +71,8 @@ pub const fn connection(number: u32, other: u32) -> Connection {
         last_seen: server ^ 0x5555,
         state: server as u8,
         flags: !server as u8,
-        zero: [0; 2],
+        half_open: 1,
+        zero: 0,
     }
 }
 
@@ -84,6 +85,7 @@ pub const fn is_whole(number: u32, known: &Connection) -> bool {
         && known.last_seen == server ^ 0x5555
         && known.state == server as u8
         && known.flags == !server as u8
+        && known.half_open == 1
 }
 
 plain! { Run = 40 }

@@ -190,7 +190,7 @@ impl<K: UserKey> Memory<K> for Mapped<K> {
         unreachable!("userspace inserts nothing");
     }
 
-    fn store_48(&self, _: usize, _: usize, _: u64) {
+    fn store_56(&self, _: usize, _: usize, _: u64) {
         unreachable!("userspace inserts nothing");
     }
 

@@ -104,7 +104,7 @@ fn quarrel<K: UserKey + Hash + Send + Sync>(keys: u32, lines_of_64_bytes: u32, s
     ensure!(removed == live, "{removed} of {live} entries were found");
     let words = tables.words(&format!("LINES_{}", K::SUFFIX))?;
     for line in 0..lines_of_64_bytes as usize {
-        let overflow = words.at(line * lines::LINE + K::ADDRESSES + 2).load(Ordering::SeqCst) >> 48;
+        let overflow = words.at(line * lines::LINE + K::ADDRESSES + 2).load(Ordering::SeqCst) >> 56;
         ensure!(overflow == 0, "line {line} still believes that {overflow} of its entries are elsewhere");
     }
     Ok(())

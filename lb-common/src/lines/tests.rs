@@ -7,6 +7,7 @@ use core::sync::atomic::{
 use std::{collections::HashMap, println, sync::Mutex, thread, vec::Vec};
 
 use super::*;
+use crate::quarrel::{connection, is_whole};
 
 /// Lines of this process, and a stash whose values are used again at once, as the kernel's are.
 struct Table<K> {
@@ -83,7 +84,7 @@ impl<K: Key + core::hash::Hash> Memory<K> for Table<K> {
         self.word(line, word).store(value, SeqCst);
     }
 
-    fn store_48(&self, line: Line, word: usize, value: u64) {
+    fn store_56(&self, line: Line, word: usize, value: u64) {
         let put = |old| Some(old & !(OVERFLOW - 1) | value);
         let _ = self.word(line, word).fetch_update(SeqCst, SeqCst, put);
     }
@@ -130,23 +131,6 @@ fn key_v4(number: u32) -> ConnectionKey<Ipv4> {
 fn key_v6(number: u32) -> ConnectionKey<Ipv6> {
     let ports = Ports::new((number % 7) as u16, 80);
     ConnectionKey { client: [0xfd09, 0, number / 49, number / 7 % 7], vip: [0xfd99, 0, 0, 1], ports, protocol: 6 }
-}
-
-/// A connection whose every field follows from its key's number and another one.
-fn connection(number: u32, round: u32) -> Connection {
-    let server = number << 16 | round & 0xffff;
-    Connection {
-        server,
-        local: Local(!server),
-        last_seen: server ^ 0x5555,
-        state: server as u8,
-        flags: !server as u8,
-        zero: [0; 2],
-    }
-}
-
-fn is_whole(number: u32, known: &Connection) -> bool {
-    known.server >> 16 == number && *known == connection(number, known.server)
 }
 
 /// Several threads insert, find and delete few keys in few lines, beside one that sweeps.
@@ -220,7 +204,7 @@ where
         assert_eq!(remove(table, &key(number)), counts[number as usize].load(SeqCst) == 1);
     }
     for line in &table.lines {
-        assert_eq!(line[K::ADDRESSES + 2].load(SeqCst) >> 48, 0, "an overflow that is over");
+        assert_eq!(line[K::ADDRESSES + 2].load(SeqCst) >> 56, 0, "an overflow that is over");
         assert!((0..LINE).step_by(K::STRIDE).all(|first| line[first + K::ADDRESSES].load(SeqCst) & STATES == FREE));
     }
     assert!(live > 0 || keys < 8);
@@ -228,7 +212,7 @@ where
 
 #[test]
 fn no_ipv4_entry_is_lost_or_there_twice() {
-    for seed in 1..=12 {
+    for seed in 1..=6 {
         // Two keys that always meet; more than fit into the lines; a stash that is too small.
         stress(key_v4, 2, 2, 8, seed);
         stress(key_v4, 24, 4, 64, seed << 8);
@@ -239,7 +223,7 @@ fn no_ipv4_entry_is_lost_or_there_twice() {
 
 #[test]
 fn no_ipv6_entry_is_lost_or_there_twice() {
-    for seed in 1..=12 {
+    for seed in 1..=6 {
         stress(key_v6, 2, 2, 8, seed);
         stress(key_v6, 24, 8, 64, seed << 8);
         stress(key_v6, 24, 8, 4, seed << 16);

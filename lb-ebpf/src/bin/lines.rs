@@ -209,11 +209,12 @@ impl<A: Family> Memory<A::Key> for Lines<A> {
     }
 
     #[inline(always)]
-    fn store_48(&self, line: *mut u64, word: usize, value: u64) {
+    fn store_56(&self, line: *mut u64, word: usize, value: u64) {
         // SAFETY: a word of a line.
         unsafe {
             line.add(word).cast::<u32>().write_volatile(value as u32);
             line.add(word).cast::<u16>().add(2).write_volatile((value >> 32) as u16);
+            line.add(word).cast::<u8>().add(6).write_volatile((value >> 48) as u8);
         }
     }
 
