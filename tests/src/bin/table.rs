@@ -175,7 +175,7 @@ fn measure<K: UserKey>(family: &'static str, flows: u64, load: u32, rounds: usiz
     let of_lines = f64::from(lines) * 64.0 / flows as f64 + stashed * (48.0 + value + 64.0 + 16.0);
     // Of a table that is much larger than its few flows, these say nothing.
     let is_full = |figure| (slots * u64::from(load) / 100 <= flows + 1).then_some(figure);
-    let line = |place: usize, table, load, bytes, walk_mapped| {
+    let line = |place: usize, table, load, bytes, walk_mapped: Option<f64>| {
         let [hit, miss, insert, remove, walk, _] = least[place];
         Line {
             family,
