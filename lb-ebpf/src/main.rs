@@ -34,6 +34,7 @@ mod local;
 mod locality;
 mod maps;
 mod nat;
+mod newcomers;
 mod outcome;
 mod pick;
 mod reply;

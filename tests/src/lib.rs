@@ -18,6 +18,7 @@
 //! | pinned programs, run on one frame | [`test_run`], with a director to do it on: [`mod@bench`] |
 //! | connections that begin and end on it, for schedulers | [`arrivals`], and who should get them: [`book`] |
 //! | nanoseconds per packet | [`speed`], and others beside bpfvs: [`peers`] |
+//! | as many connections as a director is made for | [`scale`] |
 //! | what a packet costs from end to end, in instructions | [`chain`] |
 //! | another connection table beside the kernel's hash map | [`tables`] |
 //! | a program for the far end of a veth pair | [`pass`] |
@@ -46,6 +47,7 @@ pub mod netns;
 pub mod pass;
 pub mod peers;
 pub mod programs;
+pub mod scale;
 pub mod skip;
 pub mod speed;
 pub mod tables;
