@@ -3,6 +3,9 @@
 //! The datapath is optimised in every profile, and nothing else is timed, so the ordinary build will do. The figures are
 //! printed, and written as JSON to `bench.json` in cargo's target directory, or where `--json` says.
 //!
+//! With `--write` the figures also go to `docs/bench`, and the tables into `docs/performance.md`. Its status is 1 if something got
+//! worse than the last run there.
+//!
 //! `cargo xtask bench peers` measures bpfvs beside plain routing, nftables, HAProxy and nginx, with wrk and iperf3.
 
 use std::{
@@ -23,9 +26,12 @@ use crate::{
 pub(crate) struct Options {
     #[command(subcommand)]
     what: Option<What>,
-    /// Fewer rounds, and no table of a million flows
+    /// Fewer rounds, no table of a million flows, no crowds of services
     #[arg(long)]
     quick: bool,
+    /// Writes the tables into docs/performance.md and the figures into docs/bench
+    #[arg(long)]
+    write: bool,
     /// Writes the figures to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -44,6 +50,9 @@ enum What {
 /// What the benchmark of peers is told.
 #[derive(clap::Args)]
 struct Peers {
+    /// Writes the table into docs/performance.md and the figures into docs/bench
+    #[arg(long)]
+    write: bool,
     /// Writes the figures to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -57,12 +66,16 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if let Some(What::Peers(peers)) = &options.what {
         setup::programs(Purpose::Peers)?;
         let figures = peers.json.clone().unwrap_or_else(|| target_directory().join("peers.json"));
-        return measure(Profile::Release, "peers", &figures, &peers.further);
+        return measure(Profile::Release, "peers", &figures, flag("--write", peers.write).iter().chain(&peers.further));
     }
     setup::programs(Purpose::Test)?;
     let figures = options.json.clone().unwrap_or_else(|| target_directory().join("bench.json"));
-    let quick = options.quick.then(|| OsString::from("--quick"));
-    measure(Profile::Debug, "bench", &figures, quick.iter().chain(&options.further))
+    let (quick, write) = (flag("--quick", options.quick), flag("--write", options.write));
+    measure(Profile::Debug, "bench", &figures, quick.iter().chain(&write).chain(&options.further))
+}
+
+fn flag(name: &str, is_set: bool) -> Option<OsString> {
+    is_set.then(|| name.into())
 }
 
 fn measure<'a>(profile: Profile, name: &str, figures: &Path, options: impl IntoIterator<Item = &'a OsString>) -> Result<()> {
