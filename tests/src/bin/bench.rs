@@ -47,7 +47,7 @@ struct Options {
     /// Write all figures to this file as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Write the tables into docs/performance.md, and the figures into docs/bench.
+    /// Write the tables into docs/performance.md, and the figures into docs/bench if they are all.
     #[arg(long)]
     write: bool,
     /// Compare with this run; without it with the last one in docs/bench.
@@ -179,7 +179,8 @@ fn main() -> Result<ExitCode> {
     }
     let code = conclude(&mut report, before.as_ref());
     let text = serde_json::to_string_pretty(&report)? + "\n";
-    let committed = options.write.then(|| File::new(DIRECTORY).join(format!("{}.json", report.day)));
+    // A part of the figures would be nothing to compare the next run with.
+    let committed = (options.write && options.only.is_empty()).then(|| File::new(DIRECTORY).join(format!("{}.json", report.day)));
     for file in options.json.iter().chain(&committed) {
         fs::write(file, &text).with_context(|| format!("write the figures to {}", file.display()))?;
     }
