@@ -98,6 +98,20 @@ pub struct SweepReport {
     pub expired: u64,
     /// Half-open connections that are left.
     pub half_open: u64,
+    /// Entries of all tables that were passed so far.
+    pub passed: u64,
+    /// `jiffies` when the present slice began, or later.
+    pub slice: u64,
 }
 
-plain! { SweepReport = 40 }
+plain! { SweepReport = 56 }
+
+/// The tables that a run of the sweep walks through, in this order.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[expect(missing_docs, reason = "the names say it")]
+pub enum SweptTable {
+    ConnectionsV4,
+    ConnectionsV6,
+    TemplatesV4,
+    TemplatesV6,
+}

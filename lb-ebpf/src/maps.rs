@@ -162,6 +162,11 @@ pub static SLEEPING: Array<u64> = Array::with_max_entries(1, MMAPABLE);
 #[map]
 pub static BELL: RingBuf = RingBuf::with_byte_size(4096, 0);
 
+/// For each [`lb_common::config::SweptTable`], whether it has got entries since the sweep last looked: 1 or 0. Whoever inserts one
+/// sets it, userspace clears it.
+#[map]
+pub static NEWCOMERS: Array<u64> = Array::with_max_entries(4, MMAPABLE);
+
 /// The sweep's recount of `COUNTERS`. The sweep adds, userspace clears and compares.
 #[map]
 pub static SWEPT: Array<u64> = Array::with_max_entries(SERVER_COUNT, MMAPABLE);

@@ -1,18 +1,32 @@
 //! The sweep: deletes the connections that are over, and counts the others anew; then deletes the templates that are over and
 //! have no connections. With IPVS's `expire_nodest_conn` both go as well if their real server was removed.
 //!
-//! Userspace runs it by `BPF_PROG_TEST_RUN`; it is attached to nothing. It walks the tables within the kernel, so that
-//! millions of entries never cross into userspace.
+//! Userspace begins it by `BPF_PROG_TEST_RUN`, and then reads the tables through iterators, one after another. The programs here
+//! see each entry as the kernel passes it, so that millions of them never cross into userspace; what userspace reads is a byte now
+//! and then, which means nothing but this: a read that has got its byte ends, and with it a slice of the walk.
+//!
+//! ```text
+//! sweep                the clock is read, the report begins
+//! sweep_ipv4           read, read, read … end of the table
+//! sweep_ipv6           …
+//! sweep_templates_…    after all connections: a template lives as long as one of them does
+//! ```
+//!
+//! A slice ends after [`SLICE`] entries, or at the first one after a tick of the kernel's clock: in a large table with few entries it is
+//! not these that take the time. Between two slices the kernel holds nothing: no lock, no read-side section of RCU, no CPU. A slice begins at the bucket where the
+//! last one ended and passes over as many entries as that one had seen of it. Was one of those deleted meanwhile, another is not
+//! seen by this walk. Nothing depends on every entry being seen every time: counters are corrected only if two walks agree.
 
 use aya_ebpf::{
     cty::c_void,
-    helpers::generated::{bpf_for_each_map_elem, bpf_jiffies64, bpf_ktime_get_ns},
+    helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns, bpf_seq_write},
     macros::raw_tracepoint,
     programs::RawTracePointContext,
 };
 use lb_common::{
     config::SweepReport,
     connection::{Connection, ConnectionKey, flags},
+    family::{Ipv4, Ipv6},
     packet::{V4, V6},
     template::{Template, TemplateKey},
 };
@@ -23,76 +37,121 @@ use crate::{
     reply, template, track,
 };
 
-/// The walk through all tables.
+/// Entries in a slice: what a CPU does in less than a tenth of a millisecond, even if each of them has to come from memory.
+const SLICE: u64 = 256;
+
+/// Begins a sweep. The report also tells the kernel's clocks.
 #[raw_tracepoint]
 pub fn sweep(_context: RawTracePointContext) -> i32 {
     // SAFETY: helpers without arguments.
     let (jiffies, monotonic_ns) = unsafe { (bpf_jiffies64(), bpf_ktime_get_ns()) };
-    let mut report = SweepReport { jiffies, monotonic_ns, examined: 0, expired: 0, half_open: 0 };
-    walk::<V4>(&mut report);
-    walk::<V6>(&mut report);
-    walk_templates::<V4>(&mut report);
-    walk_templates::<V6>(&mut report);
+    let report = SweepReport { jiffies, monotonic_ns, examined: 0, expired: 0, half_open: 0, passed: 0, slice: jiffies };
     let _ = SWEEP.set(0, &report, 0);
     0
 }
 
-#[inline(always)]
-fn walk<F: Family>(report: &mut SweepReport) {
-    // SAFETY: `visit` takes what the kernel hands to a callback for this table, and the report as its context.
-    unsafe { F::connections().walk(visit::<F> as *mut c_void, core::ptr::from_mut(report).cast()) };
+/// What the kernel hands to an iterator of a map: an element, or nothing at the end of the table.
+#[repr(C)]
+struct Element<K, V> {
+    meta: *const Meta,
+    map: *const c_void,
+    key: *const K,
+    value: *const V,
 }
 
+/// The beginning of what the kernel says of an iteration.
+#[repr(C)]
+struct Meta {
+    output: *mut c_void,
+}
+
+/// A program that the kernel runs for each element of a table. There is no macro for these.
+macro_rules! iterator {
+    ($name:ident, $element:ty, $visit:expr) => {
+        #[unsafe(no_mangle)]
+        #[unsafe(link_section = "iter/bpf_map_elem")]
+        extern "C" fn $name(element: *const $element) -> i32 {
+            // SAFETY: the kernel hands over a context of this form; of the map's elements it makes sure when the iterator is made.
+            unsafe {
+                let (key, value) = ((*element).key, (*element).value);
+                if !key.is_null() && !value.is_null() {
+                    $visit(key, value);
+                    step((*element).meta);
+                }
+            }
+            0
+        }
+    };
+}
+
+iterator!(sweep_ipv4, Element<ConnectionKey<Ipv4>, Connection>, visit::<V4>);
+iterator!(sweep_ipv6, Element<ConnectionKey<Ipv6>, Connection>, visit::<V6>);
+iterator!(sweep_templates_ipv4, Element<TemplateKey<Ipv4>, Template>, visit_template::<V4>);
+iterator!(sweep_templates_ipv6, Element<TemplateKey<Ipv6>, Template>, visit_template::<V6>);
+
+/// Ends the slice if it is long enough: whoever reads gets a byte.
+///
+/// # Safety
+/// It is what the kernel says of this iteration.
 #[inline(always)]
-fn walk_templates<F: Family>(report: &mut SweepReport) {
-    let map = core::ptr::from_ref(F::templates()).cast_mut().cast::<c_void>();
-    // SAFETY: as above.
-    unsafe { bpf_for_each_map_elem(map, visit_template::<F> as *mut c_void, core::ptr::from_mut(report).cast(), 0) };
+unsafe fn step(meta: *const Meta) {
+    let Some(report) = SWEEP.get_ptr_mut(0) else { return };
+    // SAFETY: the caller's promise; an element of the map, which one sweep at a time writes.
+    unsafe {
+        (*report).passed += 1;
+        let jiffies = bpf_jiffies64();
+        if (*report).passed.is_multiple_of(SLICE) || jiffies != (*report).slice {
+            (*report).slice = jiffies;
+            let byte = 0_u8;
+            bpf_seq_write((*meta).output.cast(), (&raw const byte).cast(), 1);
+        }
+    }
 }
 
 /// Looks at one connection.
-unsafe extern "C" fn visit<F: Family>(
-    _map: *mut c_void,
-    key: *const ConnectionKey<F::Address>,
-    connection: *const Connection,
-    report: *mut SweepReport,
-) -> i64 {
-    let Some(config) = CONFIG.get(0) else { return 1 };
-    // SAFETY: the kernel hands over an element of the map, and the context that `walk` gave it.
+///
+/// # Safety
+/// Both are of an element of the map.
+#[inline(always)]
+unsafe fn visit<F: Family>(key: *const ConnectionKey<F::Address>, connection: *const Connection) {
+    let (Some(config), Some(report)) = (CONFIG.get(0), SWEEP.get_ptr_mut(0)) else { return };
+    // SAFETY: the caller's promise; an element of the map. What is handed on has to be a copy.
     unsafe {
         (*report).examined += 1;
-        let known = *connection;
+        let (key, known) = (*key, *connection);
         let idle = ((*report).jiffies as u32).wrapping_sub(known.last_seen);
         // A connection that was seen after the sweep began has a negative idle time.
-        let over = (idle as i32) >= 0 && idle >= track::lifetime(config, (*key).protocol as u8, &known);
+        let over = (idle as i32) >= 0 && idle >= track::lifetime(config, key.protocol as u8, &known);
         if over || known.flags & flags::LEAVING != 0 || track::is_forsaken(config, known.server) {
-            if F::connections().remove(&*key) {
+            if F::connections().remove(&key) {
                 track::forget(&known);
                 if known.flags & flags::MASQUERADED != 0 {
-                    reply::forget::<F>(&*key, known.leg());
+                    reply::forget::<F>(&key, known.leg());
                 }
                 (*report).expired += 1;
             }
-            return 0;
+            return;
         }
         (*report).half_open += u64::from(known.half_open);
         if let Some(counter) = SWEPT.get_ptr_mut(known.server) {
             atomic::add(counter, track::share(&known));
         }
-        template::meet::<F>(&*key, &known);
+        template::meet::<F>(&key, &known);
     }
-    0
 }
 
 /// Looks at one template.
-unsafe extern "C" fn visit_template<F: Family>(
-    _map: *mut c_void,
-    key: *const TemplateKey<F::Address>,
-    known: *mut Template,
-    report: *mut SweepReport,
-) -> i64 {
-    let Some(config) = CONFIG.get(0) else { return 1 };
-    // SAFETY: as in `visit`.
-    unsafe { template::expire::<F>(config, key, known, (*report).jiffies as u32) };
-    0
+///
+/// # Safety
+/// The key is of an element of the map.
+#[inline(always)]
+unsafe fn visit_template<F: Family>(key: *const TemplateKey<F::Address>, _template: *const Template) {
+    let (Some(config), Some(report)) = (CONFIG.get(0), SWEEP.get_ptr(0)) else { return };
+    // SAFETY: the caller's promise; elements of the maps. What is handed on has to be a copy, and what is changed the element itself.
+    unsafe {
+        let key = *key;
+        if let Some(known) = F::templates().get_ptr_mut(&key) {
+            template::expire::<F>(config, &key, known, (*report).jiffies as u32);
+        }
+    }
 }

@@ -1,12 +1,18 @@
 //! The table of connections: all that the datapath asks of it.
 //!
-//! Parse, pick and forward know these five operations and nothing else, so another kind of table can take this one's place
+//! Parse, pick and forward know these four operations and nothing else, so another kind of table can take this one's place
 //! (`docs/decisions/connection-table.md` says what such a one would have to do). This one is the kernel's own hash map: a look-up
 //! takes no lock, an insertion or deletion locks one bucket, and an element that is deleted under a reader's hands stays memory of
 //! this table.
 
-use aya_ebpf::{cty::c_void, helpers::generated::bpf_for_each_map_elem, maps::HashMap};
-use lb_common::connection::{Connection, ConnectionKey};
+use aya_ebpf::maps::HashMap;
+use lb_common::{
+    config::SweptTable,
+    connection::{Connection, ConnectionKey},
+    family::Ipv4,
+};
+
+use crate::newcomers;
 
 const BPF_NOEXIST: u64 = 1;
 pub const EEXIST: i32 = -17;
@@ -40,7 +46,14 @@ impl<A> Connections<A> {
     #[inline(always)]
     pub fn insert(&self, key: &ConnectionKey<A>, connection: &Connection) -> Result<(), Refusal> {
         match self.0.insert(key, connection, BPF_NOEXIST) {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                newcomers::note(if size_of::<A>() == size_of::<Ipv4>() {
+                    SweptTable::ConnectionsV4
+                } else {
+                    SweptTable::ConnectionsV6
+                });
+                Ok(())
+            }
             Err(EEXIST) => Err(Refusal::Exists),
             Err(_) => Err(Refusal::Full),
         }
@@ -50,16 +63,5 @@ impl<A> Connections<A> {
     #[inline(always)]
     pub fn remove(&self, key: &ConnectionKey<A>) -> bool {
         self.0.remove(key).is_ok()
-    }
-
-    /// Calls a function with each connection; it may delete it.
-    ///
-    /// # Safety
-    /// The function is one that the kernel calls: with the map, a key, its connection, and the context.
-    #[inline(always)]
-    pub unsafe fn walk(&self, visit: *mut c_void, context: *mut c_void) {
-        let map = core::ptr::from_ref(self).cast_mut().cast::<c_void>();
-        // SAFETY: the caller's promise.
-        unsafe { bpf_for_each_map_elem(map, visit, context, 0) };
     }
 }

@@ -16,7 +16,7 @@
 //! this CPU.
 
 use lb_common::{
-    config::{Config, flags as settings},
+    config::{Config, SweptTable, flags as settings},
     connection::{Connection, ConnectionKey, flags},
     flood::{self as floods, Part},
     packet::{V4, V6, ethernet, protocol, transport::Ports},
@@ -31,7 +31,7 @@ use lb_common::{
 use crate::{
     atomic, bell, classify, flood,
     maps::{ARRIVALS, CONFIG, Family, HZ, PERSISTED, SCOPES, SERVERS},
-    pick,
+    newcomers, pick,
     table::EEXIST,
     track::{self, CONTROLLED, FLOODED, ONCE, jiffies},
 };
@@ -217,6 +217,7 @@ unsafe fn go<F: Family>(arrival: *mut Arrival) -> Result<u32, u32> {
         (*fresh).held = (!Arrival::is_once::<F>(arrival)).into();
         match F::templates().insert(&*Arrival::key::<F>(arrival), &*fresh, 1 /* BPF_NOEXIST */) {
             Ok(()) => {
+                newcomers::note(if F::ETHERTYPE == ethernet::IPV4 { SweptTable::TemplatesV4 } else { SweptTable::TemplatesV6 });
                 count(server, MORE);
                 Ok(server)
             }

@@ -9,6 +9,7 @@ use std::{
     collections::HashMap,
     ffi::OsString,
     net::{IpAddr, Ipv4Addr},
+    ops::ControlFlow,
     path::Path,
 };
 
@@ -62,8 +63,9 @@ impl Table for Fixed {
         Ok(self.services.clone())
     }
 
-    fn connections(&mut self) -> Result<Vec<ConnectionView>, Unreachable> {
-        Ok(self.connections.clone())
+    fn connections(&mut self, visit: &mut dyn FnMut(ConnectionView) -> ControlFlow<()>) -> Result<(), Unreachable> {
+        let _ = self.connections.iter().cloned().try_for_each(visit);
+        Ok(())
     }
 
     fn timeouts(&mut self) -> Result<Timeouts, Unreachable> {

@@ -11,6 +11,7 @@ use std::{
     future::Future,
     io::Write as _,
     net::IpAddr,
+    ops::ControlFlow,
     path::{Path, PathBuf},
     process::Command,
     sync::Arc,
@@ -20,7 +21,7 @@ use std::{
 
 use bpfvs::{
     datapath::{Datapath as _, Hook, KernelDatapath, Options, Target, attach::Attachments, netns_cookie},
-    director::model::{Family, Method, Protocol, ServiceId, Tunnel},
+    director::model::{ConnectionView, Family, Method, Protocol, ServiceId, Tunnel},
     scheduler::Run,
 };
 use lb_common::{
@@ -99,7 +100,7 @@ impl Lab {
         Options {
             directory: self.directory(),
             netns_cookie: netns_cookie().expect("a kernel with cookies"),
-            max_connections: 1000,
+            max_connections: Some(1000),
             hook: Hook::Auto,
             interfaces: Vec::new(),
             tcx: Attachments::kernel_has_tcx(),
@@ -471,7 +472,7 @@ fn an_instance_is_taken_over_and_removed() {
         assert!(!second.filter_contains(vip));
         drop(second);
 
-        let small = Options { max_connections: 10, ..lab.options() };
+        let small = Options { max_connections: Some(10), ..lab.options() };
         assert_eq!(KernelDatapath::open(&small).expect("the instance is taken over").max_connections(), 1000);
         let fresh = KernelDatapath::open(&other).expect("leftovers of a dead namespace are no hindrance");
         assert!(!fresh.adopted());
@@ -618,7 +619,7 @@ fn services_and_schedules() {
 #[test]
 fn connections_are_listed() {
     in_lab("list", async |lab| {
-        let options = Options { max_connections: 20_000, ..lab.options() };
+        let options = Options { max_connections: Some(20_000), ..lab.options() };
         let mut datapath = KernelDatapath::open(&options).expect("it opens");
         datapath.set_server(4, &target("10.1.0.2")).expect("the server is taken");
         datapath.write_servers().expect("it is written");
@@ -656,7 +657,7 @@ fn connections_are_listed() {
             protocol: 17,
         };
         ipv6.insert(key, connection(0, 0, 0), 0).expect("there is room");
-        let mut views = datapath.connections().expect("the connections can be listed");
+        let mut views = listed(&datapath);
         assert_eq!(views.len(), 9_001);
         let last = views.pop().expect("the IPv6 connection comes last");
         assert_eq!((last.protocol.as_str(), last.state.as_str(), last.active), ("UDP", "UDP", false));
@@ -669,6 +670,17 @@ fn connections_are_listed() {
             assert!((790..=800).contains(&view.expires), "{view:?}");
         }
     });
+}
+
+/// All connections and templates.
+fn listed(datapath: &KernelDatapath) -> Vec<ConnectionView> {
+    let mut views = Vec::new();
+    let mut visit = |view| {
+        views.push(view);
+        ControlFlow::Continue(())
+    };
+    datapath.listing().expect("the tables can be opened").show(&mut visit).expect("the connections can be listed");
+    views
 }
 
 /// A map of the instance, opened beside the datapath.
@@ -684,10 +696,10 @@ fn the_sweep_of_an_empty_table() {
         let outcome = datapath.sweep().await.expect("the sweep runs");
         assert_eq!((outcome.examined, outcome.expired), (0, 0));
         assert!(outcome.corrected.is_empty());
-        assert_eq!(datapath.connections().expect("the connections can be listed"), []);
+        assert_eq!(listed(&datapath), []);
         let reasons = datapath.reasons().expect("the reasons can be listed");
         assert_eq!(reasons.len(), lb_common::reason::Reason::ALL.len());
         // XDP's come with the first interface that wants them.
-        assert_eq!(datapath.verified_instructions().len(), 3);
+        assert_eq!(datapath.verified_instructions().len(), 7);
     });
 }

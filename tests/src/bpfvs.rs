@@ -52,6 +52,9 @@ pub fn binary() -> Result<PathBuf> {
     Ok(path)
 }
 
+/// How many connections there is room for, unless a test asks for another number.
+const MAX_CONNECTIONS: &str = "262144";
+
 /// Ends the test with [`skip!`](crate::skip!) unless bpfvs is built.
 #[macro_export]
 macro_rules! needs_bpfvs {
@@ -134,6 +137,8 @@ impl Bpfvs {
     /// The command that starts the daemon.
     pub fn serve_command(&self) -> Command {
         let mut command = Command::new(&self.binary);
+        // Many daemons at once on one machine: none of them may take what suits the machine.
+        command.env("BPFVS_MAX_CONNECTIONS", MAX_CONNECTIONS);
         command.arg("serve").arg("--netns").arg(&self.namespace).arg("--socket").arg(self.socket());
         command.arg("--state").arg(self.state_file()).args(&self.arguments);
         command

@@ -79,7 +79,7 @@ fn answers_of_the_kernel(first: u64, count: u64) -> Result<Vec<Record>> {
 /// What it did, and what it complained about.
 fn answers_of_bpfvs(scripts: &[Script]) -> Result<(Vec<Record>, Vec<String>)> {
     let wire = Wire::new()?;
-    let bpfvs = Bpfvs::start(&wire.director, &["--interface", "eth0", "--max-connections", "65536"])?;
+    let bpfvs = Bpfvs::start(&wire.director, &["--interface", "eth0", "--max-connections", "65536", "--max-half-open", "65536"])?;
     Pinned::open(bpfvs.pins())?.lift_answer_limit()?;
     // In a thread of its own, which will stay on one CPU.
     let play = || player::play(scripts, &bpfvs, &wire);

@@ -3,7 +3,8 @@
 //! One [`Client`] keeps one connection for all its requests; it is made at the first one.
 
 use std::{
-    io,
+    io::{self, Read},
+    ops::ControlFlow,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -11,7 +12,8 @@ use std::{
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::{
-    Method, Request, StatusCode,
+    Method, Request, Response, StatusCode,
+    body::Incoming,
     client::conn::http1::{self, SendRequest},
     header,
 };
@@ -19,7 +21,7 @@ use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::{net::UnixStream, runtime::Runtime, task::JoinHandle};
 
-use super::{Attach, Detach, Failure, MORE, Stop};
+use super::{Attach, Detach, Failure, MORE, Stop, array};
 use crate::director::model::{
     Command, ConnectionView, Hook, LocalAddresses, MarkRule, Outcome, ReasonView, ServiceView, Status, SyncDaemonView, SysctlView,
     Timeouts, Traffic,
@@ -41,6 +43,27 @@ struct Connection {
     sender: SendRequest<Full<Bytes>>,
     driver: JoinHandle<()>,
     runtime: Runtime,
+}
+
+/// The body of an answer, as it comes.
+struct Pieces<'a> {
+    runtime: &'a Runtime,
+    body: Incoming,
+    piece: Bytes,
+}
+
+impl Read for Pieces<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while self.piece.is_empty() {
+            match self.runtime.block_on(self.body.frame()) {
+                None => return Ok(0),
+                Some(frame) => self.piece = frame.map_err(io::Error::other)?.into_data().unwrap_or_default(),
+            }
+        }
+        let length = buffer.len().min(self.piece.len());
+        buffer[..length].copy_from_slice(&self.piece.split_to(length));
+        Ok(length)
+    }
 }
 
 /// Why the daemon gave no answer.
@@ -123,7 +146,28 @@ impl Client {
 
     /// All connections.
     pub fn connections(&mut self) -> Result<Vec<ConnectionView>, Error> {
-        self.get("/v1/connections")
+        let mut connections = Vec::new();
+        self.each_connection(&mut |connection| {
+            connections.push(connection);
+            ControlFlow::Continue(())
+        })?;
+        Ok(connections)
+    }
+
+    /// Shows all connections one after the other, until somebody has enough.
+    pub fn each_connection(&mut self, visit: &mut dyn FnMut(ConnectionView) -> ControlFlow<()>) -> Result<(), Error> {
+        let response = self.send(Method::GET, "/v1/connections", Bytes::new())?;
+        if response.status() != StatusCode::OK {
+            return self.understand(response);
+        }
+        let Connection { runtime, .. } = self.connection()?;
+        let pieces = Pieces { runtime, body: response.into_body(), piece: Bytes::new() };
+        let outcome = array::read(io::BufReader::new(pieces), visit);
+        if !matches!(outcome, Ok(true)) {
+            // What is left of the answer will not be read.
+            self.connection = None;
+        }
+        outcome.map(|_| ()).map_err(|error| self.broken(&error))
     }
 
     /// IPVS's sysctls.
@@ -201,6 +245,12 @@ impl Client {
     }
 
     fn request<T: DeserializeOwned>(&mut self, method: Method, path: &str, body: Bytes) -> Result<T, Error> {
+        let response = self.send(method, path, body)?;
+        self.understand(response)
+    }
+
+    /// Sends a request, and waits until the answer begins.
+    fn send(&mut self, method: Method, path: &str, body: Bytes) -> Result<Response<Incoming>, Error> {
         let request = Request::builder()
             .method(method)
             .uri(path)
@@ -211,17 +261,17 @@ impl Client {
         let Connection { sender, runtime, .. } = self.connection()?;
         let exchange = async {
             sender.ready().await?;
-            let response = sender.send_request(request).await?;
-            let status = response.status();
-            Ok::<_, hyper::Error>((status, response.into_body().collect().await?.to_bytes()))
+            sender.send_request(request).await
         };
-        let (status, body) = match runtime.block_on(exchange) {
-            Ok(answer) => answer,
-            Err(error) => {
-                self.connection = None;
-                return Err(self.broken(&error));
-            }
-        };
+        let answer = runtime.block_on(exchange);
+        self.unless_broken(answer)
+    }
+
+    /// What an answer says.
+    fn understand<T: DeserializeOwned>(&mut self, response: Response<Incoming>) -> Result<T, Error> {
+        let status = response.status();
+        let body = self.connection()?.runtime.block_on(response.into_body().collect());
+        let body = self.unless_broken(body)?.to_bytes();
         if status == StatusCode::OK {
             return serde_json::from_slice(&body).map_err(|error| self.broken(&error));
         }
@@ -229,6 +279,14 @@ impl Client {
             Ok(Failure { error }) => Err(Error::Refused(error)),
             Err(_) => Err(self.broken(&status)),
         }
+    }
+
+    /// Gives the connection up if something has gone wrong with it.
+    fn unless_broken<T>(&mut self, outcome: hyper::Result<T>) -> Result<T, Error> {
+        outcome.map_err(|error| {
+            self.connection = None;
+            self.broken(&error)
+        })
     }
 
     fn broken(&self, cause: &dyn std::fmt::Display) -> Error {

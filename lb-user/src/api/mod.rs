@@ -10,6 +10,7 @@
 //!
 //! Whoever may open the socket may do everything: it has the mode 0660, and its group is root's.
 
+mod array;
 pub mod client;
 pub mod metrics;
 pub mod server;

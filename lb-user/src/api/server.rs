@@ -19,14 +19,13 @@ use tokio::{
 use tracing::warn;
 
 use super::{
-    Attach, Detach, Failure, MORE, ROUTES, Route, Stop,
+    Attach, Detach, Failure, MORE, ROUTES, Route, Stop, array,
     metrics::{self, Snapshot},
 };
 use crate::{
     daemon::{Daemon, Instance},
     director::model::{
-        Command, ConnectionView, LocalAddresses, MarkRule, Outcome, ReasonView, ServiceView, Status, SyncDaemonView, SysctlView,
-        Timeouts, Traffic,
+        Command, LocalAddresses, MarkRule, Outcome, ReasonView, ServiceView, Status, SyncDaemonView, SysctlView, Timeouts, Traffic,
     },
 };
 
@@ -130,8 +129,9 @@ async fn services<I: Instance>(State(daemon): State<Shared<I>>) -> Answer<Vec<Se
     Ok(Json(daemon.lock().await.services()?))
 }
 
-async fn connections<I: Instance>(State(daemon): State<Shared<I>>) -> Answer<Vec<ConnectionView>> {
-    Ok(Json(daemon.lock().await.connections()?))
+async fn connections<I: Instance>(State(daemon): State<Shared<I>>) -> Result<Response, Error> {
+    let listing = daemon.lock().await.listing()?;
+    Ok(array::answer(listing))
 }
 
 async fn mark_rules<I: Instance>(State(daemon): State<Shared<I>>) -> Json<Vec<MarkRule>> {

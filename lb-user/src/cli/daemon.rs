@@ -25,9 +25,9 @@ pub(super) struct Serve {
     /// Keep the state in this file [default: one below /run/bpfvs, which goes with the datapath]
     #[arg(long, env = "BPFVS_STATE", value_name = "FILE")]
     state: Option<PathBuf>,
-    /// How many connections each table (IPv4, IPv6) can hold
-    #[arg(long, default_value_t = 1_048_576, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..))]
-    max_connections: u32,
+    /// How many connections each table (IPv4, IPv6) can hold [default: by the machine's memory, 65,536 to 8,388,608]
+    #[arg(long, env = "BPFVS_MAX_CONNECTIONS", value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..))]
+    max_connections: Option<u32>,
     /// Begin flood mode with so many half-open connections [default: an eighth of --max-connections]
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..))]
     max_half_open: Option<u32>,

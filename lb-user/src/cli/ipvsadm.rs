@@ -1,6 +1,6 @@
 //! `ipvsadm`, `ipvsadm-save`, `ipvsadm-restore` and `bpfvs ipvsadm`: the [personality](crate::ipvsadm) over the daemon's API.
 
-use std::{ffi::OsString, io, path::PathBuf, process::ExitCode};
+use std::{ffi::OsString, io, ops::ControlFlow, path::PathBuf, process::ExitCode};
 
 use crate::{
     api::client::{Client, Error},
@@ -51,8 +51,8 @@ impl Table for Daemon {
         self.ask(Client::services)
     }
 
-    fn connections(&mut self) -> Result<Vec<ConnectionView>, Unreachable> {
-        self.ask(Client::connections)
+    fn connections(&mut self, visit: &mut dyn FnMut(ConnectionView) -> ControlFlow<()>) -> Result<(), Unreachable> {
+        self.ask(|client| client.each_connection(visit))
     }
 
     fn timeouts(&mut self) -> Result<Timeouts, Unreachable> {

@@ -10,14 +10,14 @@ use std::{
 use anyhow::Context;
 
 use super::{
-    Instance, Opening,
+    Instance, Opening, Swept,
     lock::Lock,
     namespace::Identity,
     serve::{Options, serve},
 };
 use crate::{
-    datapath::{self, KernelDatapath, attach::Attachments, mark_device::MarkDevice, take_over::Place, tell::Told},
-    director::model::{ConnectionView, FloodView, Hook, InterfaceView, LocalUsage, ReasonView},
+    datapath::{self, KernelDatapath, Visit, attach::Attachments, mark_device::MarkDevice, take_over::Place, tell::Told},
+    director::model::{FloodView, Hook, InterfaceView, LocalUsage, ReasonView},
     synchronisation::{LeftOut, changes::Changes, message::Entry},
 };
 
@@ -70,9 +70,12 @@ impl Instance for KernelDatapath {
         Self::changed(self)
     }
 
-    fn sweep(&self) -> impl Future<Output = anyhow::Result<u64>> + Send + use<> {
+    fn sweep(&self) -> impl Future<Output = anyhow::Result<Swept>> + Send + use<> {
         let outcome = Self::sweep(self);
-        async move { outcome.await.map(|outcome| outcome.examined - outcome.expired) }
+        async move {
+            let outcome = outcome.await?;
+            Ok(Swept { left: outcome.examined - outcome.expired, worked: outcome.worked })
+        }
     }
 
     fn attach(&mut self, interface: &str, hook: Hook) -> anyhow::Result<()> {
@@ -95,8 +98,9 @@ impl Instance for KernelDatapath {
         }
     }
 
-    fn connections(&self) -> anyhow::Result<Vec<ConnectionView>> {
-        Self::connections(self)
+    fn listing(&self) -> anyhow::Result<impl FnOnce(Visit<'_>) -> anyhow::Result<()> + Send + use<>> {
+        let listing = Self::listing(self)?;
+        Ok(|visit: Visit<'_>| listing.show(visit))
     }
 
     fn local_usage(&self) -> anyhow::Result<HashMap<IpAddr, LocalUsage>> {

@@ -22,7 +22,7 @@ use std::{
     path::{Path, PathBuf},
     process,
     sync::{Arc, Mutex},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use lb_common::reason::Reason;
@@ -35,12 +35,12 @@ use self::{
     synchronisation::{Counters, Synchronisation},
 };
 use crate::{
-    datapath::{Datapath, take_over::Place, tell::Told},
+    datapath::{Datapath, Visit, take_over::Place, tell::Told},
     director::{
         Director,
         model::{
-            Command, ConnectionView, FloodView, Hook, InterfaceView, LocalAddressView, LocalAddresses, LocalUsage, MarkRule,
-            Outcome, ReasonView, ServiceView, Status, SysctlView, Timeouts, Traffic,
+            Command, FloodView, Hook, InterfaceView, LocalAddressView, LocalAddresses, LocalUsage, MarkRule, Outcome, ReasonView,
+            ServiceView, Status, SysctlView, Timeouts, Traffic,
         },
     },
     synchronisation::{
@@ -72,8 +72,8 @@ pub trait Instance: Datapath + Send + Sized + 'static {
     /// Resolves when connections have come, gone or changed their state since this was called; now and then without that.
     fn changed(&mut self) -> impl Future<Output = ()> + Send + use<Self>;
 
-    /// Deletes the connections that are over; resolves to the number of those that are left.
-    fn sweep(&self) -> impl Future<Output = anyhow::Result<u64>> + Send + use<Self>;
+    /// Deletes the connections that are over.
+    fn sweep(&self) -> impl Future<Output = anyhow::Result<Swept>> + Send + use<Self>;
 
     /// Attaches an interface; one that is attached already changes its hook.
     fn attach(&mut self, interface: &str, hook: Hook) -> anyhow::Result<()>;
@@ -87,8 +87,8 @@ pub trait Instance: Datapath + Send + Sized + 'static {
     /// How the mark device is, in words.
     fn mark_device(&self) -> String;
 
-    /// All connections.
-    fn connections(&self) -> anyhow::Result<Vec<ConnectionView>>;
+    /// What shows all connections and templates, one after the other, beside everything else.
+    fn listing(&self) -> anyhow::Result<impl FnOnce(Visit<'_>) -> anyhow::Result<()> + Send + use<Self>>;
 
     /// How much of each local address is in use; those that are not need not be named.
     fn local_usage(&self) -> anyhow::Result<HashMap<IpAddr, LocalUsage>>;
@@ -109,6 +109,15 @@ pub trait Instance: Datapath + Send + Sized + 'static {
     fn take_over(&mut self, entry: &Entry, place: Place) -> Result<(), LeftOut>;
 }
 
+/// What a sweep found.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Swept {
+    /// Connections that are left.
+    pub left: u64,
+    /// How long a CPU was busy with it.
+    pub worked: Duration,
+}
+
 /// What a datapath is told when it is opened.
 #[derive(Clone, Debug)]
 pub struct Opening {
@@ -121,7 +130,7 @@ pub struct Opening {
     /// Where packets are met.
     pub hook: Hook,
     /// How many connections each of the two tables can hold.
-    pub max_connections: u32,
+    pub max_connections: Option<u32>,
 }
 
 /// Where the state is written.
@@ -140,8 +149,8 @@ pub struct Daemon<I> {
     identity: Identity,
     state: StateFile,
     unsaved: bool,
-    /// How many connections the last sweep left.
-    connections: u64,
+    /// What the last sweep found.
+    swept: Swept,
     started: Instant,
     commanded: Arc<Notify>,
     forsaken: Arc<Notify>,
@@ -160,7 +169,7 @@ impl<I: Instance> Daemon<I> {
             identity,
             state,
             unsaved: false,
-            connections: 0,
+            swept: Swept::default(),
             started: Instant::now(),
             commanded: Arc::default(),
             forsaken: Arc::default(),
@@ -236,9 +245,9 @@ impl<I: Instance> Daemon<I> {
         Ok(self.director.services()?)
     }
 
-    /// All connections.
-    pub fn connections(&self) -> anyhow::Result<Vec<ConnectionView>> {
-        self.director.datapath().connections()
+    /// What shows all connections and templates, one after the other. It works beside the daemon.
+    pub fn listing(&self) -> anyhow::Result<impl FnOnce(Visit<'_>) -> anyhow::Result<()> + Send + use<I>> {
+        self.director.datapath().listing()
     }
 
     /// The mark rules.
@@ -293,9 +302,10 @@ impl<I: Instance> Daemon<I> {
             mark_device: datapath.mark_device(),
             services: self.director.service_count(),
             servers: self.director.server_count(),
-            connections: self.connections,
+            connections: self.swept.left,
             max_connections: datapath.max_connections(),
             flood: datapath.flood().unwrap_or_default(),
+            sweep_milliseconds: self.swept.worked.as_millis() as u64,
             clock_rate: self.director.clock_rate(),
             sync_daemons: self.synchronisation.views(),
         }
@@ -354,7 +364,7 @@ impl<I: Instance> Daemon<I> {
 
     /// Deletes the connections that are over. It works beside the daemon, which hears of the outcome by
     /// [`Daemon::swept`].
-    pub fn sweep(&self) -> impl Future<Output = anyhow::Result<u64>> + Send + use<I> {
+    pub fn sweep(&self) -> impl Future<Output = anyhow::Result<Swept>> + Send + use<I> {
         self.director.datapath().sweep()
     }
 
@@ -364,9 +374,9 @@ impl<I: Instance> Daemon<I> {
     }
 
     /// Takes in what a sweep found.
-    pub fn swept(&mut self, outcome: anyhow::Result<u64>) {
+    pub fn swept(&mut self, outcome: anyhow::Result<Swept>) {
         match outcome {
-            Ok(connections) => self.connections = connections,
+            Ok(swept) => self.swept = swept,
             Err(error) => error!("connections do not expire: {error:#}"),
         }
     }

@@ -76,8 +76,8 @@ pub struct Options {
     pub socket: Option<PathBuf>,
     /// Where to keep the state, if not at the namespace's own place.
     pub state: Option<PathBuf>,
-    /// How many connections each of the two tables can hold.
-    pub max_connections: u32,
+    /// How many connections each of the two tables can hold; nothing: what suits the machine's memory.
+    pub max_connections: Option<u32>,
     /// With how many half-open connections flood mode begins; nothing for an eighth of the table.
     pub max_half_open: Option<u32>,
     /// Seconds that it lasts after the last packet that found no room.
@@ -152,6 +152,8 @@ pub fn serve<I: Instance>(options: Options) -> anyhow::Result<()> {
         daemon.synchronisation().resume(sync_daemons);
         run(daemon, door, lock, options.rules).await
     });
+    // A sweep or a listing may be under way on a thread of its own, and may take long; it may as well break off.
+    runtime.shutdown_background();
     if outcome.is_err() && own {
         remove_file(&socket);
     }
@@ -379,14 +381,15 @@ async fn keep_sweeping<I: Instance>(daemon: Arc<Mutex<Daemon<I>>>, forsaken: Arc
         let begin = Instant::now();
         let outcome = daemon.lock().await.sweep();
         let outcome = outcome.await;
-        let is_empty = outcome.as_ref().is_ok_and(|left| *left == 0);
+        let is_empty = outcome.as_ref().is_ok_and(|swept| swept.left == 0);
+        let worked = outcome.as_ref().map_or(Duration::ZERO, |swept| swept.worked);
         let flooded = {
             let mut daemon = daemon.lock().await;
             daemon.swept(outcome);
             daemon.is_flooded()
         };
         let rest = async {
-            sleep(if flooded { flood_pause(begin.elapsed()) } else { pause(begin.elapsed(), is_empty) }).await;
+            sleep(if flooded { flood_pause(worked) } else { pause(worked, is_empty) }).await;
             while is_empty && begin.elapsed() < LONGEST_REST && !daemon.lock().await.has_connections() {
                 sleep(IDLE_PAUSE).await;
             }
@@ -398,17 +401,17 @@ async fn keep_sweeping<I: Instance>(daemon: Arc<Mutex<Daemon<I>>>, forsaken: Arc
     }
 }
 
-/// How long to wait for the next sweep, so that sweeping takes at most a hundredth of one CPU: a second, as a rule.
+/// How long to wait for the next sweep, so that sweeping takes a hundredth of one CPU, as a rule: a second or some.
 ///
 /// Nothing depends on it but the counters of connections that are over: the packet path looks at a connection's age itself.
-fn pause(took: Duration, is_empty: bool) -> Duration {
-    if is_empty { IDLE_PAUSE } else { (took * 100).clamp(SHORTEST_PAUSE, LONGEST_PAUSE) }
+fn pause(worked: Duration, is_empty: bool) -> Duration {
+    if is_empty { IDLE_PAUSE } else { (worked * 100).clamp(SHORTEST_PAUSE, LONGEST_PAUSE) }
 }
 
 /// The same in flood mode: the sooner the half-open connections go, the more of those that mean it are tracked. At most a fifth of
 /// one CPU.
-fn flood_pause(took: Duration) -> Duration {
-    (took * 4).clamp(SHORTEST_PAUSE, LONGEST_PAUSE)
+fn flood_pause(worked: Duration) -> Duration {
+    (worked * 4).clamp(SHORTEST_PAUSE, LONGEST_PAUSE)
 }
 
 /// Tells the service manager, if there is one.

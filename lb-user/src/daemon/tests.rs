@@ -40,8 +40,8 @@ impl Instance for Memory {
         future::pending()
     }
 
-    fn sweep(&self) -> impl Future<Output = anyhow::Result<u64>> + Send + use<> {
-        future::ready(Ok(3))
+    fn sweep(&self) -> impl Future<Output = anyhow::Result<Swept>> + Send + use<> {
+        future::ready(Ok(Swept { left: 3, worked: Duration::ZERO }))
     }
 
     fn attach(&mut self, interface: &str, _hook: Hook) -> anyhow::Result<()> {
@@ -60,8 +60,8 @@ impl Instance for Memory {
         "not needed".to_owned()
     }
 
-    fn connections(&self) -> anyhow::Result<Vec<ConnectionView>> {
-        Ok(vec![])
+    fn listing(&self) -> anyhow::Result<impl FnOnce(Visit<'_>) -> anyhow::Result<()> + Send + use<>> {
+        Ok(|_: Visit<'_>| Ok(()))
     }
 
     fn local_usage(&self) -> anyhow::Result<HashMap<IpAddr, LocalUsage>> {

@@ -5,7 +5,7 @@
 //!
 //! A listing is no snapshot: connections come and go while it is made.
 
-use std::{collections::HashMap, net::IpAddr, time::Duration};
+use std::{collections::HashMap, net::IpAddr, ops::ControlFlow, time::Duration};
 
 use anyhow::Context as _;
 use aya::maps::MapData;
@@ -24,8 +24,9 @@ use lb_common::{
 use nix::time::{ClockId, clock_gettime};
 
 use super::{
+    listing::Visit,
     maps::Pins,
-    system::for_each_entry,
+    system::{for_each_entry, for_entries},
     way::{address, server_address},
 };
 use crate::director::model::{ConnectionView, LocalUsage};
@@ -69,21 +70,18 @@ impl Connections {
         Ok(usage)
     }
 
-    /// All connections that are not over. `server` tells the entry of a real server.
+    /// Shows all connections that are not over. `server` tells the entry of a real server.
     pub fn list(
         &self,
         config: &Config,
         clock: Clock,
-        mut server: impl FnMut(u32) -> Option<Server>,
-    ) -> anyhow::Result<Vec<ConnectionView>> {
-        let mut known = HashMap::new();
-        let mut server = |index| {
-            *known.entry(index).or_insert_with(|| server(index).map(|entry| (server_address(&entry), u16::from_be(entry.port))))
-        };
-        let mut views = Vec::new();
-        collect::<Ipv4>(&self.ipv4, config, clock, &mut server, &mut views)?;
-        collect::<Ipv6>(&self.ipv6, config, clock, &mut server, &mut views)?;
-        Ok(views)
+        server: &mut dyn FnMut(u32) -> Option<Server>,
+        visit: Visit<'_>,
+    ) -> anyhow::Result<ControlFlow<()>> {
+        if show::<Ipv4>(&self.ipv4, config, clock, server, visit)?.is_break() {
+            return Ok(ControlFlow::Break(()));
+        }
+        show::<Ipv6>(&self.ipv6, config, clock, server, visit)
     }
 }
 
@@ -110,23 +108,27 @@ where
     .context("the connection table cannot be read")
 }
 
-fn collect<A: Address>(
+fn show<A: Address>(
     table: &MapData,
     config: &Config,
     clock: Clock,
-    server: &mut impl FnMut(u32) -> Option<(IpAddr, u16)>,
-    views: &mut Vec<ConnectionView>,
-) -> anyhow::Result<()>
+    server: &mut dyn FnMut(u32) -> Option<Server>,
+    visit: Visit<'_>,
+) -> anyhow::Result<ControlFlow<()>>
 where
     ConnectionKey<A>: Plain,
 {
+    const NEXT: ControlFlow<()> = ControlFlow::Continue(());
     let ipv6 = size_of::<A>() == size_of::<Ipv6>();
-    for_each_entry(table, |key: &ConnectionKey<A>, connection: &Connection| {
+    for_entries(table, |key: &ConnectionKey<A>, connection: &Connection| {
         let transport = key.protocol as u8;
-        let Some(expires) = clock.remaining(connection.last_seen, lifetime(config, transport, connection.state)) else { return };
-        let Some((server, server_port)) = server(connection.server) else { return };
+        let Some(expires) = clock.remaining(connection.last_seen, lifetime(config, transport, connection.state)) else {
+            return NEXT;
+        };
+        let Some(entry) = server(connection.server) else { return NEXT };
+        let (server, server_port) = (server_address(&entry), u16::from_be(entry.port));
         let (protocol, state) = names(transport, connection.state);
-        views.push(ConnectionView {
+        visit(ConnectionView {
             protocol: protocol.to_owned(),
             expires,
             state: state.to_owned(),
@@ -140,7 +142,7 @@ where
             active: connection.flags & flags::ACTIVE != 0,
             template: false,
             engine: None,
-        });
+        })
     })
     .context("the connection table cannot be read")
 }
@@ -234,7 +236,7 @@ mod tests {
 
     #[test]
     fn the_clock_goes_on() {
-        let report = SweepReport { jiffies: 0xffff_ffff, monotonic_ns: 1_000_000_000, examined: 0, expired: 0, half_open: 0 };
+        let report = SweepReport { jiffies: 0xffff_ffff, monotonic_ns: 1_000_000_000, ..SweepReport::default() };
         assert_eq!(Clock::now(&report, 2_000_000_000, 250).jiffies, 249);
     }
 }

@@ -49,7 +49,7 @@ mod tests {
 
     fn look(rate: u32, milliseconds: u64) -> SweepReport {
         let jiffies = (1_u64 << 32) - u64::from(rate) * 300 + milliseconds * u64::from(rate) / 1000;
-        SweepReport { jiffies, monotonic_ns: milliseconds * 1_000_000, examined: 0, expired: 0, half_open: 0 }
+        SweepReport { jiffies, monotonic_ns: milliseconds * 1_000_000, ..SweepReport::default() }
     }
 
     #[test]

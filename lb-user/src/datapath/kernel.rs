@@ -22,7 +22,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{Context as _, anyhow};
 use aya::maps::{Array, MapData, PerCpuArray, PerCpuValues};
 use lb_common::{
     config::{Config, LAYOUT},
@@ -37,11 +37,13 @@ use super::{
     Datapath, Error, Target,
     attach::{Attachments, remove_filter},
     bell::Bell,
+    capacity,
     connections::{Clock, Connections},
     devices::Devices,
     flood::Flood,
     hz, kernel_error,
     links::{self},
+    listing::Listing,
     locality::{Destinations, Standings},
     locals::Locals,
     maps::{Found, Pins, inspect},
@@ -59,9 +61,7 @@ use super::{
     templates::Templates,
 };
 use crate::{
-    director::model::{
-        ConnectionView, Family, FloodView, Hook, InterfaceView, LocalUsage, MarkRule, Method, ReasonView, ServiceId,
-    },
+    director::model::{Family, FloodView, Hook, InterfaceView, LocalUsage, MarkRule, Method, ReasonView, ServiceId},
     scheduler::Run,
     synchronisation::{LeftOut, changes::Changes, message::Entry},
 };
@@ -76,8 +76,8 @@ pub struct Options {
     pub directory: PathBuf,
     /// The cookie of the network namespace; see [`super::netns_cookie`].
     pub netns_cookie: u64,
-    /// Size of each connection table. A table that is taken over keeps its own.
-    pub max_connections: u32,
+    /// Size of each connection table, if somebody asks for one. A table that is taken over keeps its own.
+    pub max_connections: Option<u32>,
     /// How to hook into interfaces.
     pub hook: Hook,
     /// The interfaces; none for every one that is up.
@@ -124,9 +124,6 @@ pub struct KernelDatapath {
 impl KernelDatapath {
     /// Takes over the instance at these pins, or makes one. Attaches nothing yet.
     pub fn open(options: &Options) -> anyhow::Result<Self> {
-        if options.max_connections == 0 {
-            bail!("the connection tables cannot have room for 0 connections; choose at least 1 with --max-connections");
-        }
         let pins = Pins::new(&options.directory);
         let found = match inspect(&pins, options.netns_cookie)? {
             Found::Instance(config) => Some(config),
@@ -137,22 +134,28 @@ impl KernelDatapath {
             }
             Found::Nothing => None,
         };
+        // Before anything is made: what does not fit leaves no trace.
+        let max_connections = match found {
+            Some(_) => Connections::open(&pins)?.capacity(),
+            None => capacity::of_new(options.max_connections)?,
+        };
         pins.create()?;
-        let programs = Programs::load(&pins, found.map_or(LIKELY_HZ, |config| config.hz), options.max_connections)?;
+        let programs = Programs::load(&pins, found.map_or(LIKELY_HZ, |config| config.hz), max_connections)?;
         let (mut programs, config) = match found {
             Some(config) => (programs, config),
-            None => make_instance(&pins, programs, options)?,
+            None => make_instance(&pins, programs, options, max_connections)?,
         };
         // Every interface gets it. Better no daemon than one that the kernel refuses the programs of.
         programs.tc()?;
         // Before anything is attached: until then a program lets every packet pass.
         let services = Services::open(&pins, programs.take_destinations()?)?;
         let connections = Connections::open(&pins)?;
-        if connections.capacity() != options.max_connections {
-            tracing::info!(
-                capacity = connections.capacity(),
-                asked = options.max_connections,
-                "the connection tables that were found keep their size; `bpfvs stop --detach` and a new start change it"
+        if let Some(asked) = options.max_connections
+            && asked != max_connections
+        {
+            tracing::warn!(
+                "the connection tables keep the size that they were made with, {max_connections}, instead of {asked}, because they are at \
+                 work; `bpfvs stop --detach` and a new start change it, and lose all connections"
             );
         }
         let words = |name| Words::open(&pins.map(name));
@@ -302,14 +305,9 @@ impl KernelDatapath {
         async move { tokio::task::spawn_blocking(move || lock(&sweeper).run()).await.context("the sweep broke off")? }
     }
 
-    /// All connections and templates.
-    pub fn connections(&self) -> anyhow::Result<Vec<ConnectionView>> {
-        let clock = self.clock()?;
-        let servers = lock(&self.servers);
-        let server = |index| servers.entry(index).ok().filter(|entry| entry.status != Status::Free as u8);
-        let mut views = self.connections.list(&self.config, clock, server)?;
-        self.templates.list(clock, server, &mut views)?;
-        Ok(views)
+    /// All connections and templates, to be shown one after the other.
+    pub fn listing(&self) -> anyhow::Result<Listing> {
+        Listing::open(&self.pins, Arc::clone(&self.servers), self.config, self.clock()?)
     }
 
     /// Finds what a master has to tell others of, on a thread of its own.
@@ -594,11 +592,16 @@ fn warn_unless_forwarding(target: &Target) {
 
 /// Finds the clock rate, loads the programs for it, and writes the settings, which makes the instance one that can be
 /// taken over.
-fn make_instance(pins: &Pins, mut programs: Programs, options: &Options) -> anyhow::Result<(Programs, Config)> {
+fn make_instance(
+    pins: &Pins,
+    mut programs: Programs,
+    options: &Options,
+    max_connections: u32,
+) -> anyhow::Result<(Programs, Config)> {
     let hz = detect_hz(&Sweeper::open(pins)?)?;
     if hz != LIKELY_HZ {
         tracing::debug!(hz, "loading the programs again for this clock rate");
-        programs = Programs::load(pins, hz, options.max_connections)?;
+        programs = Programs::load(pins, hz, max_connections)?;
     }
     let config = Config { netns_cookie: options.netns_cookie, hz, ..Config::DEFAULT };
     let mut map: Array<MapData, Config> = pins.typed("CONFIG")?;
@@ -608,11 +611,11 @@ fn make_instance(pins: &Pins, mut programs: Programs, options: &Options) -> anyh
 
 /// The tables must still be empty: the programs were loaded with a guess.
 fn detect_hz(sweeper: &Sweeper) -> anyhow::Result<u32> {
-    let earlier = sweeper.walk()?;
+    let earlier = sweeper.begin()?;
     if let Some(rate) = hz::from_start(&earlier) {
         return Ok(rate);
     }
     thread::sleep(Duration::from_millis(200));
-    hz::from_two(&earlier, &sweeper.walk()?)
+    hz::from_two(&earlier, &sweeper.begin()?)
         .ok_or_else(|| anyhow!("the kernel's clocks stand still, so its tick rate cannot be found; start bpfvs again"))
 }

@@ -8,6 +8,7 @@
 //! | the real one | [`kernel`] |
 //! | where maps are pinned, and which are taken over | [`maps`] |
 //! | shared memory, what wakes its reader, raw system calls | [`shared`], [`bell`], [`system`] |
+//! | how large the tables are | [`capacity`] |
 //! | the programs, and the interfaces that they run on | [`programs`], [`attach`], [`links`] |
 //! | services, schedules, filters | [`services`], [`runs`], [`filter`] |
 //! | how marked packets come back | [`mark_device`] |
@@ -17,11 +18,12 @@
 //! | local addresses of FULLNAT | [`locals`] |
 //! | real servers and the ways to them | [`servers`], [`way`], [`resolve`] |
 //! | what other directors are told, and what they tell | [`tell`], [`take_over`] |
-//! | what the kernel counts | [`sweep`], [`connections`], [`reasons`], [`flood`] |
+//! | what the kernel counts | [`sweep`], [`connections`], [`listing`], [`reasons`], [`flood`] |
 //! | the kernel's clock rate | [`hz`] |
 
 pub mod attach;
 pub mod bell;
+pub mod capacity;
 pub mod connections;
 pub mod devices;
 pub mod filter;
@@ -29,6 +31,7 @@ pub mod flood;
 pub mod hz;
 pub mod kernel;
 pub mod links;
+pub mod listing;
 pub mod locality;
 pub mod locals;
 pub mod maps;
@@ -52,6 +55,7 @@ use std::{fmt::Display, net::IpAddr};
 
 pub use self::{
     kernel::{KernelDatapath, Options},
+    listing::{Listing, Visit},
     system::netns_cookie,
 };
 

@@ -10,12 +10,13 @@
 
 use anyhow::{Context as _, anyhow};
 use aya::{
-    Ebpf, EbpfLoader,
+    Btf, Ebpf, EbpfLoader,
     maps::ProgramArray,
-    programs::{Program, ProgramError, RawTracePoint, SchedClassifier, Xdp},
+    programs::{Iter, Program, ProgramError, RawTracePoint, SchedClassifier, Xdp},
 };
 
 use super::{
+    capacity,
     filter::Kernel,
     maps::{CONNECTION_TABLES, OBJECT, Pins, remove_pin},
 };
@@ -34,6 +35,13 @@ struct Hooked {
 const XDP: Hooked = Hooked { director: "xdp_director", called: ["xdp_odd", "xdp_translate", "xdp_cross"], next: "XDP_NEXT" };
 const TC: Hooked = Hooked { director: "tc_director", called: ["tc_odd", "tc_translate", "tc_cross"], next: "TC_NEXT" };
 const SWEEP: &str = "sweep";
+/// The programs that the sweep has see a table's entries, and these tables, in the order of [`lb_common::config::SweptTable`].
+pub const SWEPT_TABLES: [(&str, &str); 4] = [
+    ("sweep_ipv4", "CONNECTIONS_V4"),
+    ("sweep_ipv6", "CONNECTIONS_V6"),
+    ("sweep_templates_ipv4", "TEMPLATES_V4"),
+    ("sweep_templates_ipv6", "TEMPLATES_V6"),
+];
 /// The places in the arrays through which programs call each other.
 const NEXT_ODD: usize = 0;
 const NEXT_TRANSLATE: usize = 1;
@@ -60,7 +68,12 @@ impl Programs {
     /// takes its time for each.
     pub fn load(pins: &Pins, hz: u32, max_connections: u32) -> anyhow::Result<Self> {
         let object = aya_obj::Object::parse(OBJECT).context("the compiled eBPF object is damaged; build bpfvs anew")?;
+        let btf = Btf::from_sys_fs().context(
+            "the kernel does not describe its types (/sys/kernel/btf/vmlinux), without which connections cannot expire; bpfvs needs a kernel \
+             with CONFIG_DEBUG_INFO_BTF, as the distributions' are",
+        )?;
         let mut loader = EbpfLoader::new();
+        loader.btf(Some(&btf));
         loader.override_global("HZ", &hz, true);
         for name in object.maps.keys().filter(|name| !name.starts_with('.')) {
             loader.map_pin_path(name, pins.map(name));
@@ -71,8 +84,9 @@ impl Programs {
         let mut ebpf = loader.load(OBJECT).map_err(|error| {
             anyhow!(error).context(format!(
                 "the maps of {} cannot be created for {max_connections} connections; is bpfvs run as root, the kernel at least 5.15, and is there \
-                 enough memory? (`--max-connections` takes about 100 bytes for each connection)",
-                pins.directory().display()
+                 enough memory? (`--max-connections` takes {} MiB)",
+                pins.directory().display(),
+                capacity::size(max_connections) >> 20,
             ))
         })?;
         for name in [XDP, TC].into_iter().flat_map(|hooked| [&[hooked.director][..], &hooked.called].concat()) {
@@ -81,6 +95,10 @@ impl Programs {
         }
         load_program::<RawTracePoint>(&mut ebpf, SWEEP, RawTracePoint::load)?;
         pin(&mut ebpf, pins, SWEEP)?;
+        for (name, _) in SWEPT_TABLES {
+            load_program::<Iter>(&mut ebpf, name, |program| program.load("bpf_map_elem", &btf))?;
+            pin(&mut ebpf, pins, name)?;
+        }
         Ok(Self { ebpf, pins: pins.clone(), xdp: false, tc: false, wanted: vec![NEXT_ODD] })
     }
 
@@ -170,10 +188,16 @@ impl Programs {
         pin(&mut self.ebpf, &self.pins, name)
     }
 
-    /// The pinned sweep program, by itself.
+    /// The pinned program that begins a sweep, by itself.
     pub fn sweep(pins: &Pins) -> anyhow::Result<RawTracePoint> {
         let path = pins.program(SWEEP);
         RawTracePoint::from_pin(&path).with_context(|| format!("the program {} cannot be opened", path.display()))
+    }
+
+    /// One of those that see the entries.
+    pub fn iterator(pins: &Pins, name: &str) -> anyhow::Result<Iter> {
+        let path = pins.program(name);
+        Iter::from_pin(&path).with_context(|| format!("the program {} cannot be opened", path.display()))
     }
 
     /// How many instructions the verifier walked through for each program. Kernel 5.16.
@@ -204,7 +228,7 @@ fn unpin(pins: &Pins, name: &str) -> anyhow::Result<()> {
     remove_pin(&path).with_context(|| format!("the old pin {} cannot be removed", path.display()))
 }
 
-fn load_program<P>(ebpf: &mut Ebpf, name: &str, load: fn(&mut P) -> Result<(), ProgramError>) -> anyhow::Result<()>
+fn load_program<P>(ebpf: &mut Ebpf, name: &str, load: impl FnOnce(&mut P) -> Result<(), ProgramError>) -> anyhow::Result<()>
 where
     for<'a> &'a mut P: TryFrom<&'a mut Program, Error = ProgramError>,
 {

@@ -1,7 +1,17 @@
 //! Runs the sweep, and corrects counters that have drifted.
 //!
-//! The sweep itself is a program in the kernel: it deletes the connections that are over and counts the others into `SWEPT`.
-//! The daemon runs it, and compares: what `SWEPT` says of a real server and what its live counter says should be the
+//! The sweep itself is done by programs in the kernel: they delete the connections that are over and count the others into `SWEPT`.
+//! The daemon has them see table after table, a slice at a time, so that nobody else waits for the CPU longer than a slice takes:
+//!
+//! ```text
+//! begin | slice, slice, slice … | slice …          | slice …        | slice …
+//!       | CONNECTIONS_V4        | CONNECTIONS_V6   | TEMPLATES_V4   | TEMPLATES_V6
+//! ```
+//!
+//! After some slices it rests, so that a sweep takes a tenth of a CPU and no more, however many connections there are (half of one
+//! while all that it meets is over): nobody waits for its end, because the packet path looks at a connection's age itself.
+//!
+//! Then it compares: what `SWEPT` says of a real server and what its live counter says should be the
 //! same. They differ for a moment because connections come and go during the walk, and they differ for good because two
 //! CPUs raced for the same connection. Only the second is drift:
 //!
@@ -13,7 +23,14 @@
 //! A difference is corrected when two runs in succession saw it on the same side, by the smaller one, and only if it is larger than
 //! what came and went during the second.
 
-use std::{collections::HashMap, sync::atomic::Ordering, time::Duration, time::Instant};
+use std::{
+    collections::HashMap,
+    io::Read as _,
+    os::fd::OwnedFd,
+    sync::atomic::Ordering,
+    thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::Context as _;
 use aya::{
@@ -21,8 +38,15 @@ use aya::{
     programs::{RawTracePoint, RawTracePointRunOptions, TestRun as _},
 };
 use lb_common::{config::SweepReport, server::Counters, statistics::Statistics};
+use nix::time::{ClockId, clock_gettime};
 
-use super::{flood::Recount, maps::Pins, programs::Programs, shared::Words};
+use super::{
+    flood::Recount,
+    maps::Pins,
+    programs::{Programs, SWEPT_TABLES},
+    shared::Words,
+    system::{iterate, iterator},
+};
 
 /// What a run of the sweep did.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
@@ -33,8 +57,8 @@ pub struct SweepOutcome {
     pub expired: u64,
     /// Real servers whose counters were corrected.
     pub corrected: Vec<u32>,
-    /// How long it took.
-    pub took: Duration,
+    /// How long a CPU was busy with it.
+    pub worked: Duration,
 }
 
 /// A difference between counted and live connections: of all, and of the active ones.
@@ -69,7 +93,10 @@ impl Drift {
 
 /// The sweep program and the tables that it needs. Can be run on any thread.
 pub struct Sweeper {
-    program: RawTracePoint,
+    begin: RawTracePoint,
+    /// In order.
+    tables: Vec<Table>,
+    newcomers: Words,
     report: Array<MapData, SweepReport>,
     statistics: PerCpuArray<MapData, Statistics>,
     counters: Words,
@@ -82,7 +109,12 @@ impl Sweeper {
     /// Opens the pinned program and tables.
     pub fn open(pins: &Pins) -> anyhow::Result<Self> {
         Ok(Self {
-            program: Programs::sweep(pins)?,
+            begin: Programs::sweep(pins)?,
+            tables: SWEPT_TABLES
+                .map(|(program, table)| Table::open(pins, program, table))
+                .into_iter()
+                .collect::<anyhow::Result<_>>()?,
+            newcomers: Words::open(&pins.map("NEWCOMERS"))?,
             report: pins.typed("SWEEP")?,
             statistics: pins.typed("STATISTICS")?,
             counters: Words::open(&pins.map("COUNTERS"))?,
@@ -92,12 +124,30 @@ impl Sweeper {
         })
     }
 
-    /// Runs the program and does nothing else. Its report also tells the kernel's clocks.
-    pub fn walk(&self) -> anyhow::Result<SweepReport> {
-        self.program
+    /// Begins a sweep, and does nothing else. The report tells the kernel's clocks.
+    pub fn begin(&self) -> anyhow::Result<SweepReport> {
+        self.begin
             .test_run(RawTracePointRunOptions::new())
             .context("the kernel does not run the sweep; it needs version 5.10 and CAP_BPF")?;
         self.report()
+    }
+
+    /// Has the programs see all entries.
+    fn walk(&mut self) -> anyhow::Result<SweepReport> {
+        let mut report = self.begin()?;
+        let mut pace = Pace::begin();
+        for index in 0..self.tables.len() {
+            let newcomers = self.newcomers.take(index as u32) != 0;
+            let table = &self.tables[index];
+            if table.is_empty && !newcomers {
+                continue;
+            }
+            table.walk(&mut pace, || self.report()).with_context(|| format!("the sweep broke off in {}", table.name))?;
+            let passed = report.passed;
+            report = self.report()?;
+            self.tables[index].is_empty = report.passed == passed;
+        }
+        Ok(report)
     }
 
     /// What the last run reported, whoever ran it.
@@ -107,7 +157,7 @@ impl Sweeper {
 
     /// Deletes the connections that are over, and corrects counters.
     pub fn run(&mut self) -> anyhow::Result<SweepOutcome> {
-        let begin = Instant::now();
+        let begin = cpu_time()?;
         for index in 0..self.swept.length() {
             if self.swept.load(index) != 0 {
                 self.swept.store(index, 0);
@@ -146,7 +196,12 @@ impl Sweeper {
                 self.suspects.insert(index, drift);
             }
         }
-        Ok(SweepOutcome { examined: report.examined, expired: report.expired, corrected, took: begin.elapsed() })
+        Ok(SweepOutcome {
+            examined: report.examined,
+            expired: report.expired,
+            corrected,
+            worked: cpu_time()?.saturating_sub(begin),
+        })
     }
 
     /// Connections that were ever scheduled to a server.
@@ -155,6 +210,69 @@ impl Sweeper {
             self.statistics.get(&index, 0).with_context(|| format!("the statistics of real server {index} cannot be read"))?;
         Ok(values.iter().map(|value| value.connections).sum())
     }
+}
+
+/// A table that is swept.
+struct Table {
+    name: &'static str,
+    /// Has a program see its entries.
+    iterator: OwnedFd,
+    /// Whether the last walk found nothing.
+    is_empty: bool,
+}
+
+impl Table {
+    fn open(pins: &Pins, program: &str, name: &'static str) -> anyhow::Result<Self> {
+        let iterator = iterator(Programs::iterator(pins, program)?.fd()?, &pins.data(name)?)
+            .with_context(|| format!("the kernel lets no program see the entries of {name}"))?;
+        Ok(Self { name, iterator, is_empty: false })
+    }
+
+    fn walk(&self, pace: &mut Pace, report: impl Fn() -> anyhow::Result<SweepReport>) -> anyhow::Result<()> {
+        let mut slices = iterate(&self.iterator)?;
+        while slices.read(&mut [0])? > 0 {
+            if pace.is_due() {
+                pace.rest(&report()?);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Work and rest by turns.
+struct Pace {
+    since: Instant,
+    passed: u64,
+    expired: u64,
+}
+
+impl Pace {
+    /// Longer than this nobody works without a rest.
+    const SPELL: Duration = Duration::from_micros(500);
+    /// How many times as long as the work the rest is. What deletes much rests less: somebody may wait for the room.
+    const LONGEST_REST: u32 = 9;
+
+    fn begin() -> Self {
+        Self { since: Instant::now(), passed: 0, expired: 0 }
+    }
+
+    fn is_due(&self) -> bool {
+        self.since.elapsed() >= Self::SPELL
+    }
+
+    fn rest(&mut self, report: &SweepReport) {
+        let (passed, expired) = (report.passed - self.passed, report.expired - self.expired);
+        let kept = passed.saturating_sub(expired);
+        let times = u64::from(Self::LONGEST_REST) * kept / passed.max(1);
+        thread::sleep(self.since.elapsed() * times.max(1) as u32);
+        *self = Self { since: Instant::now(), passed: report.passed, expired: report.expired };
+    }
+}
+
+/// How long a CPU was busy with this thread.
+fn cpu_time() -> anyhow::Result<Duration> {
+    let time = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).context("the clock of this thread cannot be read")?;
+    Ok(time.into())
 }
 
 #[cfg(test)]

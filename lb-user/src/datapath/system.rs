@@ -1,12 +1,14 @@
-//! System calls that no crate offers: reading and writing a map in batches, taking an entry out of a hash map, the cookie of a
-//! network namespace, and the MTU of an interface.
+//! System calls that no crate offers: reading and writing a map in batches, taking an entry out of a hash map, having a program
+//! see every entry of a map, the cookie of a network namespace, and the MTU of an interface.
 //!
 //! Nothing else here; every call checks its result and returns an [`io::Error`].
 #![expect(unsafe_code, reason = "raw system calls")]
 
 use std::{
+    fs::File,
     io,
-    os::fd::{AsFd as _, AsRawFd as _},
+    ops::ControlFlow,
+    os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd},
 };
 
 use aya::maps::MapData;
@@ -16,6 +18,9 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
 const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
 const BPF_MAP_LOOKUP_AND_DELETE_ELEM: libc::c_long = 21;
+const BPF_LINK_CREATE: libc::c_long = 28;
+const BPF_ITER_CREATE: libc::c_long = 33;
+const BPF_TRACE_ITER: u32 = 28;
 const SO_NETNS_COOKIE: libc::c_int = 71;
 
 /// The cookie of this thread's network namespace: a number that is never used again, unlike its inode. Kernel 5.14.
@@ -67,6 +72,18 @@ struct Batch {
 ///
 /// An entry that comes or goes meanwhile may be missed or seen. `K` and `V` must be as large as the map's keys and values.
 pub fn for_each_entry<K: Plain, V: Plain>(map: &MapData, mut visit: impl FnMut(&K, &V)) -> io::Result<()> {
+    let visit = |key: &K, value: &V| {
+        visit(key, value);
+        ControlFlow::Continue(())
+    };
+    for_entries(map, visit).map(|_| ())
+}
+
+/// The same, until `visit` has enough.
+pub fn for_entries<K: Plain, V: Plain>(
+    map: &MapData,
+    mut visit: impl FnMut(&K, &V) -> ControlFlow<()>,
+) -> io::Result<ControlFlow<()>> {
     let mut capacity = 1024_usize;
     let mut position = None::<u32>;
     loop {
@@ -97,9 +114,9 @@ pub fn for_each_entry<K: Plain, V: Plain>(map: &MapData, mut visit: impl FnMut(&
             _ => {}
         }
         let count = (batch.count as usize).min(capacity);
-        keys[..count].iter().zip(&values[..count]).for_each(|(key, value)| visit(key, value));
-        if error.is_some() {
-            return Ok(());
+        let enough = keys[..count].iter().zip(&values[..count]).try_for_each(|(key, value)| visit(key, value));
+        if enough.is_break() || error.is_some() {
+            return Ok(enough);
         }
         position = Some(next);
     }
@@ -135,6 +152,60 @@ pub fn write_entries<K: Plain, V: Plain>(map: &MapData, entries: &[(K, V)]) -> i
         done += batch.count as usize;
     }
     Ok(())
+}
+
+/// The part of `union bpf_attr` that makes an iterator of a program and a map.
+#[repr(C)]
+struct Link {
+    program_fd: u32,
+    target_fd: u32,
+    attach_type: u32,
+    flags: u32,
+    info: u64,
+    info_length: u32,
+    zero: u32,
+}
+
+/// The part that begins an iteration.
+#[repr(C)]
+struct Iteration {
+    link_fd: u32,
+    flags: u32,
+}
+
+/// Makes an iterator: a program that is to see each entry of a map. Kernel 5.9.
+pub fn iterator(program: &impl AsFd, map: &MapData) -> io::Result<OwnedFd> {
+    let map_fd = map.fd().as_fd().as_raw_fd();
+    let mut link = Link {
+        program_fd: program.as_fd().as_raw_fd().cast_unsigned(),
+        target_fd: 0,
+        attach_type: BPF_TRACE_ITER,
+        flags: 0,
+        info: &raw const map_fd as u64,
+        info_length: size_of_val(&map_fd) as u32,
+        zero: 0,
+    };
+    // SAFETY: the information is the descriptor of the map, which lives, and of which the kernel reads as much as it is long.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_LINK_CREATE, &raw mut link, size_of::<Link>()) };
+    owned(result)
+}
+
+/// Begins an iteration. Whoever reads the file makes the program see entries, until there are as many bytes of the program's as
+/// fit, or no more entries.
+pub fn iterate(iterator: &OwnedFd) -> io::Result<File> {
+    let mut iteration = Iteration { link_fd: iterator.as_raw_fd().cast_unsigned(), flags: 0 };
+    // SAFETY: the kernel reads what it is given, and nothing else.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_ITER_CREATE, &raw mut iteration, size_of::<Iteration>()) };
+    owned(result).map(File::from)
+}
+
+/// The descriptor that a system call has opened.
+fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
+    match libc::c_int::try_from(result) {
+        // SAFETY: the kernel has just opened it, for nobody else.
+        Ok(descriptor) if descriptor >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(descriptor) }),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// The part of `union bpf_attr` that single entries use.

@@ -19,7 +19,7 @@ use anyhow::Context as _;
 use aya::maps::{HashMap as MapHashMap, Map, MapData, MapError};
 use lb_common::{
     Plain,
-    config::Config,
+    config::{Config, SweptTable},
     connection::{Connection, ConnectionKey, flags},
     family::{Address, Ipv4, Ipv6},
     local::Local,
@@ -73,6 +73,7 @@ pub struct Successor {
     ipv6: Tables<Ipv6>,
     counters: Words,
     templates: Words,
+    newcomers: Words,
 }
 
 /// The tables of a family.
@@ -98,18 +99,21 @@ impl Successor {
             ipv6: Tables::open(pins, "V6")?,
             counters: Words::open(&pins.map("COUNTERS"))?,
             templates: Words::open(&pins.map("PERSISTED"))?,
+            newcomers: Words::open(&pins.map("NEWCOMERS"))?,
         })
     }
 
     /// Takes an entry over. `surroundings` are the datapath's other parts, as they are now.
     pub fn take_over(&mut self, entry: &Entry, place: Place, surroundings: &Surroundings<'_>) -> Result<(), LeftOut> {
-        let Self { ipv4, ipv6, counters, templates } = self;
-        match (entry.vip.is_ipv4(), entry.is_template()) {
-            (true, false) => ipv4.take_connection(entry, place, surroundings, counters),
-            (false, false) => ipv6.take_connection(entry, place, surroundings, counters),
-            (true, true) => ipv4.take_template(entry, place, surroundings, templates),
-            (false, true) => ipv6.take_template(entry, place, surroundings, templates),
-        }
+        let Self { ipv4, ipv6, counters, templates, newcomers } = self;
+        let (outcome, table) = match (entry.vip.is_ipv4(), entry.is_template()) {
+            (true, false) => (ipv4.take_connection(entry, place, surroundings, counters), SweptTable::ConnectionsV4),
+            (false, false) => (ipv6.take_connection(entry, place, surroundings, counters), SweptTable::ConnectionsV6),
+            (true, true) => (ipv4.take_template(entry, place, surroundings, templates), SweptTable::TemplatesV4),
+            (false, true) => (ipv6.take_template(entry, place, surroundings, templates), SweptTable::TemplatesV6),
+        };
+        newcomers.store(table as u32, 1);
+        outcome
     }
 }
 

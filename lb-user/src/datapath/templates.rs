@@ -1,9 +1,9 @@
-//! Templates of persistent services: listed, counted and flushed.
+//! Templates of persistent services: shown, counted and flushed.
 //!
 //! The packet path makes them and the sweep deletes them ([`lb_common::template`] says what they are). What userspace adds is
 //! how each real server's connections find theirs ([`Scope`]), and the wish to see or to lose them.
 
-use std::{collections::HashMap, sync::atomic::Ordering};
+use std::{collections::HashMap, ops::ControlFlow, sync::atomic::Ordering};
 
 use anyhow::Context as _;
 use aya::maps::{Array, MapData};
@@ -18,9 +18,10 @@ use super::{
     Error,
     connections::Clock,
     kernel_error,
+    listing::Visit,
     maps::Pins,
     shared::Words,
-    system::{for_each_entry, take},
+    system::{for_each_entry, for_entries, take},
     way::{address, server_address},
 };
 use crate::director::model::{ConnectionView, Family, ServiceId};
@@ -82,17 +83,6 @@ impl Templates {
         self.counts.load(index) as u32
     }
 
-    /// Adds all templates that are not over to a list. `server` tells the entry of a real server.
-    pub fn list(
-        &self,
-        clock: Clock,
-        server: impl Fn(u32) -> Option<Server>,
-        views: &mut Vec<ConnectionView>,
-    ) -> anyhow::Result<()> {
-        collect::<Ipv4>(&self.ipv4, clock, &server, views)?;
-        collect::<Ipv6>(&self.ipv6, clock, &server, views)
-    }
-
     /// Deletes the templates of a service, or all.
     pub fn flush(&self, service: Option<&ServiceId>) -> anyhow::Result<()> {
         self.flush_table::<Ipv4>(&self.ipv4, service)?;
@@ -125,21 +115,23 @@ const fn is_ipv6<A>() -> bool {
     size_of::<A>() == size_of::<Ipv6>()
 }
 
-fn collect<A: Address>(
+/// Shows all templates of a table that are not over. `server` tells the entry of a real server.
+pub fn show<A: Address>(
     table: &MapData,
     clock: Clock,
-    server: &impl Fn(u32) -> Option<Server>,
-    views: &mut Vec<ConnectionView>,
-) -> anyhow::Result<()>
+    server: &mut dyn FnMut(u32) -> Option<Server>,
+    visit: Visit<'_>,
+) -> anyhow::Result<ControlFlow<()>>
 where
     TemplateKey<A>: Plain,
 {
-    for_each_entry(table, |key: &TemplateKey<A>, template: &Template| {
+    const NEXT: ControlFlow<()> = ControlFlow::Continue(());
+    for_entries(table, |key: &TemplateKey<A>, template: &Template| {
         let choice = Choice::from_word(template.choice);
         let respite = (template.held != 0).then_some(RESPITE);
-        let Some(expires) = clock.left(choice, template.timeout).or(respite) else { return };
-        let Some(entry) = server(choice.server) else { return };
-        views.push(ConnectionView {
+        let Some(expires) = clock.left(choice, template.timeout).or(respite) else { return NEXT };
+        let Some(entry) = server(choice.server) else { return NEXT };
+        visit(ConnectionView {
             protocol: protocol_name(key.protocol).to_owned(),
             expires,
             state: if template.assured != 0 { "ASSURED" } else { "NONE" }.to_owned(),
@@ -155,7 +147,7 @@ where
             active: false,
             template: true,
             engine: None,
-        });
+        })
     })
     .context("the templates cannot be read")
 }

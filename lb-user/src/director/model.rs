@@ -897,6 +897,9 @@ pub struct Status {
     /// Flood mode.
     #[serde(default)]
     pub flood: FloodView,
+    /// How long a CPU was busy with the last walk through the tables that deletes what is over.
+    #[serde(default)]
+    pub sweep_milliseconds: u64,
     /// Ticks of the kernel's clock in a second (`CONFIG_HZ`).
     #[serde(default)]
     pub clock_rate: u32,

@@ -4,7 +4,10 @@
 //! texts of their own, better ones, but scripts look for the old ones; so those are printed, unless the kernel would have
 //! done what the director cannot: then the director's own words say so.
 
-use std::io::Write;
+use std::{
+    io::{BufWriter, Write},
+    ops::ControlFlow,
+};
 
 use super::{
     STATUS_OK, STATUS_REFUSED, STATUS_UNREADABLE, STATUS_USAGE, Streams, Table, Unreachable, complain,
@@ -120,13 +123,30 @@ impl Session<'_> {
                 listing::services(&services, *listing, names(&self.names, *numeric))
             }
             List::Connections { engines, numeric } => {
-                listing::connections(&self.table.connections()?, *engines, names(&self.names, *numeric))
+                self.list_connections(*engines, *numeric)?;
+                return Ok(STATUS_OK);
             }
             List::Timeouts => listing::timeouts(self.table.timeouts()?),
             List::SyncDaemons => listing::sync_daemons(&self.table.sync_daemons()?),
         };
         print(self.output, &text);
         Ok(STATUS_OK)
+    }
+
+    /// There may be millions: each is printed as it comes.
+    fn list_connections(&mut self, engines: bool, numeric: bool) -> Result<(), Unreachable> {
+        let names = names(&self.names, numeric);
+        let mut output = BufWriter::new(&mut *self.output);
+        // Nobody listening any more is no error, but enough.
+        let mut is_heard = output.write_all(listing::connection_titles(engines).as_bytes()).is_ok();
+        self.table.connections(&mut |connection| {
+            is_heard = is_heard && output.write_all(listing::connection(&connection, engines, names).as_bytes()).is_ok();
+            if is_heard { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        })?;
+        if is_heard {
+            output.flush().unwrap_or_default();
+        }
+        Ok(())
     }
 
     fn unreadable(&mut self, reason: &Unreachable) -> u8 {

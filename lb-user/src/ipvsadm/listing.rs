@@ -8,8 +8,6 @@
 //! Pure functions from the director's views to text. Trailing blanks are part of the format: columns keep their width at
 //! the end of a line.
 
-use std::fmt::Write;
-
 use super::{format, names::Names, sort, values};
 use crate::director::model::{ConnectionView, ServerView, ServiceView, SyncDaemon, Timeouts, Totals};
 
@@ -133,27 +131,26 @@ fn counters(totals: &Totals, exact: bool) -> String {
     [connections, packets_in, packets_out, bytes_in, bytes_out].map(|value| format::counter(value, exact)).concat()
 }
 
-/// Lists connections; with the columns of persistence engines, if asked for.
-pub(super) fn connections(connections: &[ConnectionView], engines: bool, names: Option<&Names>) -> String {
-    let mut text =
-        String::from("IPVS connection entries\npro expire state       source             virtual            destination");
-    text.push_str(if engines { "        pe name          pe_data\n" } else { "\n" });
-    for connection in connections {
-        let protocol = connection.protocol.to_ascii_lowercase();
-        let endpoint = |address, port| format::endpoint(address, port, Some(&protocol), names);
-        let expires = format!("{:02}:{:02}", connection.expires / 60, connection.expires % 60);
-        let client = endpoint(connection.client, connection.client_port);
-        let vip = endpoint(connection.vip, connection.vip_port);
-        let server = endpoint(connection.server, connection.server_port);
-        let server = match &connection.engine {
-            Some(engine) if engines => format!("{server:<16} {:<18} {}", engine.name, engine.data),
-            _ => server,
-        };
-        let (protocol, state) = (&connection.protocol, &connection.state);
-        writeln!(text, "{protocol:<3} {expires:<6} {state:<11} {client:<18} {vip:<18} {server}")
-            .expect("writing to a string cannot fail");
-    }
-    text
+/// The lines above connections; with the columns of persistence engines, if asked for.
+pub(super) fn connection_titles(engines: bool) -> String {
+    let engines = if engines { "        pe name          pe_data" } else { "" };
+    format!("IPVS connection entries\npro expire state       source             virtual            destination{engines}\n")
+}
+
+/// The line of a connection.
+pub(super) fn connection(connection: &ConnectionView, engines: bool, names: Option<&Names>) -> String {
+    let protocol = connection.protocol.to_ascii_lowercase();
+    let endpoint = |address, port| format::endpoint(address, port, Some(&protocol), names);
+    let expires = format!("{:02}:{:02}", connection.expires / 60, connection.expires % 60);
+    let client = endpoint(connection.client, connection.client_port);
+    let vip = endpoint(connection.vip, connection.vip_port);
+    let server = endpoint(connection.server, connection.server_port);
+    let server = match &connection.engine {
+        Some(engine) if engines => format!("{server:<16} {:<18} {}", engine.name, engine.data),
+        _ => server,
+    };
+    let (protocol, state) = (&connection.protocol, &connection.state);
+    format!("{protocol:<3} {expires:<6} {state:<11} {client:<18} {vip:<18} {server}\n")
 }
 
 /// The line of `-L --timeout`.

@@ -32,6 +32,7 @@ mod values;
 use std::{
     ffi::OsString,
     io::{Read, Write},
+    ops::ControlFlow,
     path::{Path, PathBuf},
 };
 
@@ -62,8 +63,8 @@ pub trait Table {
     /// All services; the servers of each with the newest first.
     fn services(&mut self) -> Result<Vec<ServiceView>, Unreachable>;
 
-    /// All connections and templates.
-    fn connections(&mut self) -> Result<Vec<ConnectionView>, Unreachable>;
+    /// Shows all connections and templates one after the other, until somebody has enough.
+    fn connections(&mut self, visit: &mut dyn FnMut(ConnectionView) -> ControlFlow<()>) -> Result<(), Unreachable>;
 
     /// The timeouts.
     fn timeouts(&mut self) -> Result<Timeouts, Unreachable>;

@@ -4,6 +4,7 @@ use std::{
     cell::RefCell,
     ffi::OsString,
     io::{Error, ErrorKind, Read, Result as IoResult, Write},
+    ops::ControlFlow,
     path::PathBuf,
 };
 
@@ -37,8 +38,8 @@ impl Table for Noted<'_> {
         Ok(Vec::new())
     }
 
-    fn connections(&mut self) -> Result<Vec<ConnectionView>, Unreachable> {
-        Ok(Vec::new())
+    fn connections(&mut self, _visit: &mut dyn FnMut(ConnectionView) -> ControlFlow<()>) -> Result<(), Unreachable> {
+        Ok(())
     }
 
     fn timeouts(&mut self) -> Result<Timeouts, Unreachable> {

@@ -1,7 +1,7 @@
 //! A table of services in a JSON file, with the refusals of the kernel's IPVS. No traffic ever meets it, and it has no network
 //! interfaces.
 
-use std::{fs, io::ErrorKind, net::IpAddr, path::PathBuf};
+use std::{fs, io::ErrorKind, net::IpAddr, ops::ControlFlow, path::PathBuf};
 
 use bpfvs::{
     director::model::{
@@ -155,8 +155,8 @@ impl Table for FileTable {
         Ok(self.content.services.clone())
     }
 
-    fn connections(&mut self) -> Result<Vec<ConnectionView>, Unreachable> {
-        Ok(Vec::new())
+    fn connections(&mut self, _visit: &mut dyn FnMut(ConnectionView) -> ControlFlow<()>) -> Result<(), Unreachable> {
+        Ok(())
     }
 
     fn timeouts(&mut self) -> Result<Timeouts, Unreachable> {

@@ -66,7 +66,7 @@ impl Display for PickCost {
 
 /// Measures all schedulers on this CPU.
 pub fn measure(cpu: usize, rounds: usize) -> Result<Vec<PickCost>> {
-    let mut bench = Bench::new(&["--max-connections", &CONNECTIONS.to_string()])?;
+    let mut bench = Bench::new(&["--max-connections", &CONNECTIONS.to_string(), "--max-half-open", "4294967295"])?;
     configure(&bench)?;
     bench.bpfvs.kill9()?;
     limit_half_open(&bench, u32::MAX)?;

@@ -130,7 +130,9 @@ struct Entries {
 impl Stage {
     /// Starts a director, configures it, and kills its daemon.
     pub fn new(max_connections: u32) -> Result<Self> {
-        let mut bench = Bench::new(&["--max-connections", &max_connections.to_string()])?;
+        // New connections come by the thousand here, and that is no flood.
+        let most = max_connections.to_string();
+        let mut bench = Bench::new(&["--max-connections", &most, "--max-half-open", "4294967295"])?;
         // The way to the IPv4 clients; those of IPv6 are of the bench's own net.
         bench.director.ip("route add 10.16.0.0/12 via 10.1.0.254")?;
         for family in Family::ALL {

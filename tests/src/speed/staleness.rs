@@ -88,7 +88,7 @@ struct Pair {
 
 /// Runs the script.
 pub fn measure(scheduler: &'static str) -> Result<Staleness> {
-    let bench = Bench::new(&[])?;
+    let bench = Bench::new(&["--max-half-open", "4294967295"])?;
     let addresses = arrivals::servers(&bench, 0..WEIGHTS.len() as u16)?;
     bench.bpfvs.ipvsadm(&format!("-A {SERVICE} -s {scheduler}"))?;
     for (address, weight) in addresses.iter().zip(WEIGHTS).rev() {
