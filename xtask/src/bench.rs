@@ -3,7 +3,12 @@
 //! The datapath is optimised in every profile, and nothing else is timed, so the ordinary build will do. The figures are
 //! printed, and written as JSON to `bench.json` in cargo's target directory, or where `--json` says.
 //!
-//! `cargo xtask bench peers` measures bpfvs beside plain routing, nftables, HAProxy and nginx, with wrk and iperf3.
+//! With `--write` the figures also go to `docs/bench`, and the tables into `docs/performance.md`. Its status is 1 if something got
+//! worse than the last run there.
+//!
+//! `cargo xtask bench peers` measures bpfvs beside plain routing, nftables, HAProxy and nginx, with wrk and iperf3;
+//! `cargo xtask bench table` a prototype of another connection table beside the kernel's hash map; `cargo xtask bench
+//! contention` new connections on two CPUs at once.
 
 use std::{
     ffi::OsString,
@@ -23,9 +28,12 @@ use crate::{
 pub(crate) struct Options {
     #[command(subcommand)]
     what: Option<What>,
-    /// Fewer rounds, and no table of a million flows
+    /// Fewer rounds, no table of a million flows, no crowds of services
     #[arg(long)]
     quick: bool,
+    /// Writes the tables into docs/performance.md and the figures into docs/bench
+    #[arg(long)]
+    write: bool,
     /// Writes the figures to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -39,11 +47,25 @@ pub(crate) struct Options {
 enum What {
     /// bpfvs beside plain routing, nftables, HAProxy and nginx: requests, throughput, CPU
     Peers(Peers),
+    /// A prototype of another connection table beside the kernel's hash map: nanoseconds for each operation
+    Table(Other),
+    /// New connections on two CPUs at once: what they wait for
+    Contention(Other),
 }
 
-/// What the benchmark of peers is told.
+/// What such a benchmark is told.
 #[derive(clap::Args)]
 struct Peers {
+    /// Writes the table into docs/performance.md and the figures into docs/bench
+    #[arg(long)]
+    write: bool,
+    #[command(flatten)]
+    other: Other,
+}
+
+/// What other benchmarks are told.
+#[derive(clap::Args)]
+struct Other {
     /// Writes the figures to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -52,17 +74,40 @@ struct Peers {
     further: Vec<OsString>,
 }
 
+impl Other {
+    /// Where the figures go.
+    fn figures(&self, name: &str) -> PathBuf {
+        self.json.clone().unwrap_or_else(|| target_directory().join(name).with_extension("json"))
+    }
+}
+
 /// Builds and measures.
 pub(crate) fn run(options: &Options) -> Result<()> {
-    if let Some(What::Peers(peers)) = &options.what {
-        setup::programs(Purpose::Peers)?;
-        let figures = peers.json.clone().unwrap_or_else(|| target_directory().join("peers.json"));
-        return measure(Profile::Release, "peers", &figures, &peers.further);
+    match &options.what {
+        None => {}
+        Some(What::Peers(Peers { write, other })) => {
+            setup::programs(Purpose::Peers)?;
+            return measure(
+                Profile::Release,
+                "peers",
+                &other.figures("peers"),
+                flag("--write", *write).iter().chain(&other.further),
+            );
+        }
+        Some(What::Table(other)) => return measure(Profile::Debug, "table", &other.figures("table"), &other.further),
+        Some(What::Contention(other)) => {
+            setup::programs(Purpose::Test)?;
+            return measure(Profile::Debug, "contention", &other.figures("contention"), &other.further);
+        }
     }
     setup::programs(Purpose::Test)?;
     let figures = options.json.clone().unwrap_or_else(|| target_directory().join("bench.json"));
-    let quick = options.quick.then(|| OsString::from("--quick"));
-    measure(Profile::Debug, "bench", &figures, quick.iter().chain(&options.further))
+    let (quick, write) = (flag("--quick", options.quick), flag("--write", options.write));
+    measure(Profile::Debug, "bench", &figures, quick.iter().chain(&write).chain(&options.further))
+}
+
+fn flag(name: &str, is_set: bool) -> Option<OsString> {
+    is_set.then(|| name.into())
 }
 
 fn measure<'a>(profile: Profile, name: &str, figures: &Path, options: impl IntoIterator<Item = &'a OsString>) -> Result<()> {
