@@ -93,7 +93,8 @@ impl Scale {
     /// Starts a director, and gives it its services and real servers.
     pub fn new(size: Size) -> Result<Self> {
         let room = (size.connections() + SPARE).next_power_of_two().to_string();
-        let bench = Bench::new(&["--max-connections", &room])?;
+        // Not a flood: all of them mean it.
+        let bench = Bench::new(&["--max-connections", &room, "--max-half-open", &room])?;
         bench.director.ip("route add 10.64.0.0/12 via 10.1.0.1")?;
         let mut scale = Self { bench, size, cost: Cost::default() };
         (scale.cost.rules, scale.cost.ready) = scale.load(REAL_SERVERS)?;
