@@ -20,11 +20,12 @@ use toolchain::{TARGET, Toolchain};
 mod toolchain;
 
 /// The objects, and where their sources begin. One whose source does not exist is left empty.
-const OBJECTS: [(&str, &str); 4] = [
+const OBJECTS: [(&str, &str); 5] = [
     ("director", "lb-ebpf/src/main.rs"),
     ("decap", "lb-ebpf/src/bin/decap.rs"),
     ("toa", "lb-ebpf/src/bin/toa.rs"),
     ("floor", "lb-ebpf/src/bin/floor.rs"),
+    ("lines", "lb-ebpf/src/bin/lines.rs"),
 ];
 
 const RUSTFLAGS: [&str; 5] = [

@@ -9,6 +9,7 @@
 //! | address families | [`family`] |
 //! | what stands in the maps | [`connection`], [`reply`], [`service`], [`server`], [`hop`], [`local`], [`schedule`], [`locality`], [`template`], [`statistics`], [`config`] |
 //! | why a packet left | [`reason`] |
+//! | a prototype of another connection table | [`lines`] |
 //! | headers and their parsing | [`packet`] |
 //! | Internet checksums, SCTP's | [`checksum`], [`crc32c`] |
 //! | IPVS's hashes, and picking by them | [`hash`], [`pick`] |
@@ -36,6 +37,7 @@ pub mod flood;
 pub mod floor;
 pub mod hash;
 pub mod hop;
+pub mod lines;
 pub mod local;
 pub mod locality;
 pub mod mark;
@@ -43,6 +45,7 @@ pub mod mark;
 pub mod model;
 pub mod packet;
 pub mod pick;
+pub mod quarrel;
 pub mod reason;
 pub mod reply;
 pub mod schedule;

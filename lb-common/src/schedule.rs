@@ -53,7 +53,45 @@ pub fn position(cursor: u32, base: u32, head: u32, period: u32) -> Option<u32> {
     Some(head + (taken - head) % period)
 }
 
-plain! { Pointer = 8 }
+/// Picks of one service's run that a CPU has taken from the cursor at once, and deals one by one.
+///
+/// One cursor for all CPUs gives every pick to exactly one of them, in order; but each connection then waits for the cursor's
+/// cache line, which the other CPUs want, too. With so many picks in hand, only each so-manyth connection does.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[repr(C)]
+pub struct Hand {
+    /// The service.
+    pub service: u32,
+    /// The cursor of the next pick.
+    pub next: u32,
+    /// How many picks are left.
+    pub left: u32,
+    /// Always zero.
+    pub zero: u32,
+}
+
+impl Hand {
+    /// Whether the next pick is of this service, and of the run that begins at this cursor: what was taken from an older run is
+    /// worth nothing.
+    #[inline(always)]
+    pub const fn holds(&self, service: u32, base: u32) -> bool {
+        self.left != 0 && self.service == service && self.next.wrapping_sub(base).cast_signed() >= 0
+    }
+
+    /// A hand of so many picks, of which the first is to be dealt at once.
+    #[inline(always)]
+    pub const fn taken(service: u32, cursor: u32, picks: u32) -> Self {
+        Self { service, next: cursor, left: picks, zero: 0 }
+    }
+
+    /// The cursor of the next pick, and what is left.
+    #[inline(always)]
+    pub const fn deal(self) -> (u32, Self) {
+        (self.next, Self { next: self.next.wrapping_add(1), left: self.left - 1, ..self })
+    }
+}
+
+plain! { Pointer = 8, Hand = 16 }
 
 #[cfg(test)]
 mod tests {
@@ -69,6 +107,37 @@ mod tests {
     #[test]
     fn the_cursor_may_wrap() {
         assert_eq!(position(1, u32::MAX, 0, 5), Some(2));
+    }
+
+    #[test]
+    fn hands_deal_every_pick_once() {
+        // Three CPUs take four picks at a time from one cursor, and come in no order.
+        let (mut cursor, mut hands) = (u32::MAX - 5, [Hand::default(); 3]);
+        let base = cursor;
+        let mut dealt = std::vec::Vec::new();
+        for arrival in 0..120_u32 {
+            let hand = &mut hands[(arrival * arrival / 3 % 3) as usize];
+            if !hand.holds(7, base) {
+                *hand = Hand::taken(7, cursor, 4);
+                cursor = cursor.wrapping_add(4);
+            }
+            let next;
+            (next, *hand) = hand.deal();
+            dealt.push(next.wrapping_sub(base));
+        }
+        let left: u32 = hands.iter().map(|hand| hand.left).sum();
+        dealt.sort_unstable();
+        dealt.dedup();
+        assert_eq!(dealt.len(), 120, "a pick was dealt twice");
+        assert_eq!(120 + left, cursor.wrapping_sub(base), "a pick was lost");
+    }
+
+    #[test]
+    fn a_hand_of_another_service_or_run_is_worth_nothing() {
+        let hand = Hand::taken(7, 100, 16);
+        assert!(hand.holds(7, 100) && hand.holds(7, 90));
+        assert!(!hand.holds(8, 100) && !hand.holds(7, 101));
+        assert!(!Hand::taken(7, 100, 0).holds(7, 100));
     }
 
     #[test]

@@ -24,7 +24,7 @@ use lb_common::{
     packet::{Ipv4Header, Ipv6Header, Network, V4, V6, ethernet, mapped::is_mapped, transport::Ports},
     reason::Reason,
     reply::Reply,
-    schedule::Pair,
+    schedule::{Hand, Pair},
     server::{NextHop, Server},
     service::{Service, ServiceKey},
     statistics::Statistics,
@@ -46,10 +46,21 @@ const FRAGMENT_COUNT: u32 = 1 << 14;
 const DEVICE_COUNT: u32 = 1 << 12;
 const LOCAL_COUNT: u32 = 1 << 16;
 const DESTINATION_COUNT: u32 = 1 << 15;
+/// A power of two.
+pub const HAND_COUNT: u32 = 1 << 8;
 
 /// Kernel clock ticks in a second; userspace writes it before it loads the programs.
 #[unsafe(no_mangle)]
 pub static HZ: Global<u32> = Global::new(250);
+
+/// How many picks a CPU takes from a service's cursor at once; userspace writes it before it loads the programs.
+#[unsafe(no_mangle)]
+pub static PICKS_AT_ONCE: Global<u32> = Global::new(1);
+
+/// The picks that this CPU has in hand, if it takes more than one at once. Services share them by the end of their number: who finds
+/// another's puts them away.
+#[map]
+pub static HANDS: PerCpuArray<Hand> = PerCpuArray::with_max_entries(HAND_COUNT, 0);
 
 /// Settings. Userspace writes, the slow paths read.
 #[map]

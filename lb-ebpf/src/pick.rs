@@ -6,13 +6,13 @@
 use aya_ebpf::{cty::c_void, helpers::generated::bpf_loop};
 use lb_common::{
     pick,
-    schedule::{self, INELIGIBLE, NOBODY, Pointer},
+    schedule::{self, Hand, INELIGIBLE, NOBODY, Pointer},
     service::{Mode, Service, flags},
 };
 
 use crate::{
     atomic, locality,
-    maps::{CURSORS, Family, RUNS, SCHEDULES},
+    maps::{CURSORS, Family, HAND_COUNT, HANDS, PICKS_AT_ONCE, RUNS, SCHEDULES},
 };
 
 /// Picks a real server's index for a client, or nobody.
@@ -70,14 +70,43 @@ pub fn at(run: u32, position: u32) -> Option<u32> {
 /// Advances the cursor, and finds its position in the run.
 #[inline(always)]
 fn next(service: u32, run: &Pointer) -> Option<u32> {
-    let cursor = CURSORS.get_ptr_mut(service)?;
-    // SAFETY: an element of the array.
-    let cursor = unsafe { atomic::fetch_add(cursor, 1) } as u32;
+    let at_once = PICKS_AT_ONCE.load();
+    let cursor = if at_once > 1 {
+        deal(service, run.offset, at_once)
+    } else {
+        let cursor = CURSORS.get_ptr_mut(service)?;
+        // SAFETY: an element of the array.
+        unsafe { atomic::fetch_add(cursor, 1) as u32 }
+    };
     let header = RUNS.get_ptr(run.offset)?;
     // SAFETY: as above.
     let [base, head] = unsafe { header.read() };
     let period = run.picks.saturating_sub(head);
     schedule::position(cursor, base, head, period)
+}
+
+/// The cursor of the next pick that this CPU has in hand. If it has none, it takes so many.
+///
+/// Not part of its caller, whose place on the stack is small.
+#[inline(never)]
+fn deal(service: u32, run: u32, picks: u32) -> u32 {
+    let (Some(hand), Some(header), Some(cursor)) =
+        (HANDS.get_ptr_mut(service & (HAND_COUNT - 1)), RUNS.get_ptr(run), CURSORS.get_ptr_mut(service))
+    else {
+        return 0;
+    };
+    // SAFETY: elements of the arrays; the first is this CPU's own.
+    unsafe {
+        let [base, _] = header.read();
+        let held = if (*hand).holds(service, base) {
+            *hand
+        } else {
+            Hand::taken(service, atomic::fetch_add(cursor, picks.into()) as u32, picks)
+        };
+        let (next, left) = held.deal();
+        hand.write(left);
+        next
+    }
 }
 
 /// Looks a client up in a Maglev table. With fallback, an ineligible server sends it on along a walk that depends on

@@ -21,6 +21,7 @@
 //! | what a sweep does to packets meanwhile | [`latency`] |
 //! | as many connections as a director is made for | [`scale`] |
 //! | what a packet costs from end to end, in instructions | [`chain`] |
+//! | another connection table beside the kernel's hash map | [`tables`] |
 //! | a program for the far end of a veth pair | [`pass`] |
 //! | other kernels | [`vm`] |
 //! | bpfvs and the kernel's own IPVS, compared: what they choose | [`differential`] |
@@ -51,6 +52,7 @@ pub mod programs;
 pub mod scale;
 pub mod skip;
 pub mod speed;
+pub mod tables;
 pub mod test_run;
 pub mod translation;
 pub mod vm;

@@ -6,7 +6,9 @@
 //! With `--write` the figures also go to `docs/bench`, and the tables into `docs/performance.md`. Its status is 1 if something got
 //! worse than the last run there.
 //!
-//! `cargo xtask bench peers` measures bpfvs beside plain routing, nftables, HAProxy and nginx, with wrk and iperf3.
+//! `cargo xtask bench peers` measures bpfvs beside plain routing, nftables, HAProxy and nginx, with wrk and iperf3;
+//! `cargo xtask bench table` a prototype of another connection table beside the kernel's hash map; `cargo xtask bench
+//! contention` new connections on two CPUs at once.
 
 use std::{
     ffi::OsString,
@@ -45,14 +47,25 @@ pub(crate) struct Options {
 enum What {
     /// bpfvs beside plain routing, nftables, HAProxy and nginx: requests, throughput, CPU
     Peers(Peers),
+    /// A prototype of another connection table beside the kernel's hash map: nanoseconds for each operation
+    Table(Other),
+    /// New connections on two CPUs at once: what they wait for
+    Contention(Other),
 }
 
-/// What the benchmark of peers is told.
+/// What such a benchmark is told.
 #[derive(clap::Args)]
 struct Peers {
     /// Writes the table into docs/performance.md and the figures into docs/bench
     #[arg(long)]
     write: bool,
+    #[command(flatten)]
+    other: Other,
+}
+
+/// What other benchmarks are told.
+#[derive(clap::Args)]
+struct Other {
     /// Writes the figures to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -61,12 +74,31 @@ struct Peers {
     further: Vec<OsString>,
 }
 
+impl Other {
+    /// Where the figures go.
+    fn figures(&self, name: &str) -> PathBuf {
+        self.json.clone().unwrap_or_else(|| target_directory().join(name).with_extension("json"))
+    }
+}
+
 /// Builds and measures.
 pub(crate) fn run(options: &Options) -> Result<()> {
-    if let Some(What::Peers(peers)) = &options.what {
-        setup::programs(Purpose::Peers)?;
-        let figures = peers.json.clone().unwrap_or_else(|| target_directory().join("peers.json"));
-        return measure(Profile::Release, "peers", &figures, flag("--write", peers.write).iter().chain(&peers.further));
+    match &options.what {
+        None => {}
+        Some(What::Peers(Peers { write, other })) => {
+            setup::programs(Purpose::Peers)?;
+            return measure(
+                Profile::Release,
+                "peers",
+                &other.figures("peers"),
+                flag("--write", *write).iter().chain(&other.further),
+            );
+        }
+        Some(What::Table(other)) => return measure(Profile::Debug, "table", &other.figures("table"), &other.further),
+        Some(What::Contention(other)) => {
+            setup::programs(Purpose::Test)?;
+            return measure(Profile::Debug, "contention", &other.figures("contention"), &other.further);
+        }
     }
     setup::programs(Purpose::Test)?;
     let figures = options.json.clone().unwrap_or_else(|| target_directory().join("bench.json"));

@@ -41,7 +41,7 @@ use crate::{
 const BUDGET: &str = "verifier_budget";
 
 /// The files of tests that must not share the machine.
-const TIMING: [&str; 4] = ["restore", "scheduling", "speed", "vm_schedulers"];
+const TIMING: [&str; 5] = ["picks_at_once", "restore", "scheduling", "speed", "vm_schedulers"];
 
 /// What to test.
 #[derive(clap::Args)]

@@ -28,6 +28,10 @@ pub(super) struct Serve {
     /// How many connections each table (IPv4, IPv6) can hold [default: by the machine's memory, 65,536 to 8,388,608]
     #[arg(long, env = "BPFVS_MAX_CONNECTIONS", value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..))]
     max_connections: Option<u32>,
+    /// How many picks a CPU takes from a service's schedule at a time. With 1, connections get real servers in IPVS's order, whatever
+    /// CPU they come by. More save CPUs that begin connections of one service from waiting for each other
+    #[arg(long, default_value_t = 1, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    picks_at_once: u32,
     /// Begin flood mode with so many half-open connections [default: an eighth of --max-connections]
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..))]
     max_half_open: Option<u32>,
@@ -48,10 +52,33 @@ pub(super) struct Serve {
 
 impl Serve {
     pub(super) fn run(self, socket: Option<PathBuf>) -> anyhow::Result<()> {
-        let Self { interfaces, hook, netns, state, max_connections, max_half_open, flood_hold, rules, metrics, save_rules } = self;
+        let Self {
+            interfaces,
+            hook,
+            netns,
+            state,
+            max_connections,
+            picks_at_once,
+            max_half_open,
+            flood_hold,
+            rules,
+            metrics,
+            save_rules,
+        } = self;
         let rules = rules.map(|file| rule_file::find(&file, save_rules)).transpose()?.flatten();
-        let options =
-            Options { interfaces, hook, netns, socket, state, max_connections, max_half_open, flood_hold, rules, metrics };
+        let options = Options {
+            interfaces,
+            hook,
+            netns,
+            socket,
+            state,
+            max_connections,
+            picks_at_once,
+            max_half_open,
+            flood_hold,
+            rules,
+            metrics,
+        };
         kernel::run(options)
     }
 }

@@ -44,6 +44,7 @@ impl Instance for KernelDatapath {
             directory: opening.pins.clone(),
             netns_cookie: opening.netns_cookie,
             max_connections: opening.max_connections,
+            picks_at_once: opening.picks_at_once,
             hook: opening.hook,
             interfaces: opening.interfaces.clone(),
             tcx: Attachments::kernel_has_tcx(),

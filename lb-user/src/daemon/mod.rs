@@ -131,6 +131,8 @@ pub struct Opening {
     pub hook: Hook,
     /// How many connections each of the two tables can hold.
     pub max_connections: Option<u32>,
+    /// How many picks of a service a CPU takes at once.
+    pub picks_at_once: u32,
 }
 
 /// Where the state is written.

@@ -78,6 +78,8 @@ pub struct Options {
     pub state: Option<PathBuf>,
     /// How many connections each of the two tables can hold; nothing: what suits the machine's memory.
     pub max_connections: Option<u32>,
+    /// How many picks of a service a CPU takes at once.
+    pub picks_at_once: u32,
     /// With how many half-open connections flood mode begins; nothing for an eighth of the table.
     pub max_half_open: Option<u32>,
     /// Seconds that it lasts after the last packet that found no room.
@@ -128,6 +130,7 @@ pub fn serve<I: Instance>(options: Options) -> anyhow::Result<()> {
         interfaces: options.interfaces,
         hook: options.hook,
         max_connections: options.max_connections,
+        picks_at_once: options.picks_at_once,
     };
     let limits = Limits { half_open: options.max_half_open, hold: options.flood_hold };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();

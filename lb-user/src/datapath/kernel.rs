@@ -78,6 +78,8 @@ pub struct Options {
     pub netns_cookie: u64,
     /// Size of each connection table, if somebody asks for one. A table that is taken over keeps its own.
     pub max_connections: Option<u32>,
+    /// How many picks of a service a CPU takes at once.
+    pub picks_at_once: u32,
     /// How to hook into interfaces.
     pub hook: Hook,
     /// The interfaces; none for every one that is up.
@@ -140,7 +142,8 @@ impl KernelDatapath {
             None => capacity::of_new(options.max_connections)?,
         };
         pins.create()?;
-        let programs = Programs::load(&pins, found.map_or(LIKELY_HZ, |config| config.hz), max_connections)?;
+        let hz = found.map_or(LIKELY_HZ, |config| config.hz);
+        let programs = Programs::load(&pins, hz, max_connections, options.picks_at_once)?;
         let (mut programs, config) = match found {
             Some(config) => (programs, config),
             None => make_instance(&pins, programs, options, max_connections)?,
@@ -601,7 +604,7 @@ fn make_instance(
     let hz = detect_hz(&Sweeper::open(pins)?)?;
     if hz != LIKELY_HZ {
         tracing::debug!(hz, "loading the programs again for this clock rate");
-        programs = Programs::load(pins, hz, max_connections)?;
+        programs = Programs::load(pins, hz, max_connections, options.picks_at_once)?;
     }
     let config = Config { netns_cookie: options.netns_cookie, hz, ..Config::DEFAULT };
     let mut map: Array<MapData, Config> = pins.typed("CONFIG")?;

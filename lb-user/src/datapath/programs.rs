@@ -65,8 +65,8 @@ pub struct Programs {
 
 impl Programs {
     /// Makes or reopens the maps, and loads and pins the sweep. The others are loaded when they are wanted: the verifier
-    /// takes its time for each.
-    pub fn load(pins: &Pins, hz: u32, max_connections: u32) -> anyhow::Result<Self> {
+    /// takes its time for each. `picks_at_once` is how many picks a CPU takes from a service's cursor.
+    pub fn load(pins: &Pins, hz: u32, max_connections: u32, picks_at_once: u32) -> anyhow::Result<Self> {
         let object = aya_obj::Object::parse(OBJECT).context("the compiled eBPF object is damaged; build bpfvs anew")?;
         let btf = Btf::from_sys_fs().context(
             "the kernel does not describe its types (/sys/kernel/btf/vmlinux), without which connections cannot expire; bpfvs needs a kernel \
@@ -74,7 +74,7 @@ impl Programs {
         )?;
         let mut loader = EbpfLoader::new();
         loader.btf(Some(&btf));
-        loader.override_global("HZ", &hz, true);
+        loader.override_global("HZ", &hz, true).override_global("PICKS_AT_ONCE", &picks_at_once, true);
         for name in object.maps.keys().filter(|name| !name.starts_with('.')) {
             loader.map_pin_path(name, pins.map(name));
         }

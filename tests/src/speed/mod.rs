@@ -23,6 +23,7 @@
 //! | what each step of an established packet costs | [`steps`] |
 //! | what the scheduler and the number of real servers cost a new connection | [`picks`] |
 //! | what the numbers of services and of real servers cost | [`crowd`] |
+//! | what new connections cost on two CPUs at once | [`contention`] |
 //! | how far a living daemon's schedules stray from IPVS's choices | [`staleness`] |
 //! | what the kernel knows of programs and tables: instructions, bytes | [`weight`] |
 //! | what is wanted | [`target`] |
@@ -30,8 +31,9 @@
 //! | this run beside the last committed one | [`verdict`] |
 //! | tables in the documentation | [`document`] |
 //!
-//! What this does not measure: drivers, queues, the memory of a network card, several CPUs at once.
+//! What this does not measure: drivers, queues, the memory of a network card; several CPUs at once only in [`contention`].
 
+pub mod contention;
 pub mod crowd;
 pub mod document;
 pub mod harness;
