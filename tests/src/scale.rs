@@ -2,11 +2,11 @@
 //! its part, and what do they cost?
 //!
 //! Packets are made in the kernel, by the [harness](crate::speed) of the bench, so that millions of connections take seconds. Each busy
-//! service has a client address of its own and [`FLOWS`] connections, each of which sends a SYN and an ACK. Addresses say who belongs
+//! service has client addresses of its own and [`FLOWS`] connections, each of which sends a SYN and an ACK. Addresses say who belongs
 //! to whom, so that every line of a listing can be checked by itself:
 //!
 //! ```text
-//! service 7     10.100.0.7:80     clients 10.16.0.7     real servers 10.64.0.70 … 10.64.0.79
+//! service 7     10.100.0.7:80     clients 10.16.0.28 … 10.16.0.31     real servers 10.64.0.70 … 10.64.0.79
 //! ```
 
 use std::{
@@ -30,7 +30,9 @@ use crate::{
 };
 
 /// Connections of each busy service.
-pub const FLOWS: u64 = 1 << 14;
+pub const FLOWS: u64 = 1 << 16;
+/// Client addresses of each: an address has 2^14 ports.
+const ADDRESSES: u32 = 4;
 /// Real servers of each service.
 const SERVERS: u32 = 10;
 const VIPS: u32 = 0x0a64_0000;
@@ -91,7 +93,8 @@ impl Scale {
     /// Starts a director, and gives it its services and real servers.
     pub fn new(size: Size) -> Result<Self> {
         let room = (size.connections() + SPARE).next_power_of_two().to_string();
-        let bench = Bench::new(&["--max-connections", &room])?;
+        // Not a flood: all of them mean it.
+        let bench = Bench::new(&["--max-connections", &room, "--max-half-open", &room])?;
         bench.director.ip("route add 10.64.0.0/12 via 10.1.0.1")?;
         let mut scale = Self { bench, size, cost: Cost::default() };
         (scale.cost.rules, scale.cost.ready) = scale.load(REAL_SERVERS)?;
@@ -120,12 +123,14 @@ impl Scale {
         (0..self.size.services).map(service).collect()
     }
 
-    /// Has everything happen that this is about.
-    pub fn run(&mut self) -> Result<()> {
+    /// Has everything happen that this is about; the listing is left out if that is wanted.
+    pub fn run(&mut self, lists: bool) -> Result<()> {
         self.connect()?;
         self.check_counters()?;
         self.sweep()?;
-        self.list()?;
+        if lists {
+            self.list()?;
+        }
         self.clear_and_restore()?;
         self.expire()
     }
@@ -146,9 +151,9 @@ impl Scale {
 
     /// Sends a packet of each connection of a service, and says how long the packets took.
     fn send(&self, harness: &mut Harness, service: u32, flags: u8) -> Result<Duration> {
-        let (client, vip) = (SocketAddrV4::new(Ipv4Addr::from(CLIENTS + service), 1), vip(service));
+        let (client, vip) = (SocketAddrV4::new(Ipv4Addr::from(first_client(service)), 1), vip(service));
         let frame = Frame { payload: vec![0; 10], ..Frame::tcp(client.into(), vip.into(), flags) }.build();
-        harness.begin(&Round { flows: FLOWS, first_client: CLIENTS + service, port: PORT.to_be(), ..round(&frame) })?;
+        harness.begin(&Round { flows: FLOWS, first_client: first_client(service), port: PORT.to_be(), ..round(&frame) })?;
         let run = self.bench.director.enter(|| harness.run(Hook::Xdp, &frame, FLOWS as u32))?;
         let verdict = run.return_value;
         ensure!(
@@ -256,6 +261,10 @@ impl Scale {
     }
 }
 
+fn first_client(service: u32) -> u32 {
+    CLIENTS + service * ADDRESSES
+}
+
 fn vip(service: u32) -> SocketAddrV4 {
     SocketAddrV4::new(Ipv4Addr::from(VIPS + service), PORT)
 }
@@ -278,7 +287,8 @@ fn check_line(line: &str) -> Result<()> {
     let [protocol, _, state, client, vip, server] = words[..] else { anyhow::bail!("not the line of a connection: {line}") };
     let address = |text: &str| text.parse().map(|socket: SocketAddrV4| u32::from(*socket.ip())).with_context(|| line.to_owned());
     let service = address(vip)?.wrapping_sub(VIPS);
-    let is_right = address(client)? == CLIENTS + service && (address(server)?.wrapping_sub(REAL_SERVERS)) / SERVERS == service;
+    let is_right = address(client)?.wrapping_sub(CLIENTS) / ADDRESSES == service
+        && (address(server)?.wrapping_sub(REAL_SERVERS)) / SERVERS == service;
     ensure!(protocol == "TCP" && state == "ESTABLISHED" && is_right, "a wrong connection: {line}");
     Ok(())
 }

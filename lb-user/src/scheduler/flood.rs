@@ -59,7 +59,9 @@ mod tests {
 
     fn shares(table: &[u32]) -> BTreeMap<u32, usize> {
         let mut shares = BTreeMap::new();
-        table.iter().for_each(|pick| *shares.entry(*pick).or_default() += 1);
+        for pick in table {
+            *shares.entry(*pick).or_default() += 1;
+        }
         shares
     }
 
