@@ -181,10 +181,6 @@ fn plain<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
         };
     }
     let leg = track::connection::<P, F>(packet, header, *protocol, *segment);
-    // That has switched flood mode on, in which there is a way: once more from the beginning.
-    if matches!(leg, Err(Reason::TableFull)) {
-        return Ok(Outcome::ODD);
-    }
     Ok(deliver::<P, F>(packet, &link, header, Some(&plain), true, leg))
 }
 
@@ -236,6 +232,8 @@ fn deliver<P: Packet, F: Family>(
     match to_server::<P, F>(packet, link, header, plain, leg, &mut mtu) {
         Ok(outcome) => outcome,
         Err(Reason::Unnamed) => Outcome::name::<F>(),
+        // That has switched flood mode on, in which there is a way: once more from the beginning.
+        Err(Reason::TableFull) if plain.is_some() => Outcome::ODD,
         // An address that looks like a virtual one to the filter may be that of a client.
         Err(Reason::NoService) if classify::may_be_reply(&header.source) => Outcome::reply::<F>(),
         // It was an exception to the filter, and for nobody.

@@ -146,9 +146,10 @@ pub static CURSORS: Array<u64> = Array::with_max_entries(SERVICE_COUNT, MMAPABLE
 #[map]
 pub static RUNS: Array<Pair> = Array::with_max_entries(1 << 21, MMAPABLE);
 
-/// Real servers. Userspace writes, every packet of a connection reads.
+/// Real servers. Userspace writes, every packet of a connection reads. Can be mapped, because then each entry is a cache line
+/// (`docs/decisions/entries-on-cache-lines.md`).
 #[map]
-pub static SERVERS: Array<Server> = Array::with_max_entries(SERVER_COUNT, 0);
+pub static SERVERS: Array<Server> = Array::with_max_entries(SERVER_COUNT, MMAPABLE);
 
 /// Next hops of real servers whose MAC address is not known yet. Userspace writes, tc reads.
 #[map]

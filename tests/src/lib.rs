@@ -18,6 +18,7 @@
 //! | pinned programs, run on one frame | [`test_run`], with a director to do it on: [`mod@bench`] |
 //! | connections that begin and end on it, for schedulers | [`arrivals`], and who should get them: [`book`] |
 //! | nanoseconds per packet | [`speed`], and others beside bpfvs: [`peers`] |
+//! | what a sweep does to packets meanwhile | [`latency`] |
 //! | as many connections as a director is made for | [`scale`] |
 //! | what a packet costs from end to end, in instructions | [`chain`] |
 //! | another connection table beside the kernel's hash map | [`tables`] |
@@ -43,6 +44,7 @@ pub mod control_group;
 pub mod differential;
 pub mod frame;
 pub mod lab;
+pub mod latency;
 pub mod netns;
 pub mod pass;
 pub mod peers;

@@ -52,6 +52,13 @@ use lb_common::{
 const SK_BUFF: usize = 192;
 const SK_BUFF_MARK: usize = 8;
 
+/// A tc program's context with a firewall mark.
+pub fn marked(mark: u32) -> [u8; SK_BUFF] {
+    let mut context = [0; SK_BUFF];
+    context[SK_BUFF_MARK..SK_BUFF_MARK + 4].copy_from_slice(&mark.to_ne_bytes());
+    context
+}
+
 /// Where the datapath takes frames.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[expect(missing_docs, reason = "the names are the kernel's own")]
@@ -152,9 +159,7 @@ impl Pinned {
 
     /// Runs the tc program on a frame with a firewall mark, in the namespace of the calling thread.
     pub fn run_marked(&self, frame: &[u8], mark: u32) -> Result<Verdict> {
-        let mut context = [0; SK_BUFF];
-        context[SK_BUFF_MARK..SK_BUFF_MARK + 4].copy_from_slice(&mark.to_ne_bytes());
-        let options = TestRunOptions { data_in: Some(frame), ctx_in: Some(&context), ..TestRunOptions::new() };
+        let options = TestRunOptions { data_in: Some(frame), ctx_in: Some(&marked(mark)), ..TestRunOptions::new() };
         let result = self.tc.test_run(options).with_context(|| format!("run the tc program on a frame marked {mark}"))?;
         Ok(Verdict::new(Hook::Tc, result.return_value))
     }

@@ -7,6 +7,8 @@
 //! that was forwarded already. The `wrap` programs undo the change, walk through as many flows as asked for, and then
 //! tail-call the program under test; their own cost is that of a run with `nothing` as the target.
 //!
+//! What a director's single steps cost, tell the programs of [`steps`].
+//!
 //! For whole packets there are a `source`, which fills live frames with the flows of a round and puts them on a wire, and the
 //! `sink` at the end of the wires, which counts them.
 //!
@@ -21,6 +23,9 @@
     reason = "verdicts and lengths change sign at the border to the helpers"
 )]
 
+#[path = "floor/steps.rs"]
+mod steps;
+
 use aya_ebpf::{
     EbpfContext,
     bindings::xdp_action,
@@ -33,7 +38,7 @@ use lb_common::{
     checksum::finish,
     connection::{Connection, ConnectionKey},
     family::{Ipv4, Ipv6},
-    floor::Round,
+    floor::{Role, Round},
     packet::{
         Bytes, Ipv4Header, Ipv6Header, ethernet,
         ethernet::EthernetHeader,
@@ -115,22 +120,27 @@ fn floor<P: Packet>(packet: &mut P) -> Option<&'static Server> {
         packet.read::<TcpHeader>(TCP_V4)?;
         let ip: Ipv4Header = packet.read(ethernet::HEADER)?;
         let ports: Ports = packet.read(TCP_V4)?;
-        if ip.version_length != 0x45 || ip.fragment & 0x3fff_u16.to_be() != 0 || ip.protocol != protocol::TCP {
+        if ip.version_length != 0x45 || ip.fragment & 0x3fff_u16.to_be() != 0 || !has_ports(ip.protocol) {
             return None;
         }
-        hit(&FLOOR_V4, &ConnectionKey { client: ip.source, vip: ip.destination, ports, protocol: protocol::TCP as u32 })?
+        hit(&FLOOR_V4, &ConnectionKey { client: ip.source, vip: ip.destination, ports, protocol: ip.protocol as u32 })?
     } else {
         packet.read::<TcpHeader>(TCP_V6)?;
         let ip: Ipv6Header = packet.read(ethernet::HEADER)?;
         let ports: Ports = packet.read(TCP_V6)?;
-        if ip.next_header != protocol::TCP {
+        if !has_ports(ip.next_header) {
             return None;
         }
-        hit(&FLOOR_V6, &ConnectionKey { client: ip.source, vip: ip.destination, ports, protocol: protocol::TCP as u32 })?
+        hit(&FLOOR_V6, &ConnectionKey { client: ip.source, vip: ip.destination, ports, protocol: ip.next_header as u32 })?
     };
     let server = FLOOR_SERVERS.get(known)?;
     packet.write(0, server.hop.link).ok()?;
     Some(server)
+}
+
+#[inline(always)]
+const fn has_ports(protocol: u8) -> bool {
+    protocol == protocol::TCP || protocol == protocol::UDP
 }
 
 /// The server of a connection; a connection that is not there yet is made, so that a first run fills the table.
@@ -191,16 +201,20 @@ unsafe fn restore<P: Packet>(packet: &mut P, round: *mut Round) -> Option<()> {
         let flow = (*round).flow;
         (*round).flow = flow + 1;
         let (client, ports) = (*round).client(flow);
-        let (is_v6, is_reply) = ((*round).is_v6 != 0, (*round).is_reply != 0);
-        let ports = if is_reply { ports.reversed() } else { ports };
-        match (is_v6, is_reply) {
-            (false, false) => packet.write(26, client),
-            (false, true) => packet.write(30, client),
-            (true, false) => packet.write(34, client),
-            (true, true) => packet.write(50, client),
+        let is_v6 = (*round).is_v6 != 0;
+        if (*round).role == Role::Source as u16 {
+            let (address, behind) = if is_v6 { (34, 54) } else { (26, 34) };
+            packet.write(address, client).ok()?;
+            packet.write(behind, ports).ok()?;
+        } else if (*round).role == Role::Destination as u16 {
+            let (address, behind) = if is_v6 { (50, 54) } else { (30, 34) };
+            packet.write(address, client).ok()?;
+            packet.write(behind, ports.reversed()).ok()?;
+        } else {
+            let (address, behind) = if is_v6 { (98, 102) } else { (58, 62) };
+            packet.write(address, client).ok()?;
+            packet.write(behind, ports.reversed()).ok()?;
         }
-        .ok()?;
-        packet.write(if is_v6 { 54 } else { 34 }, ports).ok()?;
         Some(())
     }
 }

@@ -155,6 +155,8 @@ pub fn serve<I: Instance>(options: Options) -> anyhow::Result<()> {
         daemon.synchronisation().resume(sync_daemons);
         run(daemon, door, lock, options.rules).await
     });
+    // A sweep or a listing may be under way on a thread of its own, and may take long; it may as well break off.
+    runtime.shutdown_background();
     if outcome.is_err() && own {
         remove_file(&socket);
     }

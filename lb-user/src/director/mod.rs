@@ -379,19 +379,8 @@ impl<D: Datapath> Director<D> {
         self.refresh();
         self.datapath.clean_destinations();
         let datapath = &self.datapath;
-        for removed in self.trash.take_idle(now, |index| datapath.counters(index).total.saturating_add(datapath.templates(index))) {
-            match self.datapath.free_server(removed.index) {
-                Ok(()) => {
-                    self.server_indices.give_back(removed.index);
-                    self.overall.forgotten = self.overall.forgotten.plus(removed.totals);
-                    self.changed = true;
-                }
-                Err(error) => {
-                    warn!("a removed server stays for now: {error}");
-                    self.trash.insert(removed);
-                }
-            }
-        }
+        let idle = self.trash.take_idle(now, |index| named_by(datapath, index));
+        self.forget_servers(idle);
         if self.estimated.is_none_or(|last| now.duration_since(last) >= ESTIMATOR_PERIOD) {
             self.estimated = Some(now);
             if let Err(error) = self.estimate() {
@@ -610,7 +599,7 @@ impl<D: Datapath> Director<D> {
         let back = self.trash.take(service_id, id);
         let index = match &back {
             Some(removed) => removed.index,
-            None => self.new_server_index(&id)?,
+            None => self.new_server_index(&id, &pending.retiring)?,
         };
         let mut server = Server {
             id,
@@ -1005,15 +994,40 @@ impl<D: Datapath> Director<D> {
         })
     }
 
-    fn new_server_index(&mut self, id: &ServerId) -> Result<u32, Refusal> {
+    /// The index of a new real server. `retiring` are those whose removal the datapath has not heard of yet.
+    fn new_server_index(&mut self, id: &ServerId, retiring: &BTreeSet<u32>) -> Result<u32, Refusal> {
+        if let Some(index) = self.server_indices.take() {
+            return Ok(index);
+        }
+        let datapath = &self.datapath;
+        let may_go = |index| !retiring.contains(&index) && named_by(datapath, index) == 0;
+        let idle = self.trash.take_some(Instant::now(), may_go);
+        self.forget_servers(idle);
         let capacity = self.server_indices.capacity();
         self.server_indices.take().ok_or_else(|| Refusal {
             kind: RefusalKind::NoRoom,
             message: format!(
-                "the real server {id} cannot be added: there are {capacity} already, with those that were removed a short time \
-                 ago; remove some and wait two minutes"
+                "the real server {id} cannot be added: there are {capacity} already, with removed ones that still have connections; \
+                 remove some, and wait until their connections are over"
             ),
         })
+    }
+
+    /// Forgets servers that were taken out of the trash, for good.
+    fn forget_servers(&mut self, servers: Vec<Removed>) {
+        for removed in servers {
+            match self.datapath.free_server(removed.index) {
+                Ok(()) => {
+                    self.server_indices.give_back(removed.index);
+                    self.overall.forgotten = self.overall.forgotten.plus(removed.totals);
+                    self.changed = true;
+                }
+                Err(error) => {
+                    warn!("a removed server stays for now: {error}");
+                    self.trash.insert(removed);
+                }
+            }
+        }
     }
 }
 
@@ -1052,8 +1066,13 @@ fn removed(service: &ServiceId, incarnation: u64, server: &Server, totals: Total
         overloaded: server.overloaded,
         totals,
         zero: server.zero,
-        idle_since: None,
+        idle_since: Some(Instant::now()),
     }
+}
+
+/// How many connections and templates name a real server.
+fn named_by<D: Datapath>(datapath: &D, index: u32) -> u32 {
+    datapath.counters(index).total.saturating_add(datapath.templates(index))
 }
 
 /// The scheduler that a configuration asks for, if the configuration can be had at all.

@@ -321,6 +321,24 @@ fn an_index_is_not_used_again_while_connections_name_it() {
 }
 
 #[test]
+fn removed_servers_make_room_when_indices_run_short() {
+    let most = director().datapath().server_capacity() as u8;
+    let mut director = with_servers("rr", &(1..=most).collect::<Vec<_>>());
+    let named = index_of(&director, 1);
+    set_connections(&mut director, named, 1);
+    accept(&mut director, &[Command::Clear]);
+    accept(&mut director, &[add_service("rr")]);
+    let deadline = Instant::now() + Duration::from_secs(10);
+    for other in most + 1..2 * most {
+        while director.execute(&[add_server(other)]) != [Outcome::Ok] {
+            assert!(Instant::now() < deadline, "there is no room for server {other}");
+        }
+        assert_ne!(index_of(&director, other), named);
+    }
+    assert_eq!(refused(&mut director, add_server(2 * most)), RefusalKind::NoRoom, "the last index is named by a connection");
+}
+
+#[test]
 fn an_overloaded_server_gets_nothing_until_it_has_room() {
     let mut director = with_servers("rr", &[1]);
     let limited = ServerConfig { upper_threshold: 4, lower_threshold: 2, ..weight(1) };

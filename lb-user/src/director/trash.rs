@@ -2,7 +2,7 @@
 //!
 //! IPVS keeps a removed real server, with its counters, as long as connections name it. Whoever adds the same server to the
 //! same service again in time gets it back, and its connections go on as if nothing had happened. A server that has been
-//! without connections for [`IDLE`] is forgotten, and its index can be used again.
+//! without connections for [`IDLE`] is forgotten, and its index can be used again; after [`SHORTEST_IDLE`], if indices run short.
 //!
 //! Servers that the datapath has but no state file tells of are kept here, too: nobody can get them back, but their
 //! indices must not be given away while connections name them.
@@ -18,6 +18,11 @@ use super::model::{ServerId, ServiceId, Totals};
 
 /// How long a removed server has to be without connections before it is forgotten.
 pub(super) const IDLE: Duration = Duration::from_secs(120);
+
+/// The same if its index is wanted: by then, no packet is under way that has picked it before it was removed.
+const SHORTEST_IDLE: Duration = Duration::from_millis(100);
+/// How many are forgotten at a time, because somebody waits.
+const HANDFUL: usize = 1024;
 
 /// A removed server.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -37,7 +42,7 @@ pub(super) struct Removed {
     /// What its totals were at the last zeroing.
     #[serde(default, skip_serializing_if = "Totals::is_zero")]
     pub(super) zero: Totals,
-    /// Since when it has had no connections.
+    /// Since when it has had no connections; from the beginning, as long as nobody has looked.
     #[serde(skip)]
     pub(super) idle_since: Option<Instant>,
 }
@@ -74,6 +79,14 @@ impl Trash {
                 idle.push(removed.index);
             }
         }
+        idle.into_iter().filter_map(|index| self.remove(index)).collect()
+    }
+
+    /// Takes out some servers without connections and templates whose indices are wanted, of those for which `may_go` says yes.
+    pub(super) fn take_some(&mut self, now: Instant, may_go: impl Fn(u32) -> bool) -> Vec<Removed> {
+        let rested = |since: Instant| now.duration_since(since) >= SHORTEST_IDLE;
+        let idle = self.by_index.values().filter(|removed| removed.idle_since.is_some_and(rested));
+        let idle: Vec<u32> = idle.map(|removed| removed.index).filter(|index| may_go(*index)).take(HANDFUL).collect();
         idle.into_iter().filter_map(|index| self.remove(index)).collect()
     }
 

@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! chain bare            nobody: each packet is sent back at once
+//! chain steps           the steps of a director's way, one more each: a line for each
 //! chain ipvs -g         the kernel's own IPVS
 //! chain xdp -g -i       bpfvs, by XDP; direct routing, then tunnels: a line for each
 //! ```
@@ -10,8 +11,9 @@
 use anyhow::Result;
 use bpfvs_tests::{
     bpfvs::Bpfvs,
-    chain::{Chain, SERVER, VIP},
+    chain::{Chain, SERVER, VIP, Way},
     frame::{ACK, SYN},
+    speed::harness,
     test_run::Hook,
 };
 use clap::{Parser, ValueEnum};
@@ -37,6 +39,7 @@ struct Options {
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
 enum Director {
     Bare,
+    Steps,
     Ipvs,
     Xdp,
     Tc,
@@ -44,11 +47,18 @@ enum Director {
 
 fn main() -> Result<()> {
     let Options { director, methods } = Options::parse();
-    let is_xdp = matches!(director, Director::Bare | Director::Xdp);
+    let is_xdp = !matches!(director, Director::Ipvs | Director::Tc);
     let mut chain = Chain::new(if is_xdp { Hook::Xdp } else { Hook::Tc })?;
     if director == Director::Bare {
         chain.send_back()?;
-        return measure(&mut chain, 80);
+        return measure(&mut chain, 80, false);
+    }
+    if director == Director::Steps {
+        for steps in 1..=harness::STEPS.len() {
+            chain.walk(steps, 80, CLIENTS.into())?;
+            println!("{}", json!({ "established": established(&mut chain, 80)? }));
+        }
+        return Ok(());
     }
     let services: Vec<(u16, String)> = (80..).zip(methods).collect();
     let lines = services.iter().flat_map(|(port, method)| {
@@ -68,20 +78,23 @@ fn main() -> Result<()> {
         bpfvs.wait_for_servers()?;
         Some(bpfvs)
     };
-    services.iter().try_for_each(|(port, _)| measure(&mut chain, *port))
+    services.iter().try_for_each(|(port, method)| measure(&mut chain, *port, method == "-m"))
 }
 
-fn measure(chain: &mut Chain, port: u16) -> Result<()> {
-    let mut cost = |flags, clients: u32, packets: u32| -> Result<f64> {
-        Ok(chain.send(port, flags, clients.into(), packets)?.as_secs_f64() * 1e9 / f64::from(packets))
-    };
+fn measure(chain: &mut Chain, port: u16, replies: bool) -> Result<()> {
     // Each of these connections is new.
-    let new = cost(SYN, 2 * CLIENTS, 2 * CLIENTS)?;
-    cost(ACK, CLIENTS, CLIENTS)?;
-    let mut established = f64::INFINITY;
-    for _ in 0..ROUNDS {
-        established = established.min(cost(ACK, CLIENTS, PACKETS)?);
-    }
-    println!("{}", json!({ "new": new, "established": established }));
+    let new = chain.send(port, Way::Request(SYN), (2 * CLIENTS).into(), 2 * CLIENTS)?;
+    let request = established(chain, port)?;
+    let reply = if replies { Some(least(chain, port, Way::Reply)?) } else { None };
+    println!("{}", json!({ "new": new, "established": request, "reply": reply }));
     Ok(())
+}
+
+fn established(chain: &mut Chain, port: u16) -> Result<u32> {
+    least(chain, port, Way::Request(ACK))
+}
+
+fn least(chain: &mut Chain, port: u16, way: Way) -> Result<u32> {
+    chain.send(port, way, CLIENTS.into(), CLIENTS)?;
+    (0..ROUNDS).try_fold(u32::MAX, |least, _| Ok(least.min(chain.send(port, way, CLIENTS.into(), PACKETS)?)))
 }

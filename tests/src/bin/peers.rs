@@ -2,7 +2,10 @@
 //!
 //! How it measures stands in [`bpfvs_tests::peers`].
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context, Result, ensure};
 use bpfvs_tests::{
@@ -12,7 +15,11 @@ use bpfvs_tests::{
         stage::Stage,
     },
     skip,
-    speed::report::{Machine, commit},
+    speed::{
+        document,
+        report::{Machine, commit},
+        verdict::DIRECTORY,
+    },
 };
 use clap::Parser;
 use serde::Serialize;
@@ -35,6 +42,9 @@ struct Options {
     /// Write all figures to this file as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Write the table into docs/performance.md, and the figures into docs/bench.
+    #[arg(long)]
+    write: bool,
 }
 
 /// All that is known of a measurement.
@@ -42,6 +52,7 @@ struct Options {
 struct Report {
     machine: Machine,
     commit: Option<String>,
+    day: String,
     seconds: u32,
     rounds: usize,
     connections: u32,
@@ -64,50 +75,83 @@ fn main() -> Result<()> {
     let mut report = Report {
         machine: Machine::this(),
         commit: commit(),
+        day: document::today()?,
         seconds: options.seconds,
         rounds: options.rounds,
         connections: options.connections,
         peers: Vec::new(),
     };
-    println!(
-        "{:<20} {:>44} {:>44} {:>22}\n{:<20} {} {} {:>11} {:>10}",
-        "",
-        "requests over kept connections",
-        "requests with a connection each",
-        "bulk",
-        "",
-        heading(),
-        heading(),
-        "Gbit/s",
-        "CPU s/GB"
-    );
+    if report.machine.load > 0.5 {
+        println!("THIS MACHINE IS BUSY (load {}): the table says what it is busy with.\n", report.machine.load);
+    }
+    println!("{}", heading());
     for peer in Peer::all().into_iter().filter(|peer| peer.to_string().starts_with(&options.only)) {
         let line = measure(peer, &options).with_context(|| peer.to_string())?;
-        println!(
-            "{:<20} {} {} {:>11.2} {:>10.2}",
-            line.peer,
-            columns(&line.keep_alive),
-            columns(&line.a_connection_each),
-            line.bulk.gbits_per_second,
-            line.bulk.cpu_s_per_gbyte
-        );
+        println!("{}", row(&line, report.peers.first()));
         report.peers.push(line);
     }
-    if let Some(file) = &options.json {
-        let text = serde_json::to_string_pretty(&report)? + "\n";
-        fs::write(file, text).with_context(|| format!("write the figures to {}", file.display()))?;
+    let text = serde_json::to_string_pretty(&report)? + "\n";
+    let committed = options.write.then(|| Path::new(DIRECTORY).join(format!("{}-peers.json", report.day)));
+    for file in options.json.iter().chain(&committed) {
+        fs::write(file, &text).with_context(|| format!("write the figures to {}", file.display()))?;
+    }
+    if options.write {
+        document::write("peers", &report.table())?;
+        println!("The table is in {}.", document::FILE);
     }
     Ok(())
 }
 
-fn heading() -> String {
-    format!("{:>11} {:>9} {:>9} {:>12}", "1/s", "p50 us", "p99 us", "CPU us")
+impl Report {
+    /// The table, for the documentation.
+    fn table(&self) -> String {
+        let Machine { processor, processors, kernel, load, .. } = &self.machine;
+        let known = |text: &Option<String>| text.clone().unwrap_or_else(|| "unknown".to_owned());
+        let rows: Vec<_> = self.peers.iter().map(|line| row(line, self.peers.first())).collect();
+        format!(
+            "{}, {processors} processors (load {load}), Linux {}, commit {}, {}. `cargo xtask bench peers`, the best of {} times {} s, {} \
+             connections; figures in `docs/bench/{}-peers.json`.\n\n```text\n{}\n{}\n```\n",
+            known(processor),
+            known(kernel),
+            known(&self.commit),
+            self.day,
+            self.rounds,
+            self.seconds,
+            self.connections,
+            self.day,
+            heading(),
+            rows.join("\n")
+        )
+    }
 }
 
-fn columns(requests: &Requests) -> String {
+/// The names of the columns, in two lines.
+fn heading() -> String {
+    let requests = format!("{:>10} {:>7} {:>7} {:>7} {:>7}", "1/s", "p50 us", "p99 us", "CPU us", "own us");
+    format!(
+        "{:<18} {:>42} {:>42} {:>17}\n{:<18} {requests} {requests} {:>8} {:>8}",
+        "", "requests over kept connections", "requests with a connection each", "bulk", "", "Gbit/s", "CPU s/GB"
+    )
+}
+
+/// A peer's row. Its own share of the CPU is what it takes more than the first, which is plain routing.
+fn row(line: &Line, first: Option<&Line>) -> String {
+    let first = first.unwrap_or(line);
+    format!(
+        "{:<18} {} {} {:>8.2} {:>8.2}",
+        line.peer,
+        columns(&line.keep_alive, &first.keep_alive),
+        columns(&line.a_connection_each, &first.a_connection_each),
+        line.bulk.gbits_per_second,
+        line.bulk.cpu_s_per_gbyte
+    )
+}
+
+fn columns(requests: &Requests, first: &Requests) -> String {
     let errors = if requests.errors > 0 { "!" } else { "" };
     let per_second = format!("{errors}{:.0}", requests.per_second);
-    format!("{per_second:>11} {:>9.0} {:>9.0} {:>12.1}", requests.p50_us, requests.p99_us, requests.cpu_us)
+    let Requests { p50_us, p99_us, cpu_us, .. } = requests;
+    format!("{per_second:>10} {p50_us:>7.0} {p99_us:>7.0} {cpu_us:>7.1} {:>7.1}", cpu_us - first.cpu_us)
 }
 
 fn measure(peer: Peer, options: &Options) -> Result<Line> {

@@ -16,7 +16,13 @@ use aya::{
 };
 use lb_common::{floor::Round, server::Server};
 
-use crate::{lab::Family, test_run::Hook};
+use crate::{
+    lab::Family,
+    test_run::{Hook, marked},
+};
+
+/// The programs that go one step after the other.
+pub const STEPS: [&str; 7] = ["step_1_xdp", "step_2_xdp", "step_3_xdp", "step_4_xdp", "step_5_xdp", "step_6_xdp", "step_7_xdp"];
 
 /// The loaded object.
 #[derive(Debug)]
@@ -33,6 +39,8 @@ pub enum Floor {
     Grown,
     /// Parse, one hash hit or insert, rewrite, send.
     Forward,
+    /// So many steps of a director's way; only at XDP.
+    Steps(usize),
 }
 
 impl Harness {
@@ -44,7 +52,7 @@ impl Harness {
             .map_max_entries("FLOOR_V6", max_connections)
             .load_file(&path)
             .with_context(|| format!("load the harness {}", path.display()))?;
-        for name in ["wrap_xdp", "nothing_xdp", "grown_xdp", "floor_xdp"] {
+        for name in ["wrap_xdp", "nothing_xdp", "grown_xdp", "floor_xdp"].into_iter().chain(STEPS) {
             let program: &mut Xdp = ebpf.program_mut(name).with_context(|| missing(name))?.try_into()?;
             program.load().with_context(|| format!("load {name}"))?;
         }
@@ -61,6 +69,7 @@ impl Harness {
             (Hook::Xdp, Floor::Nothing) => "nothing_xdp",
             (Hook::Xdp, Floor::Forward) => "floor_xdp",
             (Hook::Xdp, Floor::Grown) => "grown_xdp",
+            (_, Floor::Steps(steps)) => STEPS.get(steps - 1).context("there are not so many steps")?,
             (Hook::Tc, Floor::Nothing | Floor::Grown) => "nothing_tc",
             (Hook::Tc, Floor::Forward) => "floor_tc",
         };
@@ -104,7 +113,14 @@ impl Harness {
 
     /// Runs the wrapper, and with it the program under test, so many times.
     pub fn run(&self, hook: Hook, frame: &[u8], repeat: u32) -> Result<TestRunResult> {
-        let options = TestRunOptions { data_in: Some(frame), repeat, ..TestRunOptions::new() };
+        self.run_marked(hook, frame, repeat, 0)
+    }
+
+    /// The same with a firewall's mark on the packet, which tc sees.
+    pub fn run_marked(&self, hook: Hook, frame: &[u8], repeat: u32, mark: u32) -> Result<TestRunResult> {
+        let context = marked(mark);
+        let ctx_in = (mark != 0).then_some(&context[..]);
+        let options = TestRunOptions { data_in: Some(frame), ctx_in, repeat, ..TestRunOptions::new() };
         let result = match hook {
             Hook::Xdp => <&Xdp>::try_from(self.ebpf.program("wrap_xdp").with_context(|| missing("wrap_xdp"))?)?.test_run(options),
             Hook::Tc => {

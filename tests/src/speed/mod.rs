@@ -20,35 +20,49 @@
 //! | the director under test, its tables filled | [`stage`] |
 //! | the harness and the floors, loaded | [`harness`] |
 //! | samples, and what they come to | [`measure`] |
+//! | what each step of an established packet costs | [`steps`] |
 //! | what the scheduler and the number of real servers cost a new connection | [`picks`] |
 //! | what new connections cost on two CPUs at once | [`contention`] |
+//! | what the numbers of services and of real servers cost | [`crowd`] |
 //! | how far a living daemon's schedules stray from IPVS's choices | [`staleness`] |
+//! | what the kernel knows of programs and tables: instructions, bytes | [`weight`] |
+//! | what is wanted | [`target`] |
 //! | the table for people, the file for programs | [`report`] |
+//! | this run beside the last committed one | [`verdict`] |
+//! | tables in the documentation | [`document`] |
 //!
 //! What this does not measure: drivers, queues, the memory of a network card; several CPUs at once only in [`contention`].
 
 pub mod contention;
+pub mod crowd;
+pub mod document;
 pub mod harness;
 pub mod measure;
 pub mod picks;
 pub mod report;
 pub mod stage;
 pub mod staleness;
+pub mod steps;
+pub mod target;
+pub mod verdict;
+pub mod weight;
 
 use std::fmt::{self, Display, Formatter};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{lab::Family, test_run::Hook};
 
 /// What a packet goes through.
-#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Path {
     /// To an address that nobody balances.
     NotOurs,
     /// Of a known connection, by direct routing, out of the device that it came in by.
     Routed,
+    /// The same over UDP.
+    Datagram,
     /// The same, out of another device: XDP has to call a helper for it. tc always has to.
     RoutedElsewhere,
     /// Of a known connection, by IP in IP, out of the device that it came in by.
@@ -63,33 +77,62 @@ pub enum Path {
     FullNatReplied,
     /// The first of a connection.
     New,
+    /// The same, of a client whose template knows the real server.
+    Persistent,
+    /// The same, for a service that a mark rule names.
+    ByRule,
+    /// The same, for a service that a firewall's mark on the packet names.
+    ByMark,
+    /// The first of a connection for which there is no room in the table: it is forwarded without an entry.
+    Full,
+    /// The same, because too many connections are half-open.
+    Flood,
+    /// An ICMP error about a known connection.
+    Error,
 }
 
 impl Path {
-    /// What to measure at a hook.
-    pub const fn all(hook: Hook) -> &'static [Self] {
-        match hook {
-            Hook::Xdp => &[
-                Self::NotOurs,
-                Self::Routed,
-                Self::RoutedElsewhere,
-                Self::Tunnelled,
-                Self::New,
-                Self::Masqueraded,
-                Self::Replied,
-                Self::FullNat,
-                Self::FullNatReplied,
-            ],
-            Hook::Tc => &[
-                Self::NotOurs,
-                Self::Routed,
-                Self::Tunnelled,
-                Self::New,
-                Self::Masqueraded,
-                Self::Replied,
-                Self::FullNat,
-                Self::FullNatReplied,
-            ],
+    /// All.
+    pub const ALL: [Self; 16] = [
+        Self::NotOurs,
+        Self::Routed,
+        Self::Datagram,
+        Self::RoutedElsewhere,
+        Self::Tunnelled,
+        Self::Masqueraded,
+        Self::Replied,
+        Self::FullNat,
+        Self::FullNatReplied,
+        Self::New,
+        Self::Persistent,
+        Self::ByRule,
+        Self::ByMark,
+        Self::Full,
+        Self::Flood,
+        Self::Error,
+    ];
+
+    /// Whether there is such a packet at a hook. tc always sends by a helper, so that another device is nothing special there; XDP
+    /// sees no firewall's mark.
+    pub const fn exists_at(self, hook: Hook) -> bool {
+        match self {
+            Self::RoutedElsewhere => matches!(hook, Hook::Xdp),
+            Self::ByMark => matches!(hook, Hook::Tc),
+            _ => true,
+        }
+    }
+
+    /// With how many flows in the table a measurement says something new, of these.
+    pub const fn depends_on(self, flows: u64) -> bool {
+        match self {
+            Self::Routed => true,
+            Self::Tunnelled | Self::Masqueraded | Self::Replied => flows <= 1 << 20 && flows != 1 << 17,
+            Self::Datagram | Self::FullNat | Self::FullNatReplied => flows <= 1 << 16,
+            Self::New => matches!(flows, 1 | 0x1_0000 | 0x10_0000),
+            Self::NotOurs | Self::RoutedElsewhere | Self::Error | Self::Persistent | Self::ByRule | Self::ByMark | Self::Flood => {
+                flows == 1
+            }
+            Self::Full => false,
         }
     }
 
@@ -98,6 +141,7 @@ impl Path {
         match self {
             Self::NotOurs => "not ours",
             Self::Routed => "established, DR",
+            Self::Datagram => "established, DR, UDP",
             Self::RoutedElsewhere => "established, DR, other device",
             Self::Tunnelled => "established, TUN (IPIP)",
             Self::Masqueraded => "established, NAT, request",
@@ -105,6 +149,12 @@ impl Path {
             Self::FullNat => "established, FULLNAT, request",
             Self::FullNatReplied => "established, FULLNAT, reply",
             Self::New => "new connection",
+            Self::Persistent => "new connection, persistent",
+            Self::ByRule => "new connection, mark rule",
+            Self::ByMark => "new connection, firewall's mark",
+            Self::Full => "new connection, table full",
+            Self::Flood => "new connection, flood mode",
+            Self::Error => "ICMP error",
         }
     }
 }
@@ -117,13 +167,24 @@ impl Path {
         match self {
             Self::Masqueraded | Self::Replied => Self::Masqueraded,
             Self::FullNat | Self::FullNatReplied => Self::FullNat,
-            Self::NotOurs | Self::Routed | Self::RoutedElsewhere | Self::Tunnelled | Self::New => Self::Routed,
+            Self::Datagram => Self::Datagram,
+            _ => Self::Routed,
         }
+    }
+
+    /// Whether the packet begins a connection, which then is in the table.
+    pub const fn is_new(self) -> bool {
+        matches!(self, Self::New | Self::Persistent | Self::ByRule | Self::ByMark)
     }
 
     /// Whether the packet is of a connection that is in the table.
     pub const fn is_known(self) -> bool {
-        !matches!(self, Self::NotOurs | Self::New)
+        !self.is_new() && !matches!(self, Self::NotOurs | Self::Full | Self::Flood)
+    }
+
+    /// Whether there is a floor: something smaller that does the same.
+    pub const fn has_floor(self) -> bool {
+        !matches!(self, Self::NotOurs | Self::Full | Self::Flood | Self::Error)
     }
 }
 

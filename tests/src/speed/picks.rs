@@ -17,8 +17,6 @@ use aya::maps::{Array, HashMap, Map, MapData};
 use lb_common::{
     connection::{Connection, ConnectionKey},
     family::ipv4,
-    hop::Hop,
-    server::Server,
 };
 use nix::{
     sched::{CpuSet, sched_setaffinity},
@@ -29,7 +27,7 @@ use serde::Serialize;
 use super::{
     harness::{Floor, Harness},
     measure::{Nanoseconds, cpu_time},
-    stage::{INGRESS, NEW, TCP, open, unknown_clients},
+    stage::{NEW, TCP, answer_at_once, limit_half_open, open, unknown_clients},
 };
 use crate::{
     bench::{Addresses, Bench},
@@ -71,7 +69,8 @@ pub fn measure(cpu: usize, rounds: usize) -> Result<Vec<PickCost>> {
     let mut bench = Bench::new(&["--max-connections", &CONNECTIONS.to_string(), "--max-half-open", "4294967295"])?;
     configure(&bench)?;
     bench.bpfvs.kill9()?;
-    answer_at_once(&bench)?;
+    limit_half_open(&bench, u32::MAX)?;
+    answer_at_once(&mut Array::try_from(Map::Array(open(&bench, "SERVERS")?))?, &[])?;
     let bench = &bench;
     bench.director.enter(move || {
         let mut only = CpuSet::new();
@@ -108,17 +107,6 @@ fn configure(bench: &Bench) -> Result<()> {
     bench.bpfvs.wait_for_servers()
 }
 
-/// Lets every real server be reached by the interface that a packet came in by: it ends with `XDP_TX`, as the floor does.
-fn answer_at_once(bench: &Bench) -> Result<()> {
-    let mut servers: Array<MapData, Server> = Array::try_from(Map::Array(open(bench, "SERVERS")?))?;
-    for index in 0..services().map(|(_, _, servers)| servers).sum() {
-        let entry = servers.get(&index, 0)?;
-        let hop = Hop { ifindex: INGRESS, port_ifindex: INGRESS, ..entry.hop };
-        servers.set(index, Server { hop, ..entry }, 0)?;
-    }
-    Ok(())
-}
-
 fn take_turns(bench: &Bench, rounds: usize) -> Result<Vec<PickCost>> {
     let mut harness = Harness::load(1)?;
     let mut nothing = Vec::new();
@@ -147,7 +135,7 @@ fn take_turns(bench: &Bench, rounds: usize) -> Result<Vec<PickCost>> {
 
 /// Nanoseconds for each of many new connections to a port; without one, what the harness itself takes.
 fn sample(bench: &Bench, harness: &mut Harness, port: Option<u16>) -> Result<f64> {
-    let (frame, round) = unknown_clients(port.unwrap_or(FIRST_PORT));
+    let (frame, round) = unknown_clients(port.unwrap_or(FIRST_PORT), 1);
     match port {
         Some(_) => harness.test(Hook::Xdp, bench.pinned.descriptor(Hook::Xdp)?)?,
         None => harness.test_floor(Hook::Xdp, Floor::Nothing)?,

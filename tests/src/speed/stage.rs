@@ -17,14 +17,15 @@ use aya::{
     maps::{Array, HashMap, Map, MapData},
 };
 use lb_common::{
+    config::Config,
     connection::{Connection, ConnectionKey},
     family::{Address, Ipv4, Ipv6, ipv4, ipv6},
-    floor::Round,
-    hop::Device,
+    floor::{Role, Round},
+    hop::{Device, Hop},
     local::Local,
-    packet::transport::Ports,
+    packet::{protocol, transport::Ports},
     reply::Reply,
-    server::Server,
+    server::{Method, Server, Status},
 };
 use nix::{
     sched::{CpuSet, sched_getaffinity, sched_setaffinity},
@@ -32,7 +33,7 @@ use nix::{
 };
 
 use super::{
-    Path,
+    Case, Path,
     harness::{Floor, Harness},
 };
 use crate::{
@@ -47,6 +48,13 @@ const ROUTED: u16 = 80;
 const TUNNELLED: u16 = 81;
 const MASQUERADED: u16 = 82;
 const FULLNAT: u16 = 83;
+const DATAGRAM: u16 = 84;
+const PERSISTENT: u16 = 85;
+const BY_RULE: u16 = 86;
+const BY_MARK: u16 = 87;
+/// The marks of the services that are named by one.
+const RULE: u32 = 10;
+const MARK: u32 = 11;
 /// The interface by which a test run's packets come in: `lo`.
 pub(super) const INGRESS: u32 = 1;
 /// Clients of the flows that are in the table, and of those that never were.
@@ -72,6 +80,8 @@ pub enum Program {
     Grown,
     Floor,
     Director,
+    /// So many steps of a director's way.
+    Steps(usize),
 }
 
 /// A configured director, the harness, and what is in the tables.
@@ -130,6 +140,19 @@ impl Stage {
             bench.bpfvs.succeed(&["localaddr", "add", &all.collect::<Result<Vec<_>>>()?.join(",")])?;
             let addresses = Addresses::of(family);
             let vip = bracketed(addresses.vip);
+            let server = addresses.servers[0];
+            let six = if family == Family::Ipv6 { " -6" } else { "" };
+            for (service, options) in [
+                (format!("-u {vip}:{DATAGRAM}"), "-s rr"),
+                (format!("-t {vip}:{PERSISTENT}"), "-s rr -p 3000"),
+                (format!("-f {RULE}{six}"), "-s rr"),
+                (format!("-f {MARK}{six}"), "-s rr"),
+            ] {
+                bench.bpfvs.ipvsadm(&format!("-A {service} {options}"))?;
+                bench.bpfvs.ipvsadm(&format!("-a {service} -r {server} -g"))?;
+            }
+            let (mark, port) = (RULE.to_string(), BY_RULE.to_string());
+            bench.bpfvs.succeed(&["mark", "add", &mark, "--dst", addresses.vip, "--proto", "tcp", "--ports", &port])?;
             for (port, server, method) in METHODS.map(|(port, server, method)| (port, addresses.servers[server], method)) {
                 bench.bpfvs.ipvsadm(&format!("-A -t {vip}:{port} -s rr"))?;
                 bench.bpfvs.ipvsadm(&format!("-a -t {vip}:{port} -r {}:{port} {method}", bracketed(server)))?;
@@ -139,20 +162,29 @@ impl Stage {
         let index = |family, (port, server, _): (u16, usize, _)| bench.server_index_at(Addresses::of(family).servers[server], port);
         let indices = Family::ALL.map(|family| METHODS.map(|method| index(family, method)));
         bench.bpfvs.kill9()?;
-        let servers: Array<MapData, Server> = Array::try_from(Map::Array(open(&bench, "SERVERS")?))?;
+        let mut servers: Array<MapData, Server> = Array::try_from(Map::Array(open(&bench, "SERVERS")?))?;
         let [four, six] = indices.map(|[routed, tunnelled, masqueraded, fullnat]| -> Result<_> {
             let entry = |index| servers.get(&index, 0);
             let index = routed?;
             let (masqueraded, fullnat) = (entry(masqueraded?)?, entry(fullnat?)?);
             Ok(Entries { index, routed: entry(index)?, tunnelled: entry(tunnelled?)?, masqueraded, fullnat })
         });
+        let (four, six) = (four?, six?);
+        limit_half_open(&bench, u32::MAX)?;
+        answer_at_once(&mut servers, &[four.index, six.index])?;
         // Replies, too, shall leave by the device that they come in by.
         let mut devices: HashMap<MapData, u32, Device> = HashMap::try_from(Map::HashMap(open(&bench, "DEVICES")?))?;
         for (ifindex, device) in devices.iter().collect::<Result<Vec<_>, _>>()? {
             devices.insert(ifindex, Device { port_ifindex: INGRESS, ..device }, 0)?;
         }
-        let harness = Harness::load(max_connections)?;
-        Ok(Self { bench, harness, entries: [four?, six?], servers, flows: [Flows::NONE; 2] })
+        // The floor has requests and replies in one table; those with replies are a million at most.
+        let harness = Harness::load(max_connections + max_connections.min(1 << 20))?;
+        Ok(Self { bench, harness, entries: [four, six], servers, flows: [Flows::NONE; 2] })
+    }
+
+    /// The director.
+    pub const fn bench(&self) -> &Bench {
+        &self.bench
     }
 
     /// Does something in a thread that is bound to one CPU and lives in the director's namespace, as test runs must.
@@ -166,6 +198,25 @@ impl Stage {
             work(&mut Act { bench, harness, entries, servers, flows })
         })
     }
+}
+
+/// Says how many half-open connections there may be before flood mode begins. The bench makes more than any director should see.
+pub(super) fn limit_half_open(bench: &Bench, limit: u32) -> Result<()> {
+    let mut settings: Array<MapData, Config> = Array::try_from(Map::Array(open(bench, "CONFIG")?))?;
+    let config = settings.get(&0, 0)?;
+    settings.set(0, Config { half_open_limit: limit, midst_limit: limit, ..config }, 0).context("write the settings")
+}
+
+/// Lets packets to every real server that is routed to directly leave by the device that they came in by, but to `others`.
+pub(super) fn answer_at_once(servers: &mut Array<MapData, Server>, others: &[u32]) -> Result<()> {
+    for index in (0..servers.len()).filter(|index| !others.contains(index)) {
+        let entry = servers.get(&index, 0)?;
+        if entry.status == Status::Ready as u8 && entry.method == Method::Route as u8 {
+            let hop = Hop { ifindex: INGRESS, port_ifindex: INGRESS, ..entry.hop };
+            servers.set(index, Server { hop, ..entry }, 0)?;
+        }
+    }
+    Ok(())
 }
 
 /// The last CPU that this process may use: the first ones get the interrupts.
@@ -189,8 +240,12 @@ impl Act<'_> {
         let wanted = Flows { count: flows, path: path.connections() };
         if self.flows[family as usize] != wanted {
             self.direct(family, wanted.path)?;
+            limit_half_open(self.bench, u32::MAX)?;
             self.fill(family, wanted)?;
         }
+        limit_half_open(self.bench, if path == Path::Flood { 0 } else { u32::MAX })?;
+        // What found no room lately keeps flood mode on.
+        self.bench.pinned.forget_flood()?;
         self.direct(family, path)
     }
 
@@ -205,6 +260,7 @@ impl Act<'_> {
             Program::Nothing => self.harness.test_floor(hook, Floor::Nothing),
             Program::Grown => self.harness.test_floor(hook, Floor::Grown),
             Program::Floor => self.harness.test_floor(hook, Floor::Forward),
+            Program::Steps(steps) => self.harness.test_floor(hook, Floor::Steps(steps)),
             Program::Director => self.harness.test(hook, self.bench.pinned.descriptor(hook)?),
         }
     }
@@ -216,7 +272,7 @@ impl Act<'_> {
             Path::Tunnelled => tunnelled,
             Path::Masqueraded | Path::Replied => masqueraded,
             Path::FullNat | Path::FullNatReplied => fullnat,
-            Path::NotOurs | Path::Routed | Path::RoutedElsewhere | Path::New => routed,
+            _ => routed,
         };
         if path != Path::RoutedElsewhere {
             server.hop.ifindex = INGRESS;
@@ -230,11 +286,12 @@ impl Act<'_> {
     fn fill(&mut self, family: Family, wanted: Flows) -> Result<()> {
         let mut present = self.flows[family as usize];
         if present.count > wanted.count || present.path != wanted.path {
-            self.forget(family, KNOWN, present.count, Program::Director)?;
-            self.forget(family, KNOWN, present.count, Program::Floor)?;
+            for program in [Program::Director, Program::Floor] {
+                self.forget(family, Packets::known(present.path, ACK, present.count), program)?;
+            }
             present.count = 0;
         }
-        let (syn, ack) = (Packets::request(SYN, KNOWN, wanted.count), Packets::request(ACK, KNOWN, wanted.count));
+        let [syn, ack] = [SYN, ACK].map(|flags| Packets::known(wanted.path, flags, wanted.count));
         let reply = ack.replies(wanted.path);
         let laps = [
             (Program::Director, syn),
@@ -259,42 +316,26 @@ impl Act<'_> {
     }
 
     /// Takes the connections out again that began in a sample.
-    pub fn forget_new(&mut self, family: Family, program: Program) -> Result<()> {
-        self.forget(family, UNKNOWN, u64::from(NEW), program)
+    pub fn forget_new(&mut self, case: Case, program: Program) -> Result<()> {
+        self.forget(case.family, Packets::of(case.path, case.flows), program)
     }
 
-    fn forget(&mut self, family: Family, first_client: u32, flows: u64, program: Program) -> Result<()> {
-        let addresses = Addresses::of(family);
-        let (_, round) = Packets::request(SYN, first_client, flows).template(family);
-        let clients = (0..flows).map(|flow| round.client(flow));
+    fn forget(&mut self, family: Family, packets: Packets, program: Program) -> Result<()> {
+        let (_, round) = packets.template(family);
+        let clients = (0..packets.flows).map(|flow| round.client(flow));
         match family {
-            Family::Ipv4 => {
-                let keys =
-                    Keys { vip: ipv4(addresses.vip.parse()?), server: ipv4(addresses.servers[0].parse()?), address: |word| word };
-                self.remove::<Ipv4>(family, program, clients, &keys)
-            }
-            Family::Ipv6 => {
-                let (vip, server) = (ipv6(addresses.vip.parse()?), ipv6(addresses.servers[0].parse()?));
-                self.remove::<Ipv6>(family, program, clients, &Keys { vip, server, address: client_v6 })
-            }
+            Family::Ipv4 => self.remove::<Ipv4>(family, program, clients, &Keys::of_v4(packets.protocol())?),
+            Family::Ipv6 => self.remove::<Ipv6>(family, program, clients, &Keys::of_v6(packets.protocol())?),
         }
     }
 
     /// Gives the FULLNAT connections of some flows the local addresses and ports that replies are made up for.
     fn relocate(&self, family: Family, from: u64, to: u64) -> Result<()> {
-        let addresses = Addresses::of(family);
         let (_, round) = Packets::request(SYN, KNOWN, to).template(family);
         let clients = (from..to).map(|flow| round.client(flow));
         match family {
-            Family::Ipv4 => {
-                let keys =
-                    Keys { vip: ipv4(addresses.vip.parse()?), server: ipv4(addresses.servers[0].parse()?), address: |word| word };
-                self.relocate_of::<Ipv4>(family, clients, &keys)
-            }
-            Family::Ipv6 => {
-                let (vip, server) = (ipv6(addresses.vip.parse()?), ipv6(addresses.servers[0].parse()?));
-                self.relocate_of::<Ipv6>(family, clients, &Keys { vip, server, address: client_v6 })
-            }
+            Family::Ipv4 => self.relocate_of::<Ipv4>(family, clients, &Keys::of_v4(TCP)?),
+            Family::Ipv6 => self.relocate_of::<Ipv6>(family, clients, &Keys::of_v6(TCP)?),
         }
     }
 
@@ -344,7 +385,7 @@ impl Act<'_> {
         let reply = |port| move |(client, ports): (u32, Ports)| keys.reply(to(client), port, ports.source());
         let replies = flows.server_port().map(|port| clients.map(reply(port))).into_iter().flatten();
         match program {
-            Program::Nothing | Program::Grown => Ok(()),
+            Program::Nothing | Program::Grown | Program::Steps(_) => Ok(()),
             Program::Floor => remove(&mut self.harness.connections::<_, Connection>(family)?, requests.chain(replies)),
             Program::Director => {
                 remove(&mut self.table::<_, Connection>("CONNECTIONS", family)?, requests)?;
@@ -364,21 +405,38 @@ impl Act<'_> {
 
 /// What the keys of connections have in common.
 struct Keys<A> {
+    protocol: u32,
     vip: A,
     server: A,
     /// The address of a client, or a local one, of which this is the (last) word.
     address: fn(u32) -> A,
 }
 
+impl Keys<Ipv4> {
+    fn of_v4(protocol: u32) -> Result<Self> {
+        let addresses = Addresses::of(Family::Ipv4);
+        let (vip, server) = (ipv4(addresses.vip.parse()?), ipv4(addresses.servers[0].parse()?));
+        Ok(Self { protocol, vip, server, address: |word| word })
+    }
+}
+
+impl Keys<Ipv6> {
+    fn of_v6(protocol: u32) -> Result<Self> {
+        let addresses = Addresses::of(Family::Ipv6);
+        let (vip, server) = (ipv6(addresses.vip.parse()?), ipv6(addresses.servers[0].parse()?));
+        Ok(Self { protocol, vip, server, address: client_v6 })
+    }
+}
+
 impl<A: Copy> Keys<A> {
     fn request(&self, client: u32, ports: Ports) -> ConnectionKey<A> {
-        ConnectionKey { client: (self.address)(client), vip: self.vip, ports, protocol: TCP }
+        ConnectionKey { client: (self.address)(client), vip: self.vip, ports, protocol: self.protocol }
     }
 
     /// The key of replies to an address and a port in network order.
     fn reply(&self, to: u32, server_port: u16, port: u16) -> ConnectionKey<A> {
         let ports = Ports::new(server_port.to_be(), port);
-        ConnectionKey { client: self.server, vip: (self.address)(to), ports, protocol: TCP }
+        ConnectionKey { client: self.server, vip: (self.address)(to), ports, protocol: self.protocol }
     }
 }
 
@@ -402,7 +460,8 @@ fn local_of(family: Family, word: u32) -> Result<IpAddr> {
     })
 }
 
-pub(super) const TCP: u32 = 6;
+pub(super) const TCP: u32 = protocol::TCP as u32;
+const UDP: u32 = protocol::UDP as u32;
 
 pub(super) fn open(bench: &Bench, name: &str) -> Result<MapData> {
     let path = bench.bpfvs.pins().join("maps").join(name);
@@ -411,25 +470,34 @@ pub(super) fn open(bench: &Bench, name: &str) -> Result<MapData> {
 
 /// The template of a case's packets, and what the wrapper makes of it.
 pub fn template(family: Family, path: Path, flows: u64) -> (Vec<u8>, Round) {
-    let known = Packets::request(ACK, KNOWN, flows);
-    match path {
-        Path::New => Packets::request(SYN, UNKNOWN, u64::from(NEW)),
-        Path::NotOurs => Packets { are_foreign: true, ..known },
-        Path::Replied | Path::FullNatReplied => known.replies(path.connections()),
-        Path::Routed | Path::RoutedElsewhere | Path::Tunnelled | Path::Masqueraded | Path::FullNat => known,
-    }
-    .template(family)
+    Packets::of(path, flows).template(family)
 }
 
-/// The template of SYNs of clients that are in no table, to a port of the IPv4 address.
-pub fn unknown_clients(port: u16) -> (Vec<u8>, Round) {
-    Packets { port, ..Packets::request(SYN, UNKNOWN, u64::from(NEW)) }.template(Family::Ipv4)
+/// The firewall's mark on a case's packets; 0 for none.
+pub const fn mark(path: Path) -> u32 {
+    if matches!(path, Path::ByMark) { MARK } else { 0 }
 }
 
-/// Packets of a round: TCP segments, in frames of 64 bytes for IPv4, 84 for IPv6.
+/// The template of SYNs of clients that are in no table, to `services` ports of the IPv4 address in a row.
+pub fn unknown_clients(port: u16, services: u32) -> (Vec<u8>, Round) {
+    many(Packets { port, ..Packets::request(SYN, UNKNOWN, u64::from(NEW)) }, services)
+}
+
+/// The same of segments of so many clients that are in the table.
+pub fn known_clients(flags: u8, port: u16, services: u32, flows: u64) -> (Vec<u8>, Round) {
+    many(Packets { port, ..Packets::request(flags, KNOWN, flows) }, services)
+}
+
+fn many(packets: Packets, services: u32) -> (Vec<u8>, Round) {
+    let (frame, round) = packets.template(Family::Ipv4);
+    (frame, Round { services, ..round })
+}
+
+/// Packets of a round: in frames of 64 bytes for IPv4, 84 for IPv6, but for ICMP errors.
 #[derive(Clone, Copy, Debug)]
 struct Packets {
-    flags: u8,
+    /// TCP's; without them it is UDP.
+    flags: Option<u8>,
     first_client: u32,
     flows: u64,
     /// The virtual port.
@@ -438,16 +506,44 @@ struct Packets {
     are_foreign: bool,
     /// They come from the real server, with this method.
     replies: Option<Path>,
+    /// They are ICMP errors about what goes back from the virtual address.
+    are_errors: bool,
 }
 
 impl Packets {
     const fn request(flags: u8, first_client: u32, flows: u64) -> Self {
-        Self { flags, first_client, flows, port: ROUTED, are_foreign: false, replies: None }
+        Self { flags: Some(flags), first_client, flows, port: ROUTED, are_foreign: false, replies: None, are_errors: false }
+    }
+
+    /// Of connections in the table, from the client.
+    const fn known(connections: Path, flags: u8, flows: u64) -> Self {
+        let known = Self::request(flags, KNOWN, flows);
+        if matches!(connections, Path::Datagram) { Self { flags: None, port: DATAGRAM, ..known } } else { known }
+    }
+
+    /// A case's.
+    fn of(path: Path, flows: u64) -> Self {
+        let known = Self::known(path.connections(), ACK, flows);
+        let to = |port| Self { port, ..Self::request(SYN, UNKNOWN, u64::from(NEW)) };
+        match path {
+            Path::New | Path::Full | Path::Flood => to(ROUTED),
+            Path::Persistent => to(PERSISTENT),
+            Path::ByRule => to(BY_RULE),
+            Path::ByMark => to(BY_MARK),
+            Path::NotOurs => Self { are_foreign: true, ..known },
+            Path::Error => Self { are_errors: true, ..known },
+            Path::Replied | Path::FullNatReplied => known.replies(path.connections()),
+            Path::Routed | Path::RoutedElsewhere | Path::Datagram | Path::Tunnelled | Path::Masqueraded | Path::FullNat => known,
+        }
     }
 
     /// The replies to these packets.
     const fn replies(self, path: Path) -> Self {
         Self { replies: Some(path), ..self }
+    }
+
+    const fn protocol(self) -> u32 {
+        if self.flags.is_some() { TCP } else { UDP }
     }
 
     fn template(self, family: Family) -> (Vec<u8>, Round) {
@@ -460,10 +556,28 @@ impl Packets {
         } else {
             (client, socket(if self.are_foreign { addresses.foreign } else { addresses.vip }, self.port), self.port)
         };
-        let frame = Frame { payload: vec![0; 10], ..Frame::tcp(source, destination, self.flags) }.build();
+        let frame = match self.flags {
+            Some(flags) => Frame { payload: vec![0; 10], ..Frame::tcp(source, destination, flags) },
+            None => Frame { payload: vec![0; 22], ..Frame::udp(source, destination) },
+        };
+        let frame = if self.are_errors {
+            // Host unreachable; of IPv6, no route to the destination.
+            let (kind, code) = if family == Family::Ipv4 { (3, 1) } else { (1, 0) };
+            let quoted = Frame { source: destination, destination: source, ..frame }.packet();
+            let router: SocketAddr = socket(addresses.client, 0);
+            Frame::error(router.ip(), destination.ip(), kind, code, 0, &quoted)
+        } else {
+            frame
+        };
+        let frame = frame.build();
+        let role = match () {
+            () if self.are_errors => Role::Quoted,
+            () if self.replies.is_some() => Role::Destination,
+            () => Role::Source,
+        };
         let round = Round {
             is_v6: u16::from(family == Family::Ipv6),
-            is_reply: u16::from(self.replies.is_some()),
+            role: role as u16,
             flow: 0,
             flows: self.flows,
             first_client: if self.replies == Some(Path::FullNat) { LOCAL } else { self.first_client },
