@@ -6,8 +6,9 @@
 //! With `--write` the figures also go to `docs/bench`, and the tables into `docs/performance.md`. Its status is 1 if something got
 //! worse than the last run there.
 //!
-//! `cargo xtask bench peers` measures bpfvs beside plain routing, nftables, HAProxy and nginx, with wrk and iperf3; `table` a
-//! prototype of another connection table beside the kernel's hash map; `contention` new connections on two CPUs at once.
+//! `cargo xtask bench peers` measures bpfvs beside plain routing, nftables, HAProxy and nginx, with wrk and iperf3;
+//! `cargo xtask bench table` a prototype of another connection table beside the kernel's hash map; `cargo xtask bench
+//! contention` new connections on two CPUs at once.
 
 use std::{
     ffi::OsString,
@@ -47,39 +48,24 @@ enum What {
     /// bpfvs beside plain routing, nftables, HAProxy and nginx: requests, throughput, CPU
     Peers(Peers),
     /// A prototype of another connection table beside the kernel's hash map: nanoseconds for each operation
-    Table(Study),
+    Table(Other),
     /// New connections on two CPUs at once: what they wait for
-    Contention(Study),
+    Contention(Other),
 }
 
-impl What {
-    /// The program of a study, and what it is told.
-    const fn study(&self) -> Option<(&'static str, &Study)> {
-        match self {
-            Self::Peers(_) => None,
-            Self::Table(study) => Some(("table", study)),
-            Self::Contention(study) => Some(("contention", study)),
-        }
-    }
-}
-
-/// What the benchmark of a study is told.
-#[derive(clap::Args)]
-struct Study {
-    /// Writes the figures to this file
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
-    /// Further options of the benchmark itself (`-- --help` lists them)
-    #[arg(last = true, value_name = "OPTIONS")]
-    further: Vec<OsString>,
-}
-
-/// What the benchmark of peers is told.
+/// What such a benchmark is told.
 #[derive(clap::Args)]
 struct Peers {
     /// Writes the table into docs/performance.md and the figures into docs/bench
     #[arg(long)]
     write: bool,
+    #[command(flatten)]
+    other: Other,
+}
+
+/// What other benchmarks are told.
+#[derive(clap::Args)]
+struct Other {
     /// Writes the figures to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -88,17 +74,31 @@ struct Peers {
     further: Vec<OsString>,
 }
 
+impl Other {
+    /// Where the figures go.
+    fn figures(&self, name: &str) -> PathBuf {
+        self.json.clone().unwrap_or_else(|| target_directory().join(name).with_extension("json"))
+    }
+}
+
 /// Builds and measures.
 pub(crate) fn run(options: &Options) -> Result<()> {
-    if let Some(What::Peers(peers)) = &options.what {
-        setup::programs(Purpose::Peers)?;
-        let figures = peers.json.clone().unwrap_or_else(|| target_directory().join("peers.json"));
-        return measure(Profile::Release, "peers", &figures, flag("--write", peers.write).iter().chain(&peers.further));
-    }
-    if let Some((name, study)) = options.what.as_ref().and_then(What::study) {
-        setup::programs(Purpose::Test)?;
-        let figures = study.json.clone().unwrap_or_else(|| target_directory().join(name).with_extension("json"));
-        return measure(Profile::Debug, name, &figures, &study.further);
+    match &options.what {
+        None => {}
+        Some(What::Peers(Peers { write, other })) => {
+            setup::programs(Purpose::Peers)?;
+            return measure(
+                Profile::Release,
+                "peers",
+                &other.figures("peers"),
+                flag("--write", *write).iter().chain(&other.further),
+            );
+        }
+        Some(What::Table(other)) => return measure(Profile::Debug, "table", &other.figures("table"), &other.further),
+        Some(What::Contention(other)) => {
+            setup::programs(Purpose::Test)?;
+            return measure(Profile::Debug, "contention", &other.figures("contention"), &other.further);
+        }
     }
     setup::programs(Purpose::Test)?;
     let figures = options.json.clone().unwrap_or_else(|| target_directory().join("bench.json"));

@@ -3,6 +3,7 @@
 //! How it measures stands in [`bpfvs_tests::speed`]. Its status is 1 if something got worse than the last committed run.
 
 use std::{
+    fmt::Display,
     fs,
     path::{Path as File, PathBuf},
     process::ExitCode,
@@ -46,7 +47,7 @@ struct Options {
     /// Write all figures to this file as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Write the tables into docs/performance.md, and the figures into docs/bench.
+    /// Write the tables into docs/performance.md, and the figures into docs/bench if they are all.
     #[arg(long)]
     write: bool,
     /// Compare with this run; without it with the last one in docs/bench.
@@ -151,19 +152,19 @@ fn main() -> Result<ExitCode> {
             let loads =
                 (0..options.loads.max(1)).map(|_| Stage::new(1 << 17)?.enter(cpu, |act| steps::measure(act, flows, effort)));
             let lines = steps::best(loads.collect::<Result<_>>()?);
-            lines.iter().for_each(|line| println!("{line}"));
+            show(&lines);
             report.steps.extend(lines);
         }
     }
     if options.wants("crowds") {
         println!("\n{}", crowd::heading());
         report.crowds = crowd::measure(cpu, rounds, options.quick)?;
-        report.crowds.iter().for_each(|line| println!("{line}"));
+        show(&report.crowds);
     }
     if options.wants("picks") {
         println!("\n{PICKS}");
         report.picks = picks::measure(cpu, rounds)?;
-        report.picks.iter().for_each(|line| println!("{line}"));
+        show(&report.picks);
     }
     if options.wants("staleness") {
         println!("\n{}", staleness::HEADING);
@@ -178,7 +179,8 @@ fn main() -> Result<ExitCode> {
     }
     let code = conclude(&mut report, before.as_ref());
     let text = serde_json::to_string_pretty(&report)? + "\n";
-    let committed = options.write.then(|| File::new(DIRECTORY).join(format!("{}.json", report.day)));
+    // A part of the figures would be nothing to compare the next run with.
+    let committed = (options.write && options.only.is_empty()).then(|| File::new(DIRECTORY).join(format!("{}.json", report.day)));
     for file in options.json.iter().chain(&committed) {
         fs::write(file, &text).with_context(|| format!("write the figures to {}", file.display()))?;
     }
@@ -254,15 +256,21 @@ fn is_bad(line: &Line, case: Case, before: Option<&Before>) -> bool {
     line.standing == Some(Standing::Missed) || before.is_some_and(|before| before.of_case(case, line).is_some())
 }
 
+fn show(lines: &[impl Display]) {
+    for line in lines {
+        println!("{line}");
+    }
+}
+
 fn weigh(report: &mut Report, cpu: usize) -> Result<()> {
     const CAPACITY: u32 = 1 << 20;
     let mut stage = Stage::new(CAPACITY)?;
     report.programs = weight::programs(stage.bench())?;
     report.connections = weight::tables(&mut stage, cpu, CAPACITY)?;
     println!("\n{}", weight::Program::heading());
-    report.programs.iter().for_each(|line| println!("{line}"));
+    show(&report.programs);
     println!("\n{}", weight::Connections::heading());
-    report.connections.iter().for_each(|line| println!("{line}"));
+    show(&report.connections);
     Ok(())
 }
 

@@ -213,7 +213,7 @@ fn sample(bench: &Bench, cpus: [usize; 2], ports: (u16, Option<u16>), idle: bool
 fn one(bench: &Bench, port: u16, first: u32, barrier: &Barrier, idle: bool) -> Result<Span> {
     const REDIRECTED: u32 = 7;
     let mut harness = Harness::load(1)?;
-    let (frame, round) = unknown_clients(port);
+    let (frame, round) = unknown_clients(port, 1);
     let round = Round { first_client: round.first_client + first, ..round };
     if idle {
         harness.test_floor(Hook::Tc, Floor::Nothing)?;

@@ -22,8 +22,8 @@
 //! | samples, and what they come to | [`measure`] |
 //! | what each step of an established packet costs | [`steps`] |
 //! | what the scheduler and the number of real servers cost a new connection | [`picks`] |
-//! | what new connections cost on two CPUs at once | [`contention`] |
 //! | what the numbers of services and of real servers cost | [`crowd`] |
+//! | what new connections cost on two CPUs at once | [`contention`] |
 //! | how far a living daemon's schedules stray from IPVS's choices | [`staleness`] |
 //! | what the kernel knows of programs and tables: instructions, bytes | [`weight`] |
 //! | what is wanted | [`target`] |

@@ -110,14 +110,15 @@ pub fn tables(stage: &mut Stage, cpu: usize, capacity: u32) -> Result<Vec<Connec
         let empty = [memory(stage.bench(), connections)?, memory(stage.bench(), replies)?];
         stage.enter(cpu, |act| act.set(family, super::Path::Masqueraded, FLOWS))?;
         let filled = [memory(stage.bench(), connections)?, memory(stage.bench(), replies)?];
-        let each = |at: usize| {
+        // What a table has from the beginning is there for as many as it can hold. In tenths of a byte.
+        let each = |at: usize| -> Result<f64> {
             let grown = filled[at].saturating_sub(empty[at]);
-            // What a table has from the beginning is there for as many as it can hold.
-            empty[at] as f64 / f64::from(capacity) + grown as f64 / FLOWS as f64
+            let tenths = 10 * empty[at] / u64::from(capacity) + 10 * grown / FLOWS;
+            Ok(f64::from(u32::try_from(tenths)?) / 10.0)
         };
         let layouts: (usize, usize) = layout(family);
-        weights.push(Connections { table: connections.to_owned(), layout: layouts.0, bytes: each(0) });
-        weights.push(Connections { table: replies.to_owned(), layout: layouts.1, bytes: each(1) });
+        weights.push(Connections { table: connections.to_owned(), layout: layouts.0, bytes: each(0)? });
+        weights.push(Connections { table: replies.to_owned(), layout: layouts.1, bytes: each(1)? });
     }
     Ok(weights)
 }

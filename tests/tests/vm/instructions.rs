@@ -114,21 +114,21 @@ fn packets_cost_fewer_instructions_than_with_the_kernels_ipvs() -> Result<()> {
 
 /// What one step more costs, from the bare wire to the director.
 fn steps_table(steps: &[f64], costs: &BTreeMap<String, Cost>) -> String {
-    let mut text = "| step of an established packet, DR | instructions |\n| --- | --- |\n".to_owned();
+    let mut lines = vec!["| step of an established packet, DR | instructions |\n| --- | --- |".to_owned()];
     let mut before = costs["bare"].established;
     let director = ("what the director keeps open besides", costs["xdp -g"].established);
     for (step, until) in WORDS.into_iter().zip(steps.iter().copied()).chain([director]) {
-        text += &format!("| {step} | {:.0} |\n", until - before);
+        lines.push(format!("| {step} | {:.0} |", until - before));
         before = until;
     }
-    text
+    lines.join("\n")
 }
 
 /// The figures for people: from end to end, and in parentheses what a director adds to the bare wire.
 fn table(costs: &BTreeMap<String, Cost>) -> String {
     let bare = costs["bare"];
-    let mut text = "| | established | reply | new connection |\n| --- | --- | --- | --- |\n".to_owned();
-    text += &format!("| bare wire | {:.0} | | {:.0} |\n", bare.established, bare.new);
+    let mut lines = vec!["| | established | reply | new connection |\n| --- | --- | --- | --- |".to_owned()];
+    lines.push(format!("| bare wire | {:.0} | | {:.0} |", bare.established, bare.new));
     for (method, words) in [("-g", "DR"), ("-i", "TUN"), ("-m", "NAT")] {
         let [kernel, bpfvs] = ["ipvs", "xdp"].map(|director| costs[&format!("{director} {method}")]);
         let column = |of: fn(Cost) -> Option<f64>, cost: Cost| {
@@ -138,13 +138,15 @@ fn table(costs: &BTreeMap<String, Cost>) -> String {
         let columns: [fn(Cost) -> Option<f64>; 3] = [|cost| Some(cost.established), |cost| cost.reply, |cost| Some(cost.new)];
         for (who, cost) in [("IPVS", kernel), ("bpfvs", bpfvs)] {
             let [one, two, three] = columns.map(|of| column(of, cost));
-            text += &format!("| {who}, {words} | {one} | {two} | {three} |\n");
+            lines.push(format!("| {who}, {words} | {one} | {two} | {three} |"));
         }
         let fewer = columns.map(|of| {
             let all = of(kernel).zip(of(bpfvs)).zip(of(kernel.less(bare)).zip(of(bpfvs.less(bare))));
-            all.map_or(String::new(), |((kernel, bpfvs), (more, less))| format!("{:.1} ({:.1})", kernel / bpfvs, more / less))
+            all.map_or(String::new(), |((kernel, bpfvs), (more, less))| {
+                format!("**{:.1}** (**{:.1}**)", kernel / bpfvs, more / less)
+            })
         });
-        text += &format!("| times fewer | **{}** | {} | **{}** |\n", fewer[0], fewer[1], fewer[2]);
+        lines.push(format!("| times fewer | {} | {} | {} |", fewer[0], fewer[1], fewer[2]));
     }
-    text
+    lines.join("\n")
 }
