@@ -101,6 +101,7 @@ impl Lab {
             directory: self.directory(),
             netns_cookie: netns_cookie().expect("a kernel with cookies"),
             max_connections: Some(1000),
+            picks_at_once: 1,
             hook: Hook::Auto,
             interfaces: Vec::new(),
             tcx: Attachments::kernel_has_tcx(),

@@ -25,7 +25,7 @@ use std::{
 use anyhow::{Context as _, anyhow};
 use aya::maps::{Array, MapData, PerCpuArray, PerCpuValues};
 use lb_common::{
-    config::{Config, LAYOUT},
+    config::{Config, LAYOUT, SweepReport},
     server::{Counters, NextHop, Server, Status},
     service::{Mode, Service},
     statistics::Statistics,
@@ -111,6 +111,8 @@ pub struct KernelDatapath {
     attachments: Arc<Mutex<Attachments>>,
     mark_device: Arc<Mutex<MarkDevice>>,
     sweeper: Arc<Mutex<Sweeper>>,
+    /// What the last sweep, or the present one, says. Not the sweeper's, because nobody may wait for that.
+    swept_report: Arc<Array<MapData, SweepReport>>,
     teller: Arc<Mutex<Teller>>,
     successor: Successor,
     connections: Connections,
@@ -189,6 +191,7 @@ impl KernelDatapath {
             ))),
             mark_device: Arc::default(),
             sweeper: Arc::new(Mutex::new(Sweeper::open(&pins)?)),
+            swept_report: Arc::new(pins.typed("SWEEP")?),
             teller: Arc::new(Mutex::new(Teller::open(&pins)?)),
             successor: Successor::open(&pins)?,
             reasons: Reasons::open(&pins)?,
@@ -315,9 +318,9 @@ impl KernelDatapath {
 
     /// Finds what a master has to tell others of, on a thread of its own.
     pub fn tell(&self, changes: Arc<Mutex<Changes>>) -> impl Future<Output = anyhow::Result<Told>> + Send + use<> {
-        let (teller, sweeper, config) = (Arc::clone(&self.teller), Arc::clone(&self.sweeper), self.config);
+        let (teller, report, config) = (Arc::clone(&self.teller), Arc::clone(&self.swept_report), self.config);
         let walk = move || {
-            let clock = Clock::read(&lock(&sweeper).report()?, config.hz)?;
+            let clock = Clock::read(&report_of(&report)?, config.hz)?;
             lock(&teller).walk(&config, clock, &mut lock(&changes))
         };
         async move { tokio::task::spawn_blocking(walk).await.context("the walk through the connections broke off")? }
@@ -332,7 +335,7 @@ impl KernelDatapath {
     }
 
     fn clock(&self) -> anyhow::Result<Clock> {
-        Clock::read(&lock(&self.sweeper).report()?, self.config.hz)
+        Clock::read(&report_of(&self.swept_report)?, self.config.hz)
     }
 
     /// How much of each local address is in use.
@@ -343,7 +346,7 @@ impl KernelDatapath {
 
     /// How flood mode is.
     pub fn flood(&self) -> anyhow::Result<FloodView> {
-        self.flood.view(&self.config, &lock(&self.sweeper).report()?)
+        self.flood.view(&self.config, &report_of(&self.swept_report)?)
     }
 
     /// All reason counters.
@@ -610,6 +613,11 @@ fn make_instance(
     let mut map: Array<MapData, Config> = pins.typed("CONFIG")?;
     map.set(0, config, 0).context("the settings cannot be written")?;
     Ok((programs, config))
+}
+
+/// What the sweep's report says.
+fn report_of(report: &Array<MapData, SweepReport>) -> anyhow::Result<SweepReport> {
+    report.get(&0, 0).context("the report of the sweep cannot be read")
 }
 
 /// The tables must still be empty: the programs were loaded with a guess.
