@@ -151,7 +151,7 @@ unsafe fn visit_template<F: Family>(key: *const TemplateKey<F::Address>, _templa
     unsafe {
         let key = *key;
         if let Some(known) = F::templates().get_ptr_mut(&key) {
-            template::expire::<F>(config, &key, known, (*report).jiffies as u32);
+            template::expire::<F>(config, &raw const key, known, (*report).jiffies as u32);
         }
     }
 }

@@ -297,7 +297,7 @@ impl fmt::Display for Scale {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Cost { rules, ready, begin, established, sweep, listing, rules_again, expiry, memory, lister } = &self.cost;
         let connections = self.size.connections();
-        let each = |time: &Duration| format!("{:.0} ns each", time.as_secs_f64() * 1e9 / connections as f64);
+        let each = |time: &Duration| format!("{} ns each", time.as_nanos() / u128::from(connections));
         let seconds = |time: &Duration| format!("{:.2} s", time.as_secs_f64());
         let mebibytes = |bytes: u64| format!("{} MiB", bytes >> 20);
         let [with_rules, connected, listed] = memory.map(mebibytes);
