@@ -160,7 +160,7 @@ impl Client {
         if response.status() != StatusCode::OK {
             return self.understand(response);
         }
-        let Connection { runtime, .. } = self.connection()?;
+        let Connection { runtime, .. } = self.answering()?;
         let pieces = Pieces { runtime, body: response.into_body(), piece: Bytes::new() };
         let outcome = array::read(io::BufReader::new(pieces), visit);
         if !matches!(outcome, Ok(true)) {
@@ -270,7 +270,7 @@ impl Client {
     /// What an answer says.
     fn understand<T: DeserializeOwned>(&mut self, response: Response<Incoming>) -> Result<T, Error> {
         let status = response.status();
-        let body = self.connection()?.runtime.block_on(response.into_body().collect());
+        let body = self.answering()?.runtime.block_on(response.into_body().collect());
         let body = self.unless_broken(body)?.to_bytes();
         if status == StatusCode::OK {
             return serde_json::from_slice(&body).map_err(|error| self.broken(&error));
@@ -291,6 +291,11 @@ impl Client {
 
     fn broken(&self, cause: &dyn std::fmt::Display) -> Error {
         Error::Broken { socket: self.socket.clone(), cause: cause.to_string() }
+    }
+
+    /// The connection whose answer is being read, and which the daemon may have closed behind it.
+    fn answering(&self) -> Result<&Connection, Error> {
+        self.connection.as_ref().ok_or_else(|| self.broken(&"the connection is gone"))
     }
 
     fn connection(&mut self) -> Result<&mut Connection, Error> {

@@ -26,7 +26,9 @@ fn main() -> Result<()> {
         "the bench makes network namespaces and loads programs, which needs root: `cargo xtask bench contention`"
     );
     let figures = contention::measure(&[1, 16, 64], options.rounds)?;
-    figures.iter().for_each(|line| println!("{line}"));
+    for line in &figures {
+        println!("{line}");
+    }
     if let Some(file) = &options.json {
         let text = serde_json::to_string_pretty(&figures)? + "\n";
         fs::write(file, text).with_context(|| format!("write the figures to {}", file.display()))?;

@@ -2,6 +2,8 @@
 //!
 //! What the figures mean, and what was decided: `docs/decisions/connection-table.md`.
 
+#![expect(clippy::cast_precision_loss, reason = "counts that are divided for people to read")]
+
 use std::{fs, path::PathBuf, time::Instant};
 
 use anyhow::{Context, Result, ensure};
