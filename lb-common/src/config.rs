@@ -33,12 +33,16 @@ pub struct Config {
     pub lblcr_expiration: u32,
     /// With so many half-open connections or more, what begins one makes no entry; see [`crate::flood`].
     pub half_open_limit: u32,
+    /// So many of them, more or fewer, each CPU may keep to itself before it tells the others.
+    pub half_open_batch: u32,
     /// With so many, nothing makes one any more that would be half-open.
     pub midst_limit: u32,
     /// Seconds that a half-open connection lives in flood mode, at most.
     pub half_open_timeout: u32,
     /// Seconds that flood mode lasts after the last packet that found no room.
     pub flood_hold: u32,
+    /// Always zero.
+    pub zero: u32,
 }
 
 /// Bits of [`Config::flags`].
@@ -76,13 +80,15 @@ impl Config {
         lblc_expiration: 24 * 60 * 60,
         lblcr_expiration: 24 * 60 * 60,
         half_open_limit: u32::MAX,
+        half_open_batch: 1,
         midst_limit: u32::MAX,
         half_open_timeout: crate::flood::HALF_OPEN_TIMEOUT,
         flood_hold: crate::flood::HOLD,
+        zero: 0,
     };
 }
 
-plain! { Config = 184 }
+plain! { Config = 192 }
 
 /// What a run of the sweep found: the one entry of its result map.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]

@@ -47,6 +47,16 @@ pub const fn default_limit(max_connections: u32) -> u32 {
     if max_connections < 8 { 1 } else { max_connections / 8 }
 }
 
+/// How many half-open connections each CPU may keep to itself before it tells the others: next to nothing beside the limit, but enough
+/// for CPUs to share a cache line seldom. With small limits the count is exact.
+pub const fn batch(limit: u32) -> u32 {
+    match limit / 2048 {
+        0 => 1,
+        batch if batch > 64 => 64,
+        batch => batch,
+    }
+}
+
 /// Whether a connection in this state has shown no more than its beginning.
 #[inline(always)]
 pub const fn is_half_open(protocol: u8, state: u8) -> bool {

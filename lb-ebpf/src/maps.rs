@@ -138,6 +138,10 @@ pub static FLOODS: Array<u64> = Array::with_max_entries(SERVICE_COUNT, MMAPABLE)
 #[map]
 pub static FLOOD: Array<u64> = Array::with_max_entries(word::COUNT, MMAPABLE);
 
+/// What each CPU has not added to the count of half-open connections yet (signed). The same write, userspace reads.
+#[map]
+pub static HALF_OPEN: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
+
 /// How many picks each service has dealt (the low 32 bits). New connections advance it, userspace reads.
 #[map]
 pub static CURSORS: Array<u64> = Array::with_max_entries(SERVICE_COUNT, MMAPABLE);

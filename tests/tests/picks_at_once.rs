@@ -75,7 +75,7 @@ fn every_pick_is_dealt_once_and_each_cpu_keeps_the_order() -> Result<()> {
         let period = weights.iter().sum::<u32>() as usize;
         let dealt = deal(&bench, cpus, 3 * AT_ONCE * period)?;
         let cursor = bench.pinned.first_cursor()? as usize;
-        ensure!(cursor % at_once == 0, "{story}: {cursor} picks were taken");
+        ensure!(cursor.is_multiple_of(at_once), "{story}: {cursor} picks were taken");
         let in_hand = cursor.checked_sub(dealt.len()).with_context(|| format!("{story}: {cursor} picks for {}", dealt.len()))?;
         ensure!(in_hand <= 2 * (at_once - 1), "{story}: {in_hand} picks are in two hands");
         let order = period_of(&dealt, period, at_once).with_context(|| format!("{story}: {dealt:?}"))?;

@@ -22,7 +22,10 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use lb_common::{config::Config, flood::default_limit};
+use lb_common::{
+    config::Config,
+    flood::{batch, default_limit},
+};
 use listenfd::ListenFd;
 use sd_notify::NotifyState;
 use tempfile::NamedTempFile;
@@ -185,6 +188,7 @@ async fn start<I: Instance>(
     let config = Config {
         netns_cookie: opening.netns_cookie,
         half_open_limit,
+        half_open_batch: batch(half_open_limit),
         midst_limit: half_open_limit.saturating_mul(2),
         flood_hold: limits.hold,
         ..Config::DEFAULT

@@ -13,6 +13,8 @@
 
 use std::sync::atomic::Ordering;
 
+use anyhow::Context as _;
+use aya::maps::{MapData, PerCpuArray};
 use lb_common::{
     config::{Config, SweepReport, flags},
     flood::word,
@@ -22,20 +24,23 @@ use super::{connections::Clock, maps::Pins, shared::Words};
 use crate::director::model::FloodView;
 
 /// The words.
-#[derive(Debug)]
 pub struct Flood {
     words: Words,
+    /// What each CPU has not added to its word yet.
+    kept: PerCpuArray<MapData, u64>,
 }
 
 impl Flood {
     /// Opens them.
     pub fn open(pins: &Pins) -> anyhow::Result<Self> {
-        Ok(Self { words: Words::open(&pins.map("FLOOD"))? })
+        Ok(Self { words: Words::open(&pins.map("FLOOD"))?, kept: pins.typed("HALF_OPEN")? })
     }
 
     /// How many connections are half-open.
-    pub fn half_open(&self) -> i64 {
-        self.words.load(word::HALF_OPEN).cast_signed()
+    pub fn half_open(&self) -> anyhow::Result<i64> {
+        let kept = self.kept.get(&0, 0).context("what CPUs count of half-open connections cannot be read")?;
+        let told = self.words.load(word::HALF_OPEN);
+        Ok(kept.iter().fold(told, |sum, kept| sum.wrapping_add(*kept)).cast_signed())
     }
 
     /// How it is, and why. `report` is the last sweep's, for its clocks.
@@ -46,14 +51,13 @@ impl Flood {
         let never = config.flags & flags::FLOOD_NEVER != 0;
         Ok(FloodView {
             on: !never && (config.flags & flags::FLOOD_ALWAYS != 0 || since.is_some_and(|ticks| ticks < hold)),
-            half_open: self.half_open().max(0).cast_unsigned(),
+            half_open: self.half_open()?.max(0).cast_unsigned(),
             limit: config.half_open_limit,
         })
     }
 }
 
 /// Corrects the count of half-open connections.
-#[derive(Debug)]
 pub struct Recount {
     flood: Flood,
     suspicion: i64,
@@ -66,13 +70,13 @@ impl Recount {
     }
 
     /// What the word says, to be asked before the sweep.
-    pub fn before(&self) -> i64 {
+    pub fn before(&self) -> anyhow::Result<i64> {
         self.flood.half_open()
     }
 
     /// Takes in what the sweep counted.
-    pub fn after(&mut self, before: i64, counted: u64) {
-        let drift = drift(before, self.flood.half_open(), counted.cast_signed());
+    pub fn after(&mut self, before: i64, counted: u64) -> anyhow::Result<()> {
+        let drift = drift(before, self.flood.half_open()?, counted.cast_signed());
         let correction = confirmed(drift, std::mem::replace(&mut self.suspicion, drift));
         if correction != 0
             && let Some(word) = self.flood.words.word(word::HALF_OPEN)
@@ -81,6 +85,7 @@ impl Recount {
             self.suspicion = 0;
             tracing::debug!(correction, "the count of half-open connections had drifted");
         }
+        Ok(())
     }
 }
 

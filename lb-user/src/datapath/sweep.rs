@@ -167,9 +167,9 @@ impl Sweeper {
         for index in self.suspects.keys() {
             before.insert(*index, (self.opened(*index)?, self.counters.load(*index)));
         }
-        let half_open = self.half_open.before();
+        let half_open = self.half_open.before()?;
         let report = self.walk()?;
-        self.half_open.after(half_open, report.half_open);
+        self.half_open.after(half_open, report.half_open)?;
         let mut corrected = Vec::new();
         let earlier = std::mem::take(&mut self.suspects);
         for index in 0..self.counters.length() {

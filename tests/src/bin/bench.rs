@@ -18,7 +18,7 @@ use bpfvs_tests::{
         measure::{Effort, measure},
         picks,
         report::{Line, Machine, NOTES, PICKS, Report, commit},
-        stage::{Stage, last_cpu},
+        stage::{Act, Stage, last_cpu},
         staleness, steps,
         target::{Standing, obstacle},
         verdict::{Before, DIRECTORY},
@@ -148,13 +148,13 @@ fn main() -> Result<ExitCode> {
     packets(&options, &mut report, &cases, effort, before.as_ref())?;
     if options.wants("steps") {
         println!("\n{}", steps::heading());
-        for flows in [1, 1 << 16] {
-            let loads =
-                (0..options.loads.max(1)).map(|_| Stage::new(1 << 17)?.enter(cpu, |act| steps::measure(act, flows, effort)));
-            let lines = steps::best(loads.collect::<Result<_>>()?);
-            show(&lines);
-            report.steps.extend(lines);
-        }
+        let all = |act: &mut Act<'_>| -> Result<Vec<_>> {
+            let sizes = [1, 1 << 16].into_iter().map(|flows| steps::measure(act, flows, effort));
+            Ok(sizes.collect::<Result<Vec<_>>>()?.concat())
+        };
+        let loads = (0..options.loads.max(1)).map(|_| Stage::new(1 << 17)?.enter(cpu, all));
+        report.steps = steps::best(loads.collect::<Result<_>>()?);
+        show(&report.steps);
     }
     if options.wants("crowds") {
         println!("\n{}", crowd::heading());

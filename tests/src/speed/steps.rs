@@ -62,10 +62,12 @@ pub fn best(loads: Vec<Vec<Step>>) -> Vec<Step> {
     }) else {
         return Vec::new();
     };
-    let mut before = 0.0;
+    let (mut before, mut flows) = (0.0, 0);
     for step in &mut steps {
-        step.own = step.until.minimum - before;
-        before = step.until.minimum;
+        // Each size begins with nothing.
+        let last = if step.flows == flows { before } else { 0.0 };
+        step.own = step.until.minimum - last;
+        (before, flows) = (step.until.minimum, step.flows);
     }
     steps
 }
