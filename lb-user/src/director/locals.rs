@@ -10,13 +10,75 @@
 
 use std::net::IpAddr;
 
-use lb_common::local::POOL_SIZE;
+use lb_common::local::{POOL_SIZE, SHARED};
 
 use super::{
+    Director,
+    commands::no_such_service,
     model::{Family, Method, Refusal, RefusalKind, ServerId, ServiceId},
     rules::refuse,
     service::Service,
 };
+use crate::datapath::Datapath;
+
+impl<D: Datapath> Director<D> {
+    pub(super) fn add_local(&mut self, address: IpAddr, service: Option<&ServiceId>) -> Result<(), Refusal> {
+        let is_virtual = |id: &ServiceId| matches!(id, ServiceId::Address { address: vip, .. } if *vip == address);
+        if self.services.keys().any(is_virtual) {
+            return Err(self::is_virtual(address));
+        }
+        let (pool, addresses) = self.local_pool(service)?;
+        may_add(address, service, addresses)?;
+        let mut wanted = addresses.clone();
+        wanted.push(address);
+        self.set_local_pool(service, pool, wanted)
+    }
+
+    pub(super) fn remove_local(&mut self, address: IpAddr, service: Option<&ServiceId>) -> Result<(), Refusal> {
+        let (pool, addresses) = self.local_pool(service)?;
+        let mut wanted = addresses.clone();
+        let Some(place) = wanted.iter().position(|known| *known == address) else {
+            let owner = owner(service);
+            let message =
+                format!("the local address {address} cannot be removed: {owner} has none of this name; see `bpfvs localaddr list`");
+            return refuse(RefusalKind::NoSuchLocalAddress, message);
+        };
+        wanted.remove(place);
+        if let Some(service) = service.and_then(|id| self.services.get(id)) {
+            may_remove(address, &self.locals, [(service, wanted.as_slice())])?;
+        } else {
+            let services = self.services.values().map(|service| (service, service.locals.as_slice()));
+            may_remove(address, &wanted, services)?;
+        }
+        self.set_local_pool(service, pool, wanted)
+    }
+
+    /// A service's own local addresses, or those of all services, with the datapath's name for them.
+    fn local_pool(&self, service: Option<&ServiceId>) -> Result<(u32, &Vec<IpAddr>), Refusal> {
+        let Some(id) = service else { return Ok((SHARED, &self.locals)) };
+        let service = self.services.get(id).ok_or_else(|| no_such_service(id))?;
+        Ok((service.pool(), &service.locals))
+    }
+
+    fn set_local_pool(&mut self, service: Option<&ServiceId>, pool: u32, addresses: Vec<IpAddr>) -> Result<(), Refusal> {
+        self.datapath.set_pool(pool, &addresses)?;
+        match service {
+            None => self.locals = addresses,
+            Some(id) => {
+                if let Some(service) = self.services.get_mut(id) {
+                    service.locals = addresses;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// FULLNAT's local addresses, those of all services first.
+    pub fn local_addresses(&self) -> impl Iterator<Item = (IpAddr, Option<ServiceId>)> {
+        let own = self.services.values().flat_map(|service| service.locals.iter().map(|address| (*address, Some(service.id))));
+        self.locals.iter().map(|address| (*address, None)).chain(own)
+    }
+}
 
 /// The addresses of one family.
 fn of_family(addresses: &[IpAddr], family: Family) -> impl Iterator<Item = &IpAddr> {
@@ -29,7 +91,7 @@ pub(super) fn owner(service: Option<&ServiceId>) -> String {
 }
 
 /// Whether an address can be a local one at all, beside those of `pool`.
-pub(super) fn may_add(address: IpAddr, service: Option<&ServiceId>, pool: &[IpAddr]) -> Result<(), Refusal> {
+fn may_add(address: IpAddr, service: Option<&ServiceId>, pool: &[IpAddr]) -> Result<(), Refusal> {
     let refused =
         |kind, why: &str| refuse(kind, format!("the local address {address} cannot be added for {}: {why}", owner(service)));
     let fault = match address {
@@ -85,7 +147,7 @@ pub(super) fn suffices(shared: &[IpAddr], own: &[IpAddr], server: &ServerId, met
 }
 
 /// Whether a local address may go: no server of these services needs it. `shared` and the services' own are those that stay.
-pub(super) fn may_remove<'a>(
+fn may_remove<'a>(
     address: IpAddr,
     shared: &[IpAddr],
     services: impl IntoIterator<Item = (&'a Service, &'a [IpAddr])>,

@@ -2,18 +2,24 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr},
+    path::Path,
     time::Duration,
 };
 
 use lb_common::{
+    local::SHARED,
     server::Counters,
     service::flags,
     statistics::Statistics,
+    tcp,
     template::{Scope, scope_flags},
 };
 
 use super::{
-    model::{Family, Method, Persistence, Protocol, Tunnel, TunnelChecksum},
+    model::{
+        Command, Family, Method, Outcome, Persistence, Protocol, ServerConfig, ServerId, ServiceConfig, Tunnel, TunnelChecksum,
+    },
+    state::State,
     testing::Memory,
     *,
 };
