@@ -177,7 +177,8 @@ fn commands_under_load_move_no_connection() -> Result<()> {
     needs!(root);
     needs_bpfvs!();
     let _turn = turn();
-    let bench = Bench::new(&[])?;
+    // As many as this machine can begin, and no flood.
+    let bench = Bench::new(&["--max-connections", "1048576", "--max-half-open", "1048576"])?;
     let servers = service(&bench, "wlc", 0, &[(1, 0), (2, 0), (3, 0), (4, 0)])?;
     let done = AtomicBool::new(false);
     let removed = AtomicBool::new(false);
