@@ -1,4 +1,4 @@
-//! What every program of bpfvs needs of a frame: access, room, and a way out. See [`packet`].
+//! What programs of bpfvs share: a frame's access, room, and way out ([`packet`]), and words that CPUs change at once ([`atomic`]).
 #![no_std]
 #![allow(
     clippy::cast_possible_wrap,
@@ -11,6 +11,7 @@
     reason = "one contract for all: the context is the one that the kernel gave to the running program"
 )]
 
+pub mod atomic;
 pub mod packet;
 
 /// What every object needs besides its programs: a licence that the kernel accepts (some of its helpers are for GPL

@@ -24,7 +24,6 @@
 
 mod account;
 mod answer;
-mod atomic;
 mod bell;
 mod classify;
 mod cross;
@@ -58,7 +57,10 @@ use lb_common::{
     },
     reason::Reason,
 };
-use lb_ebpf::packet::{Packet, TcBuffer, XdpFrame};
+use lb_ebpf::{
+    atomic,
+    packet::{Packet, TcBuffer, XdpFrame},
+};
 use maps::{Family, TC_NEXT, XDP_NEXT, next};
 use outcome::Outcome;
 

@@ -5,7 +5,6 @@
 //! packets of one queue do. Nothing of it is attached anywhere.
 #![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]
 #![allow(clippy::needless_pass_by_value, reason = "the macros of aya-ebpf hand contexts over by value")]
-#![allow(clippy::needless_borrows_for_generic_args, reason = "keys and values by value would be copied once more on the stack")]
 #![allow(missing_docs, reason = "the macros of aya-ebpf add functions of their own to each program")]
 
 use core::marker::PhantomData;
@@ -24,10 +23,7 @@ use lb_common::{
     lines::{self, Key, LINE, Memory, Refusal, Seed},
     quarrel::{Numbered, Run, connection, is_whole},
 };
-
-#[allow(dead_code, reason = "the director needs more of it")]
-#[path = "../atomic.rs"]
-mod atomic;
+use lb_ebpf::atomic;
 
 /// The array's memory can be mapped by userspace.
 const MMAPABLE: u32 = 1 << 10;

@@ -52,34 +52,20 @@ pub(super) struct Serve {
 
 impl Serve {
     pub(super) fn run(self, socket: Option<PathBuf>) -> anyhow::Result<()> {
-        let Self {
-            interfaces,
-            hook,
-            netns,
-            state,
-            max_connections,
-            picks_at_once,
-            max_half_open,
-            flood_hold,
-            rules,
-            metrics,
-            save_rules,
-        } = self;
-        let rules = rules.map(|file| rule_file::find(&file, save_rules)).transpose()?.flatten();
-        let options = Options {
-            interfaces,
-            hook,
-            netns,
+        let rules = self.rules.map(|file| rule_file::find(&file, self.save_rules)).transpose()?.flatten();
+        kernel::run(Options {
+            interfaces: self.interfaces,
+            hook: self.hook,
+            netns: self.netns,
             socket,
-            state,
-            max_connections,
-            picks_at_once,
-            max_half_open,
-            flood_hold,
+            state: self.state,
+            max_connections: self.max_connections,
+            picks_at_once: self.picks_at_once,
+            max_half_open: self.max_half_open,
+            flood_hold: self.flood_hold,
             rules,
-            metrics,
-        };
-        kernel::run(options)
+            metrics: self.metrics,
+        })
     }
 }
 
