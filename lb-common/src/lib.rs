@@ -18,6 +18,7 @@
 //! | the "may be ours" filter | [`filter`] |
 //! | mark rules for networks | [`mark`] |
 //! | the client's address in a TCP option | [`toa`] |
+//! | the Call-ID of a SIP message | [`sip`] |
 //! | what the datapath must do with a frame (on the host only) | `model` |
 //!
 //! Byte order: a field that mirrors a header is in network order and its documentation says so; all others are in host order.
@@ -52,6 +53,7 @@ pub mod schedule;
 pub mod sctp;
 pub mod server;
 pub mod service;
+pub mod sip;
 pub mod statistics;
 pub mod tcp;
 pub mod template;
