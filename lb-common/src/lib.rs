@@ -7,7 +7,7 @@
 //! | subject | module |
 //! | --- | --- |
 //! | address families | [`family`] |
-//! | what stands in the maps | [`connection`], [`reply`], [`service`], [`server`], [`hop`], [`local`], [`schedule`], [`locality`], [`template`], [`statistics`], [`config`] |
+//! | what stands in the maps | [`connection`], [`reply`], [`service`], [`server`], [`hop`], [`local`], [`schedule`], [`locality`], [`template`], [`call`], [`statistics`], [`config`] |
 //! | why a packet left | [`reason`] |
 //! | a prototype of another connection table | [`lines`] |
 //! | headers and their parsing | [`packet`] |
@@ -28,6 +28,7 @@
 #[cfg(any(test, feature = "user"))]
 extern crate std;
 
+pub mod call;
 pub mod checksum;
 pub mod config;
 pub mod connection;

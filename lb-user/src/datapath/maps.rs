@@ -26,6 +26,12 @@ pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), 
 pub const CONNECTION_TABLES: [&str; 6] =
     ["CONNECTIONS_V4", "CONNECTIONS_V6", "REPLIES_V4", "REPLIES_V6", "TEMPLATES_V4", "TEMPLATES_V6"];
 
+/// The tables with an entry for each call of SIP, or for each connection of one.
+pub const CALL_TABLES: [&str; 4] = ["CALLS_V4", "CALLS_V6", "CALLERS_V4", "CALLERS_V6"];
+
+/// How many times as large the tables of connections are.
+pub const CONNECTIONS_PER_CALL: u32 = 4;
+
 /// The pins of one instance.
 #[derive(Clone, Debug)]
 pub struct Pins {
