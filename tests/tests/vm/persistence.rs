@@ -38,7 +38,9 @@ fn clients_come_back_as_with_the_kernels_ipvs() -> Result<()> {
     let machine = Machine::new(Version::V6_12)?
         .modules(ipvs(Version::V6_12))
         .modules(&["nf_tables"])
-        .add(Path::new(env!("CARGO_BIN_EXE_kernel_ipvs")), "/usr/local/bin/kernel_ipvs")?;
+        .add(Path::new(env!("CARGO_BIN_EXE_kernel_ipvs")), "/usr/local/bin/kernel_ipvs")?
+        // On a busy machine, connections would be over before their story is.
+        .deterministic();
     // Where the values are that IPVS has at its start, and then what a few packets make of its files.
     let script = format!(
         "for file in /proc/sys/net/ipv4/vs/*; do echo ${{file##*/}} $(cat $file); done
