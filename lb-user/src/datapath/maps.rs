@@ -199,7 +199,7 @@ pub fn inspect(pins: &Pins, netns_cookie: u64) -> anyhow::Result<Found> {
         }
         let data = MapData::from_pin(&path).with_context(|| format!("the pinned map {} cannot be opened", path.display()))?;
         let info = data.info().with_context(|| format!("the kernel does not describe the map {}", path.display()))?;
-        let sized_by_user = CONNECTION_TABLES.contains(&name.as_str());
+        let sized_by_user = CONNECTION_TABLES.contains(&name.as_str()) || CALL_TABLES.contains(&name.as_str());
         let expected_entries = if sized_by_user { info.max_entries() } else { expected.max_entries() };
         let expected = (expected.key_size(), expected.value_size(), expected_entries);
         let found = (info.key_size(), info.value_size(), info.max_entries());
