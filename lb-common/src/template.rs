@@ -127,17 +127,14 @@ pub mod scope_flags {
     pub const ANY_PORT: u32 = 1;
     /// The real server's weight is 0.
     pub const QUIESCENT: u32 = 2;
-    /// As [`crate::service::flags::SIP`]: the connections' templates are those of calls.
-    pub const CALLS: u32 = 4;
 }
 
 impl Scope {
     /// The scope of a service's templates.
     #[inline(always)]
     pub const fn of(service: &Service) -> Self {
-        let any_port = if service.flags & service_flags::ANY_PORT != 0 { scope_flags::ANY_PORT } else { 0 };
-        let calls = if service.flags & service_flags::SIP != 0 { scope_flags::CALLS } else { 0 };
-        let flags = any_port | calls;
+        let any_port = service.flags & service_flags::ANY_PORT != 0;
+        let flags = if any_port { scope_flags::ANY_PORT } else { 0 };
         Self { netmask: service.netmask, mark: service.mark, flags, zero: 0 }
     }
 

@@ -169,12 +169,16 @@ pub fn note<F: Family>(service: *const Service, connection: &ConnectionKey<F::Ad
 /// [`track::begin`]'s, or [`NOBODY`].
 #[inline(always)]
 pub fn choose<F: Family>() -> Result<u32, Reason> {
-    match if F::ETHERTYPE == ethernet::IPV4 { persist_ipv4() } else { persist_ipv6() } {
+    let answer = if F::ETHERTYPE == ethernet::IPV4 { persist_ipv4() } else { persist_ipv6() };
+    // No question like those below: of four, LLVM would make a table, and of what is read there the verifier knows nothing.
+    if answer >> 30 == UNREAD >> 30 {
+        // Not yet: whoever delivers the packet leaves it to the program that reads it.
+        return Err(Reason::NoCallId);
+    }
+    match answer {
         TABLE_FULL => Err(Reason::TableFull),
         OVER => Err(Reason::TemplateOver),
         LEFT => Err(Reason::NoConnection),
-        // Not yet: whoever delivers the packet leaves it to the program that reads it.
-        UNREAD => Err(Reason::NoCallId),
         server => Ok(server),
     }
 }
@@ -182,7 +186,8 @@ pub fn choose<F: Family>() -> Result<u32, Reason> {
 const TABLE_FULL: u32 = NOBODY - 1;
 const OVER: u32 = NOBODY - 2;
 const LEFT: u32 = NOBODY - 3;
-const UNREAD: u32 = NOBODY - 4;
+/// The highest bit and not the second highest, which all of the above have.
+const UNREAD: u32 = 1 << 31;
 
 /// Global functions without arguments: the verifier looks at each once, and not once for each way that leads to it.
 #[unsafe(no_mangle)]
@@ -413,8 +418,16 @@ fn leading_to(known: *mut Template, server: u32) -> Option<*mut Template> {
 /// Notes that a connection was established, or a datagram answered.
 #[inline(never)]
 pub fn assure<F: Family>(key: &ConnectionKey<F::Address>, server: u32) {
-    let calls = SCOPES.get(server).is_some_and(|scope| scope.flags & scope_flags::CALLS != 0);
-    if let Some(known) = if calls { of_call::<F>(key, server) } else { of::<F>(key, server) } {
+    if let Some(known) = of::<F>(key, server) {
+        // SAFETY: an element of the map.
+        unsafe { (*known).assured = 1 };
+    }
+}
+
+/// The same for a call, of which only datagrams can be.
+#[inline(never)]
+pub fn assure_call<F: Family>(key: &ConnectionKey<F::Address>, server: u32) {
+    if let Some(known) = of_call::<F>(key, server) {
         // SAFETY: an element of the map.
         unsafe { (*known).assured = 1 };
     }
