@@ -147,7 +147,8 @@ impl Search {
     fn after(&mut self, byte: u8) -> State {
         let state = State::ALL.get(self.state as usize).copied().unwrap_or(State::Lost);
         match state {
-            State::Text => text(byte),
+            State::Skipped if self.position < self.origin => State::Skipped,
+            State::Text | State::Skipped => text(byte),
             State::Return if byte == b'\n' => State::Line,
             State::Return | State::Line => self.line(byte),
             State::Name if self.start < NAME.len() as u32 => self.name(byte),
@@ -196,8 +197,6 @@ impl Search {
             }
             State::At if is_word(byte) => State::Host,
             State::At => self.miss(byte),
-            State::Skipped if self.position < self.origin => State::Skipped,
-            State::Skipped => text(byte),
             State::Found | State::Lost => state,
         }
     }
@@ -315,7 +314,7 @@ const _: () = assert!(WORDS[2] == 0, "as `is_word` has it");
 #[inline(always)]
 const fn has_byte(bytes: u64, byte: u8) -> bool {
     const ONES: u64 = u64::from_ne_bytes([1; 8]);
-    let zeros = bytes ^ ONES * byte as u64;
+    let zeros = bytes ^ (ONES * byte as u64);
     zeros.wrapping_sub(ONES) & !zeros & ONES << 7 != 0
 }
 

@@ -43,8 +43,7 @@ const SERVICE_KEY_COUNT: u32 = 1 << 17;
 const NETWORK_COUNT: u32 = 1 << 16;
 const SERVER_COUNT: u32 = 1 << 17;
 const CONNECTION_COUNT: u32 = 1 << 20;
-/// A quarter of the connections, as userspace has it.
-const CALL_COUNT: u32 = CONNECTION_COUNT / 4;
+const CALL_COUNT: u32 = 1 << 17;
 const FRAGMENT_COUNT: u32 = 1 << 14;
 const DEVICE_COUNT: u32 = 1 << 12;
 const LOCAL_COUNT: u32 = 1 << 16;

@@ -128,8 +128,9 @@ unsafe fn load<P: Packet>(packet: &P, offset: u32, to: *mut u8, length: u32, roo
 }
 
 /// One step of the search; 1 ends it.
+#[expect(clippy::cast_ptr_alignment, reason = "BPF's memory accesses need no alignment on the targets that we build for")]
 unsafe extern "C" fn step(_: u32, at_hand: *mut *mut Inquiry) -> i64 {
-    // SAFETY: the kernel hands over what `bpf_loop` was given. BPF's memory accesses need no alignment on the targets that we build for.
+    // SAFETY: the kernel hands over what `bpf_loop` was given.
     unsafe {
         let inquiry = *at_hand;
         let search = &raw mut (*inquiry).search;

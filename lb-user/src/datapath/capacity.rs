@@ -24,9 +24,8 @@ const SHARE: u64 = 16;
 
 /// What a connection's place takes in the tables of connections: the kernel's element, key and value, for IPv4 and IPv6.
 const ELEMENTS: u64 = 80 + 104;
-/// What a bucket takes in all tables: six, and four that are a quarter as large. A table has as many buckets as places, rounded up to a
-/// power of two.
-const BUCKETS: u64 = (6 + 1) * 16;
+/// What a bucket takes in all tables. A table has as many buckets as places, rounded up to a power of two.
+const BUCKETS: u64 = 6 * 16;
 
 /// Bytes that empty tables for so many connections take.
 pub const fn size(connections: u32) -> u64 {

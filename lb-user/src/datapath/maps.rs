@@ -26,12 +26,6 @@ pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), 
 pub const CONNECTION_TABLES: [&str; 6] =
     ["CONNECTIONS_V4", "CONNECTIONS_V6", "REPLIES_V4", "REPLIES_V6", "TEMPLATES_V4", "TEMPLATES_V6"];
 
-/// The tables with an entry for each call of SIP, or for each connection of one.
-pub const CALL_TABLES: [&str; 4] = ["CALLS_V4", "CALLS_V6", "CALLERS_V4", "CALLERS_V6"];
-
-/// How many times as large the tables of connections are.
-pub const CONNECTIONS_PER_CALL: u32 = 4;
-
 /// The pins of one instance.
 #[derive(Clone, Debug)]
 pub struct Pins {
@@ -199,7 +193,7 @@ pub fn inspect(pins: &Pins, netns_cookie: u64) -> anyhow::Result<Found> {
         }
         let data = MapData::from_pin(&path).with_context(|| format!("the pinned map {} cannot be opened", path.display()))?;
         let info = data.info().with_context(|| format!("the kernel does not describe the map {}", path.display()))?;
-        let sized_by_user = CONNECTION_TABLES.contains(&name.as_str()) || CALL_TABLES.contains(&name.as_str());
+        let sized_by_user = CONNECTION_TABLES.contains(&name.as_str());
         let expected_entries = if sized_by_user { info.max_entries() } else { expected.max_entries() };
         let expected = (expected.key_size(), expected.value_size(), expected_entries);
         let found = (info.key_size(), info.value_size(), info.max_entries());

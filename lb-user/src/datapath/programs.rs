@@ -18,7 +18,7 @@ use aya::{
 use super::{
     capacity,
     filter::Kernel,
-    maps::{CALL_TABLES, CONNECTION_TABLES, CONNECTIONS_PER_CALL, OBJECT, Pins, remove_pin},
+    maps::{CONNECTION_TABLES, OBJECT, Pins, remove_pin},
 };
 
 /// The programs of a hook.
@@ -86,9 +86,6 @@ impl Programs {
         }
         for table in CONNECTION_TABLES {
             loader.map_max_entries(table, max_connections);
-        }
-        for table in CALL_TABLES {
-            loader.map_max_entries(table, (max_connections / CONNECTIONS_PER_CALL).max(1));
         }
         let mut ebpf = loader.load(OBJECT).map_err(|error| {
             anyhow!(error).context(format!(

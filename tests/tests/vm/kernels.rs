@@ -85,7 +85,7 @@ services() { # options of the real servers
 }
 "#;
 
-/// Direct routing, and a daemon that is killed and starts again.
+/// Direct routing, and a daemon that is killed and starts again; calls of SIP.
 const DIRECT_ROUTING: &str = r#"
 for host in rs1 rs2; do
     ip -n $host addr add 10.0.0.200/32 dev lo
@@ -103,12 +103,22 @@ disown # bash need not tell when it is killed
 for try in $(seq 900); do grep -qx ready /run/bpfvs.out && break; sleep 0.1; done
 echo "adopted $(ask 10.0.0.200 2)"
 ipvsadm -Ln | grep -c Route
+for vip in 10.0.0.200 fd00:10::200; do
+    case $vip in *:*) service=[$vip]:5060 servers='[fd00:10::205] [fd00:10::206]' ;; *) service=$vip:5060 servers='10.0.0.205 10.0.0.206' ;; esac
+    ipvsadm -A -u $service -s rr -p 60 -o --pe sip
+    for server in $servers; do ipvsadm -a -u $service -r $server:5060 -g; done
+    for call in one two one; do
+        printf 'OPTIONS sip:a SIP/2.0\r\nCall-ID: %s@%s\r\n\r\n' $call $vip | ip netns exec client bash -c "cat >/dev/udp/$vip/5060"
+    done
+done
+for try in $(seq 50); do [ "$(ipvsadm -Lnc --persistent-conn | grep -c ' sip ')" = 4 ] && break; sleep 0.1; done
+echo "calls: $(ipvsadm -Lnc --persistent-conn | grep ' sip ' | sed 's/.* //' | sort | tr '\n' ' ')"
 bpfvs stop --detach
 echo "left: $(ls /sys/fs/bpf/bpfvs/main 2>/dev/null || true) $(tc filter show dev eth0 ingress) $(ip link show dev eth0 | sed -n '/prog/p')"
 "#;
 
-const DIRECT_ROUTING_OUTPUT: &str =
-    "route ipv4 rs2 rs1 rs2 rs1 \nroute ipv6 rs2 rs1 rs2 rs1 \norphaned rs2 rs1 \nadopted rs2 rs1 \n4\nleft:   \n";
+const DIRECT_ROUTING_OUTPUT: &str = "route ipv4 rs2 rs1 rs2 rs1 \nroute ipv6 rs2 rs1 rs2 rs1 \norphaned rs2 rs1 \nadopted rs2 rs1 \n4\n\
+     calls: one@10.0.0.200 one@fd00:10::200 two@10.0.0.200 two@fd00:10::200 \nleft:   \n";
 
 /// Real servers whose tunnels end in the kernel's own devices, set up as every how-to says.
 const TUNNEL_DEVICES_BY_HAND: &str = r"
@@ -291,7 +301,7 @@ fn the_scripts_hold_for_the_kernels_own_ipvs() -> Result<()> {
         (&[STAND_IN, DIRECTOR, TUNNEL_DEVICES_BY_HAND, TUNNELS], TUNNELS_OUTPUT),
     ];
     for (script, expected) in scripts {
-        let machine = Machine::new(Version::V6_12)?.modules(ipvs(Version::V6_12));
+        let machine = Machine::new(Version::V6_12)?.modules(ipvs(Version::V6_12)).modules(&["ip_vs_pe_sip"]);
         assert_output_of(machine, Version::V6_12, "IPVS", script, expected)?;
     }
     Ok(())
