@@ -45,16 +45,26 @@ impl Persistence {
 }
 
 fn list(templates: &[ConnectionView]) -> String {
-    let columns = [text("PROTOCOL"), text("CLIENT"), text("VIRTUAL"), text("SERVER"), number("EXPIRES"), text("STATE")];
+    let [protocol, client, vip, server, expires, state] =
+        [text("PROTOCOL"), text("CLIENT"), text("VIRTUAL"), text("SERVER"), number("EXPIRES"), text("STATE")];
+    if templates.iter().all(|template| template.engine.is_none()) {
+        return table([protocol, client, vip, server, expires, state], templates.iter().map(row));
+    }
     let rows = templates.iter().map(|template| {
-        [
-            template.protocol.clone(),
-            template.client.to_string(),
-            endpoint(template.vip, template.vip_port),
-            endpoint(template.server, template.server_port),
-            format!("{}s", template.expires),
-            template.state.to_lowercase(),
-        ]
+        let [protocol, client, vip, server, expires, state] = row(template);
+        let call = template.engine.as_ref().map_or_else(String::new, |engine| engine.data.clone());
+        [protocol, client, vip, server, expires, state, call]
     });
-    table(columns, rows)
+    table([protocol, client, vip, server, expires, state, text("CALL-ID")], rows)
+}
+
+fn row(template: &ConnectionView) -> [String; 6] {
+    [
+        template.protocol.clone(),
+        template.client.to_string(),
+        endpoint(template.vip, template.vip_port),
+        endpoint(template.server, template.server_port),
+        format!("{}s", template.expires),
+        template.state.to_lowercase(),
+    ]
 }

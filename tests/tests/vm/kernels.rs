@@ -113,6 +113,23 @@ done
 const DIRECT_ROUTING_OUTPUT: &str =
     "route ipv4 rs2 rs1 rs2 rs1 \nroute ipv6 rs2 rs1 rs2 rs1 \norphaned rs2 rs1 \nadopted rs2 rs1 \n4\n";
 
+/// Calls of SIP, each datagram by itself.
+const CALLS: &str = r#"
+for vip in 10.0.0.200 fd00:10::200; do
+    case $vip in *:*) service=[$vip]:5060 servers='[fd00:10::205] [fd00:10::206]' ;; *) service=$vip:5060 servers='10.0.0.205 10.0.0.206' ;; esac
+    ipvsadm -A -u $service -s rr -p 60 -o --pe sip
+    for server in $servers; do ipvsadm -a -u $service -r $server:5060 -g; done
+    for call in one two one; do
+        printf 'OPTIONS sip:a SIP/2.0\r\nCall-ID: %s@%s\r\n\r\n' $call $vip | ip netns exec client bash -c "cat >/dev/udp/$vip/5060"
+    done
+done
+for try in $(seq 50); do [ "$(ipvsadm -Lnc --persistent-conn | grep -c ' sip ')" = 4 ] && break; sleep 0.1; done
+echo "calls: $(ipvsadm -Lnc --persistent-conn | grep ' sip ' | sed 's/.* //' | sort | tr '\n' ' ')"
+ipvsadm -C
+"#;
+
+const CALLS_OUTPUT: &str = "calls: one@10.0.0.200 one@fd00:10::200 two@10.0.0.200 two@fd00:10::200 \n";
+
 /// The end of a director.
 const END: &str = r#"
 bpfvs stop --detach
@@ -296,9 +313,9 @@ fn assert_output_of(machine: Machine, version: Version, hook: &str, script: &[&s
 #[test]
 fn the_scripts_hold_for_the_kernels_own_ipvs() -> Result<()> {
     needs_machines!();
-    let script = [STAND_IN, DIRECTOR, DIRECT_ROUTING, TUNNEL_DEVICES_BY_HAND, TUNNELS, END];
-    let expected = [DIRECT_ROUTING_OUTPUT, TUNNELS_OUTPUT, END_OUTPUT].concat();
-    let machine = Machine::new(Version::V6_12)?.modules(ipvs(Version::V6_12));
+    let script = [STAND_IN, DIRECTOR, DIRECT_ROUTING, CALLS, TUNNEL_DEVICES_BY_HAND, TUNNELS, END];
+    let expected = [DIRECT_ROUTING_OUTPUT, CALLS_OUTPUT, TUNNELS_OUTPUT, END_OUTPUT].concat();
+    let machine = Machine::new(Version::V6_12)?.modules(ipvs(Version::V6_12)).modules(&["ip_vs_pe_sip"]);
     assert_output_of(machine, Version::V6_12, "IPVS", &script, &expected)
 }
 
@@ -309,16 +326,16 @@ fn the_scripts_hold_for_the_kernels_own_ipvs() -> Result<()> {
 fn direct_routing_and_fullnat_on_the_oldest_kernel() -> Result<()> {
     needs_machines!();
     needs_bpfvs!();
-    let expected = [DIRECT_ROUTING_OUTPUT, FULLNAT_OUTPUT, END_OUTPUT].concat();
-    assert_output(Version::V6_1, "xdp", &[DIRECTOR, DIRECT_ROUTING, FULLNAT, END], &expected)
+    let expected = [DIRECT_ROUTING_OUTPUT, CALLS_OUTPUT, FULLNAT_OUTPUT, END_OUTPUT].concat();
+    assert_output(Version::V6_1, "xdp", &[DIRECTOR, DIRECT_ROUTING, CALLS, FULLNAT, END], &expected)
 }
 
 #[test]
 fn direct_routing_fullnat_and_tunnel_devices_on_the_oldest_kernel() -> Result<()> {
     needs_machines!();
     needs_bpfvs!();
-    let expected = [DIRECT_ROUTING_OUTPUT, FULLNAT_OUTPUT, TUNNELS_OUTPUT, END_OUTPUT].concat();
-    let script = [DIRECTOR, DIRECT_ROUTING, FULLNAT, TUNNEL_DEVICES_BY_BPFVS, TUNNELS, END];
+    let expected = [DIRECT_ROUTING_OUTPUT, CALLS_OUTPUT, FULLNAT_OUTPUT, TUNNELS_OUTPUT, END_OUTPUT].concat();
+    let script = [DIRECTOR, DIRECT_ROUTING, CALLS, FULLNAT, TUNNEL_DEVICES_BY_BPFVS, TUNNELS, END];
     assert_output(Version::V6_1, "tc", &script, &expected)
 }
 
@@ -326,15 +343,15 @@ fn direct_routing_fullnat_and_tunnel_devices_on_the_oldest_kernel() -> Result<()
 fn vlans_and_direct_routing_on_debians_newer_kernel() -> Result<()> {
     needs_machines!();
     needs_bpfvs!();
-    let expected = [VLAN_OUTPUT, DIRECT_ROUTING_OUTPUT, END_OUTPUT].concat();
-    assert_output(Version::V6_12, "tc", &[DIRECTOR, VLAN, DIRECT_ROUTING, END], &expected)
+    let expected = [VLAN_OUTPUT, DIRECT_ROUTING_OUTPUT, CALLS_OUTPUT, END_OUTPUT].concat();
+    assert_output(Version::V6_12, "tc", &[DIRECTOR, VLAN, DIRECT_ROUTING, CALLS, END], &expected)
 }
 
 #[test]
 fn vlans_direct_routing_and_tunnel_devices_on_debians_newer_kernel() -> Result<()> {
     needs_machines!();
     needs_bpfvs!();
-    let expected = [VLAN_OUTPUT, DIRECT_ROUTING_OUTPUT, TUNNELS_OUTPUT, END_OUTPUT].concat();
-    let script = [DIRECTOR, VLAN, DIRECT_ROUTING, TUNNEL_DEVICES_BY_BPFVS, TUNNELS, END];
+    let expected = [VLAN_OUTPUT, DIRECT_ROUTING_OUTPUT, CALLS_OUTPUT, TUNNELS_OUTPUT, END_OUTPUT].concat();
+    let script = [DIRECTOR, VLAN, DIRECT_ROUTING, CALLS, TUNNEL_DEVICES_BY_BPFVS, TUNNELS, END];
     assert_output(Version::V6_12, "xdp", &script, &expected)
 }
