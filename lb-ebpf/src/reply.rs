@@ -78,16 +78,13 @@ pub fn forget<F: Family>(key: &ConnectionKey<F::Address>, leg: Leg) {
 /// The way of a plain packet that may be a reply. If it needs more attention, the outcome says so.
 #[inline(always)]
 pub fn plain<P: Packet, F: Family>(packet: &mut P, plain: &Plain<F::Address>) -> Result<Outcome, Reason> {
-    let Plain { header, protocol, segment } = plain;
-    let protocol = u32::from(*protocol);
-    let key = ConnectionKey { client: header.source, vip: header.destination, ports: segment.ports, protocol };
-    let known = F::replies().get_ptr(&key).ok_or(Reason::NotOurs)?;
+    let known = F::replies().get_ptr(&plain.key).ok_or(Reason::NotOurs)?;
     // SAFETY: an element of the map; it may become another reply's under our hands, but it stays memory.
     let known = unsafe { &*known };
     let idle = track::jiffies().wrapping_sub(known.last_seen);
-    let undisturbed = idle < HZ.load() && known.flags & ATTENDED == ATTENDED && segment.is_quiet();
+    let undisturbed = idle < HZ.load() && known.flags & ATTENDED == ATTENDED && transport::is_quiet(plain.event);
     let mtu = known.hop.mtu;
-    let fits = header.length <= mtu as usize || packet.fits_in_segments(SEGMENT_HEADERS + F::HEADER, mtu);
+    let fits = plain.length <= mtu as usize || packet.fits_in_segments(SEGMENT_HEADERS + F::HEADER, mtu);
     let reaches = packet.reaches(&known.hop, known.flags & flags::REDIRECT != 0);
     if !undisturbed || !fits || !reaches {
         return Ok(Outcome::reply::<F>());
@@ -101,7 +98,7 @@ pub fn plain<P: Packet, F: Family>(packet: &mut P, plain: &Plain<F::Address>) ->
         Err(Reason::TtlExpired) => return Ok(Outcome::reply::<F>()),
         translated => translated?,
     }
-    account::reply(known.server, header.length);
+    account::reply(known.server, plain.length);
     packet.address(&Link::plain(F::ETHERTYPE), &known.hop, Room::NONE)?;
     Ok(Outcome::verdict(packet.send(&known.hop)))
 }
