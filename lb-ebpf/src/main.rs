@@ -50,7 +50,7 @@ use aya_ebpf::{
     programs::{TcContext, XdpContext},
 };
 use lb_common::{
-    connection::Leg,
+    connection::{ConnectionKey, Leg},
     packet::{
         Fragment, IpHeader, Payload, Plain, V4, V6,
         ethernet::{self, Link},
@@ -178,18 +178,19 @@ fn direct<P: Packet>(packet: &mut P) -> i32 {
 #[inline(always)]
 fn plain<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
     let link = Link::plain(F::ETHERTYPE);
-    let Some(plain) = F::plain(packet, link.payload) else { return Ok(Outcome::ODD) };
-    let key = &plain.key;
+    // Taken apart: the key lies in memory, where look-ups find it, the rest need not.
+    let Some(Plain { key, length, event }) = F::plain(packet, link.payload) else { return Ok(Outcome::ODD) };
+    let key = &key;
     if !classify::may_be_ours(&key.vip) {
         return match () {
             () if classify::is_excepted::<P, F>(packet) => Ok(Outcome::ODD),
-            () if classify::may_be_reply(&key.client) => reply::plain::<P, F>(packet, &plain),
+            () if classify::may_be_reply(&key.client) => reply::plain::<P, F>(packet, key, length, event),
             () => Err(Reason::NotOurs),
         };
     }
-    let leg = track::connection::<P, F>(packet, key, plain.event);
-    let header = IpHeader { source: &key.client, destination: &key.vip, offset: link.payload, length: plain.length };
-    Ok(deliver::<P, F>(packet, &link, &header, Some(&plain), true, leg))
+    let leg = track::connection::<P, F>(packet, key, event);
+    let header = IpHeader { source: &key.client, destination: &key.vip, offset: link.payload, length };
+    Ok(deliver::<P, F>(packet, &link, &header, Some(key), true, leg))
 }
 
 #[inline(always)]
@@ -226,13 +227,14 @@ fn odd_of<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
     Ok(deliver::<P, F>(packet, &link, &header.as_ref(), None, answerable, leg))
 }
 
-/// The second half of either way: the packet's real server is known, or why there is none.
+/// The second half of either way: the packet's real server is known, or why there is none. `plain` is the key of a plain packet's
+/// connection.
 #[inline(always)]
 fn deliver<P: Packet, F: Family>(
     packet: &mut P,
     link: &Link,
     header: &IpHeader<&F::Address>,
-    plain: Option<&Plain<F::Address>>,
+    plain: Option<&ConnectionKey<F::Address>>,
     answerable: bool,
     leg: Result<Leg, Reason>,
 ) -> Outcome {
@@ -263,7 +265,7 @@ fn to_server<P: Packet, F: Family>(
     packet: &mut P,
     link: &Link,
     header: &IpHeader<&F::Address>,
-    plain: Option<&Plain<F::Address>>,
+    plain: Option<&ConnectionKey<F::Address>>,
     leg: Result<Leg, Reason>,
 ) -> Result<Outcome, Reason> {
     let leg = leg?;

@@ -4,10 +4,10 @@ mod tunnel;
 
 use aya_ebpf::cty::c_void;
 use lb_common::{
-    connection::Leg,
+    connection::{ConnectionKey, Leg},
     local::Local,
     packet::{
-        IpHeader, Plain,
+        IpHeader,
         ethernet::{self, Link},
     },
     reason::Reason,
@@ -88,7 +88,7 @@ pub fn forward<P: Packet, F: Family>(
     packet: &mut P,
     link: &Link,
     header: &IpHeader<&F::Address>,
-    plain: Option<&Plain<F::Address>>,
+    plain: Option<&ConnectionKey<F::Address>>,
     server: &Reachable,
 ) -> Result<Outcome, Reason> {
     let method = server.entry.method;
@@ -97,11 +97,11 @@ pub fn forward<P: Packet, F: Family>(
     if !packet.takes_headers(link) && (too_big || method == Method::Tunnel as u8 || method == Method::Cross as u8) {
         return Err(Reason::Vlan);
     }
-    if let Some(plain) = plain
+    if let Some(key) = plain
         && Method::translates_in_place(method)
         && !too_big
     {
-        nat::plain_request::<P, F>(packet, plain, server.entry, server.leg.local())?;
+        nat::plain_request::<P, F>(packet, key, header.length, server.entry, server.leg.local())?;
         packet.address(link, &server.entry.hop, Room::NONE)?;
         return server.send(packet).map(Outcome::verdict);
     }
