@@ -36,6 +36,7 @@ impl Server {
     /// Source and destination of a tunnel's outer header of IPv6, in words that are as wide as can be written.
     #[inline(always)]
     #[expect(unsafe_code, reason = "two fields are read as one")]
+    #[expect(clippy::cast_ptr_alignment, reason = "who reads asks for no alignment, or needs none")]
     pub const fn outer_addresses(&self) -> [u64; 4] {
         const SOURCE: usize = offset_of!(Server, outer_source);
         const { assert!(offset_of!(Self, address) == SOURCE + size_of::<[u32; 4]>()) };

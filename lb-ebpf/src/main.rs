@@ -158,7 +158,7 @@ fn next_tc(context: &TcContext, verdict: i32) -> i32 {
 
 #[inline(always)]
 fn direct<P: Packet>(packet: &mut P) -> i32 {
-    // As they stand in the frame: there constants are turned round, here it would be each packet's.
+    // As they stand in the frame: so the constants are turned round once and for all, and not the type of each packet.
     const IPV4: u16 = ethernet::IPV4.to_be();
     const IPV6: u16 = ethernet::IPV6.to_be();
     const VLAN: u16 = ethernet::VLAN.to_be();
@@ -246,9 +246,7 @@ fn deliver<P: Packet, F: Family>(
         // An address that looks like a virtual one to the filter may be that of a client.
         Err(Reason::NoService) if classify::may_be_reply(header.source) => Outcome::reply::<F>(),
         // It was an exception to the filter, and for nobody.
-        Err(why) if plain.is_none() && leaves_unnoticed(why) && !classify::may_be_ours(header.destination) => {
-            Outcome::reply::<F>()
-        }
+        Err(why) if plain.is_none() && leaves_unnoticed(why) && !classify::may_be_ours(header.destination) => Outcome::reply::<F>(),
         Err(why) if answerable => Outcome::refused::<P, F>(why, forward::mtu(leg), link, header.length),
         Err(why) => Outcome::left::<P>(why),
     }

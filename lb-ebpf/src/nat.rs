@@ -106,8 +106,7 @@ fn correct_plain<P: Packet, F: Family>(
     let ConnectionKey { client, vip, protocol, .. } = key;
     let transport = ethernet::HEADER + F::HEADER;
     let length = (length - F::HEADER) as u16;
-    let pseudo_header =
-        client.sum() + vip.sum() + u64::from(length.to_be()) + u64::from((*protocol as u16).to_be());
+    let pseudo_header = client.sum() + vip.sum() + u64::from(length.to_be()) + u64::from((*protocol as u16).to_be());
     let pseudo_header = Some(checksum::fold(pseudo_header));
     if *protocol == u32::from(protocol::TCP) {
         packet.correct(transport + TcpHeader::CHECKSUM, addresses, ports, Checksum::Tcp, pseudo_header)

@@ -46,11 +46,7 @@ pub fn jiffies() -> u32 {
 
 /// Finds or makes the packet's connection, and moves its state on. Returns where its packets go.
 #[inline(always)]
-pub fn connection<P: Packet, F: Family>(
-    packet: &P,
-    key: &ConnectionKey<F::Address>,
-    event: u8,
-) -> Result<Leg, Reason> {
+pub fn connection<P: Packet, F: Family>(packet: &P, key: &ConnectionKey<F::Address>, event: u8) -> Result<Leg, Reason> {
     if let Some(known) = F::connections().find(key) {
         // First of all: what is read before a call has to be put aside for it.
         let now = jiffies();
@@ -533,8 +529,7 @@ pub fn anything<P: Packet, F: Family>(
         return found(later::<P, F>(packet.context(), header.offset as u32));
     }
     let segment = transport::parse(packet, offset, protocol, header.offset + header.length)?;
-    let key =
-        ConnectionKey { client: header.source, vip: header.destination, ports: segment.ports, protocol: u32::from(protocol) };
+    let key = ConnectionKey { client: header.source, vip: header.destination, ports: segment.ports, protocol: u32::from(protocol) };
     let leg = connection::<P, F>(packet, &key, segment.event)?;
     if fragment == Fragment::First {
         remember_first_fragment::<P, F>(packet.context(), header.offset as u32, segment.ports);

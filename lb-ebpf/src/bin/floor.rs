@@ -205,15 +205,15 @@ unsafe fn restore<P: Packet>(packet: &mut P, round: *mut Round) -> Option<()> {
         } else if role == Role::Destination as u16 {
             words[destination] = client;
         }
-        let [a, b, c, d, e, f, g, h, i, j, k, l, m] = words;
+        let two = |at: usize| u64::from(words[at]) | u64::from(words[at + 1]) << 32;
         if is_v6 {
-            packet.pointer::<[u32; 5]>(2)?.write([a, b, c, d, e]);
-            packet.pointer::<[u64; 4]>(22)?.write([wide(f, g), wide(h, i), wide(j, k), wide(l, m)]);
+            packet.pointer::<[u32; 5]>(2)?.write([words[0], words[1], words[2], words[3], words[4]]);
+            packet.pointer::<[u64; 4]>(22)?.write([two(5), two(7), two(9), two(11)]);
             packet.pointer::<[u32; 5]>(54)?.write((*round).more_headers);
         } else {
-            packet.pointer::<[u32; 6]>(2)?.write([a, b, c, d, e, f]);
-            packet.pointer::<u64>(26)?.write(wide(g, h));
-            packet.pointer::<[u32; 5]>(34)?.write([i, j, k, l, m]);
+            packet.pointer::<[u32; 6]>(2)?.write([words[0], words[1], words[2], words[3], words[4], words[5]]);
+            packet.pointer::<u64>(26)?.write(two(6));
+            packet.pointer::<[u32; 5]>(34)?.write([words[8], words[9], words[10], words[11], words[12]]);
         }
         let behind = if is_v6 { 54 } else { 34 };
         if role == Role::Source as u16 {
@@ -227,12 +227,6 @@ unsafe fn restore<P: Packet>(packet: &mut P, round: *mut Round) -> Option<()> {
         }
         Some(())
     }
-}
-
-/// Two words, as one that is written at once.
-#[inline(always)]
-const fn wide(first: u32, second: u32) -> u64 {
-    first as u64 | (second as u64) << 32
 }
 
 /// Makes a live frame the next flow's packet, and sends it by the wire. IPv4 alone: its header's checksum is made right, because

@@ -113,25 +113,26 @@ impl Packet for XdpFrame {
             self.write(0, hop.link)?;
             return Ok(link.payload);
         }
-        let payload = if link.payload == ethernet::HEADER && keeps_tags {
+        if link.payload == ethernet::HEADER && keeps_tags {
             self.grow(room.bytes as i32)?;
-            let Some(header) = self.pointer::<[u16; ethernet::HEADER / 2]>(0) else { return Err(apart(Reason::Malformed)) };
-            // SAFETY: `pointer` checked the bounds of the whole header.
+            // The header, and two bytes of the room.
+            let Some(words) = self.pointer::<[u32; 4]>(0) else { return Err(apart(Reason::Malformed)) };
+            let words = words.cast::<u32>();
+            // SAFETY: `pointer` checked the bounds.
             unsafe {
-                header.cast::<[u32; 3]>().write(hop.link);
-                header.cast::<u16>().add(6).write(room.ethertype.to_be());
+                words.cast::<[u32; 3]>().write(hop.link);
+                words.add(3).cast::<u16>().write(room.ethertype.to_be());
             }
             return Ok(ethernet::HEADER);
-        } else {
-            let tags = if keeps_tags { KEEP_VLAN } else { vlan };
-            let ethertype = if room.bytes == 0 { link.ethertype } else { room.ethertype };
-            let payload = retag(self.context, link.payload as u32, tags, room.bytes as u32, ethertype);
-            self.reload();
-            if payload == 0 {
-                return Err(apart(Reason::Failed));
-            }
-            payload as usize & 0x1f
-        };
+        }
+        let tags = if keeps_tags { KEEP_VLAN } else { vlan };
+        let ethertype = if room.bytes == 0 { link.ethertype } else { room.ethertype };
+        let payload = retag(self.context, link.payload as u32, tags, room.bytes as u32, ethertype);
+        self.reload();
+        if payload == 0 {
+            return Err(apart(Reason::Failed));
+        }
+        let payload = payload as usize & 0x1f;
         self.write(0, hop.link)?;
         Ok(payload)
     }

@@ -24,7 +24,10 @@ use aya_ebpf::{
 use lb_common::{
     connection::flags,
     filter,
-    packet::{Bytes as _, Ipv4Header, Network as _, Plain, V4, ethernet, transport::{self, Ports}},
+    packet::{
+        Bytes as _, Ipv4Header, Network as _, Plain, V4, ethernet,
+        transport::{self, Ports},
+    },
     reason::Reason,
     server::Status,
     statistics::Statistics,
