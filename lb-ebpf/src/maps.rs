@@ -31,7 +31,7 @@ use lb_common::{
     statistics::Statistics,
     template::{Scope, Template, TemplateKey},
 };
-use lb_ebpf::packet::Packet;
+use lb_ebpf::packet::{Packet, apart};
 
 use crate::{atomic, local::Claim, locality::Case, sip::Inquiry, table::Connections, template::Arrival};
 
@@ -420,7 +420,7 @@ impl Family for V4 {
         unsafe {
             let old = u32::from_le(word.read());
             if old & 0xff <= 1 {
-                return Err(Reason::TtlExpired);
+                return Err(apart(Reason::TtlExpired));
             }
             // RFC 1624 for a word whose high byte lost one: the checksum gains it, with the carry around the end.
             let carry = if old >= 0xfffe_0000 { 0x1_0000 } else { 0 };
@@ -438,7 +438,7 @@ impl Family for V4 {
         unsafe {
             let old = u32::from_le(word.read());
             if old & 0xff <= 1 {
-                return Err(Reason::TtlExpired);
+                return Err(apart(Reason::TtlExpired));
             }
             let checksum = checksum::gain((old >> 16) as u16, gained + LOST_ONE);
             word.write(((u32::from(checksum) << 16) | ((old & 0xffff) - 1)).to_le());
@@ -516,7 +516,7 @@ impl Family for V6 {
         unsafe {
             let hop_limit = (*header).hop_limit;
             if hop_limit <= 1 {
-                return Err(Reason::TtlExpired);
+                return Err(apart(Reason::TtlExpired));
             }
             (*header).hop_limit = hop_limit - 1;
         }

@@ -37,6 +37,15 @@ use crate::director::model::ConnectionView;
 /// Takes a connection or a template, and says whether it wants another.
 pub type Visit<'a> = &'a mut dyn FnMut(ConnectionView) -> ControlFlow<()>;
 
+/// The entries of real servers, each as it stood when somebody asked for it first. The servers are locked for a moment only.
+pub fn known_servers(servers: Arc<Mutex<Servers>>) -> impl FnMut(u32) -> Option<Server> {
+    let mut known = HashMap::new();
+    move |index| {
+        let look = || lock(&servers).entry(index).ok().filter(|entry: &Server| entry.status != Status::Free as u8);
+        *known.entry(index).or_insert_with(look)
+    }
+}
+
 /// What is to be listed.
 pub struct Listing {
     connections: Connections,
@@ -58,11 +67,7 @@ impl Listing {
     /// Shows all connections, then all templates, until somebody has enough.
     pub fn show(self, visit: Visit<'_>) -> anyhow::Result<()> {
         let Self { connections, templates: [ipv4, ipv6], calls: [calls_ipv4, calls_ipv6], servers, config, clock } = self;
-        let mut known = HashMap::new();
-        let server = &mut |index| {
-            let look = || lock(&servers).entry(index).ok().filter(|entry: &Server| entry.status != Status::Free as u8);
-            *known.entry(index).or_insert_with(look)
-        };
+        let server = &mut known_servers(servers);
         if connections.list(&config, clock, server, visit)?.is_continue()
             && templates::show::<TemplateKey<Ipv4>>(&ipv4, clock, server, visit)?.is_continue()
             && templates::show::<TemplateKey<Ipv6>>(&ipv6, clock, server, visit)?.is_continue()
