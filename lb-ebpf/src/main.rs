@@ -37,6 +37,7 @@ mod newcomers;
 mod outcome;
 mod pick;
 mod reply;
+mod sip;
 mod sweep;
 mod table;
 mod template;
@@ -99,6 +100,14 @@ pub fn xdp_cross(context: XdpContext) -> u32 {
     next_xdp(&context, verdict)
 }
 
+/// What finds the Call-ID of SIP messages, for services that keep calls together.
+#[xdp]
+pub fn xdp_sip(context: XdpContext) -> u32 {
+    // SAFETY: the context is the kernel's own.
+    let verdict = sip::read(&unsafe { XdpFrame::view(context.as_ptr()) });
+    next_xdp(&context, verdict)
+}
+
 #[inline(always)]
 fn next_xdp(context: &XdpContext, verdict: i32) -> u32 {
     // SAFETY: the map is a program array, whose programs have the same kind of context.
@@ -106,6 +115,7 @@ fn next_xdp(context: &XdpContext, verdict: i32) -> u32 {
         Outcome::NEXT_ODD => unsafe { XDP_NEXT.tail_call(context, next::ODD) },
         Outcome::NEXT_TRANSLATE => unsafe { XDP_NEXT.tail_call(context, next::TRANSLATE) },
         Outcome::NEXT_CROSS => unsafe { XDP_NEXT.tail_call(context, next::CROSS) },
+        Outcome::NEXT_SIP => unsafe { XDP_NEXT.tail_call(context, next::SIP) },
         _ => return verdict as u32,
     }
     // There is no such program as long as no real server needs it.
@@ -144,6 +154,14 @@ pub fn tc_cross(context: TcContext) -> i32 {
     next_tc(&context, verdict)
 }
 
+/// The same at tc.
+#[classifier]
+pub fn tc_sip(context: TcContext) -> i32 {
+    // SAFETY: the context is the kernel's own.
+    let verdict = sip::read(&unsafe { TcBuffer::view(context.as_ptr()) });
+    next_tc(&context, verdict)
+}
+
 #[inline(always)]
 fn next_tc(context: &TcContext, verdict: i32) -> i32 {
     // SAFETY: as in `next_xdp`.
@@ -151,6 +169,7 @@ fn next_tc(context: &TcContext, verdict: i32) -> i32 {
         Outcome::NEXT_ODD => unsafe { TC_NEXT.tail_call(context, next::ODD) },
         Outcome::NEXT_TRANSLATE => unsafe { TC_NEXT.tail_call(context, next::TRANSLATE) },
         Outcome::NEXT_CROSS => unsafe { TC_NEXT.tail_call(context, next::CROSS) },
+        Outcome::NEXT_SIP => unsafe { TC_NEXT.tail_call(context, next::SIP) },
         _ => return verdict,
     }
     account::leave::<TcBuffer>(Reason::NotOurs)
@@ -241,6 +260,7 @@ fn deliver<P: Packet, F: Family>(
     match to_server::<P, F>(packet, link, header, plain, leg) {
         Ok(outcome) => outcome,
         Err(Reason::Unnamed) => Outcome::name::<F>(),
+        Err(Reason::NoCallId) => Outcome::verdict(Outcome::NEXT_SIP),
         // That has switched flood mode on, in which there is a way: once more from the beginning.
         Err(Reason::TableFull) if plain.is_some() => Outcome::ODD,
         // An address that looks like a virtual one to the filter may be that of a client.

@@ -129,6 +129,8 @@ impl Outcome {
     pub const NEXT_TRANSLATE: i32 = i32::MIN + 1;
     /// In the place of a verdict: the program that makes packets of the other version goes on.
     pub const NEXT_CROSS: i32 = i32::MIN + 2;
+    /// In the place of a verdict: the program that reads SIP goes on, and then that for odd packets.
+    pub const NEXT_SIP: i32 = i32::MIN + 3;
 
     /// Leaves what is left to the program for translation.
     #[inline(always)]

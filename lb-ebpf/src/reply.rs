@@ -285,6 +285,9 @@ fn move_on<F: Family>(key: &ConnectionKey<F::Address>, known: *mut Reply<F::Addr
         if answers || track::establishes(&before, &*connection, protocol) {
             template::assure::<F>(&(*known).connection(key.protocol), before.server);
         }
+        if answers {
+            template::assure_call::<F>(&(*known).connection(key.protocol), before.server);
+        }
         let settled = if now & connection_flags::SETTLED != 0 { flags::SETTLED } else { 0 };
         (*known).last_seen = track::jiffies();
         (*known).flags = (*known).flags & !flags::SETTLED | settled;

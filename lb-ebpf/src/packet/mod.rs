@@ -39,6 +39,12 @@ pub trait Packet: Bytes {
     /// A pointer into the packet, or nothing if the value would reach beyond the end.
     fn pointer<T: Plain>(&self, offset: usize) -> Option<*mut T>;
 
+    /// Copies so many bytes of the packet, wherever they lie. `false`: they are not there.
+    ///
+    /// # Safety
+    /// There is room for them.
+    unsafe fn load(&self, offset: u32, to: *mut u8, length: u32) -> bool;
+
     /// Writes a value, or says that it would reach beyond the end.
     #[inline(always)]
     fn write<T: Plain>(&mut self, offset: usize, value: T) -> Result<(), Reason> {

@@ -3,7 +3,7 @@
 use aya_ebpf::{
     bindings::{xdp_action, xdp_md},
     cty::c_void,
-    helpers::generated::{bpf_redirect, bpf_xdp_adjust_head, bpf_xdp_adjust_tail},
+    helpers::generated::{bpf_redirect, bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_load_bytes},
 };
 use lb_common::{
     Plain,
@@ -87,6 +87,12 @@ impl Packet for XdpFrame {
     #[inline(always)]
     fn pointer<T: Plain>(&self, offset: usize) -> Option<*mut T> {
         self.span.pointer(offset)
+    }
+
+    #[inline(always)]
+    unsafe fn load(&self, offset: u32, to: *mut u8, length: u32) -> bool {
+        // SAFETY: the caller's promise, and the context is the kernel's.
+        unsafe { bpf_xdp_load_bytes(self.context, offset, to.cast(), length) == 0 }
     }
 
     /// A frame at this hook is never larger than a device takes.
