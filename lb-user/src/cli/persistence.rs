@@ -1,5 +1,7 @@
 //! `bpfvs persistence`: which clients stay with which real servers.
 
+use std::ops::ControlFlow;
+
 use clap::Subcommand;
 
 use super::{
@@ -7,7 +9,7 @@ use super::{
     connections::{belongs, endpoint},
     names::ServiceName,
     service,
-    table::{Pages, number, text},
+    table::{number, table, text},
 };
 use crate::director::model::{Command, ConnectionView};
 
@@ -34,15 +36,32 @@ impl Persistence {
                 if let Some(name) = &service {
                     service::find(client.services()?, name)?;
                 }
-                let is_wanted =
-                    |template: &ConnectionView| template.template && service.as_ref().is_none_or(|name| belongs(template, &name.0));
-                let columns = [text("PROTOCOL"), text("CLIENT"), text("VIRTUAL"), text("SERVER"), number("EXPIRES"), text("STATE")];
-                let mut pages = Pages::new(columns);
-                global.stream(&mut client, is_wanted, |template| pages.take(template.map(row)))
+                let mut templates = Vec::new();
+                client.each_connection(&mut |view| {
+                    if view.template && service.as_ref().is_none_or(|name| belongs(&view, &name.0)) {
+                        templates.push(view);
+                    }
+                    ControlFlow::Continue(())
+                })?;
+                global.answer(&templates, || list(&templates))
             }
             Self::Flush { service } => global.change(Command::FlushTemplates { service: service.map(|service| service.0) }),
         }
     }
+}
+
+fn list(templates: &[ConnectionView]) -> String {
+    let [protocol, client, vip, server, expires, state] =
+        [text("PROTOCOL"), text("CLIENT"), text("VIRTUAL"), text("SERVER"), number("EXPIRES"), text("STATE")];
+    if templates.iter().all(|template| template.engine.is_none()) {
+        return table([protocol, client, vip, server, expires, state], templates.iter().map(row));
+    }
+    let rows = templates.iter().map(|template| {
+        let [protocol, client, vip, server, expires, state] = row(template);
+        let call = template.engine.as_ref().map_or_else(String::new, |engine| engine.data.clone());
+        [protocol, client, vip, server, expires, state, call]
+    });
+    table([protocol, client, vip, server, expires, state, text("CALL-ID")], rows)
 }
 
 fn row(template: &ConnectionView) -> [String; 6] {

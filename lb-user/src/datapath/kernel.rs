@@ -27,7 +27,7 @@ use aya::maps::{Array, MapData, PerCpuArray, PerCpuValues};
 use lb_common::{
     config::{Config, LAYOUT, SweepReport},
     server::{Counters, NextHop, Server, Status},
-    service::{Mode, Service},
+    service::{Mode, Service, flags as service_flags},
     statistics::Statistics,
     template::Scope,
 };
@@ -433,6 +433,11 @@ impl Datapath for KernelDatapath {
     }
 
     fn set_service(&mut self, id: &ServiceId, service: Service) -> Result<(), Error> {
+        if service.flags & service_flags::SIP != 0 {
+            lock(&self.attachments)
+                .read_sip()
+                .map_err(|error| kernel_error("the programs for SIP cannot be loaded".to_owned(), format!("{error:#}")))?;
+        }
         if id.mark() == 0 {
             return self.services.set(id, service);
         }

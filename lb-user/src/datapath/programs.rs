@@ -26,27 +26,33 @@ use crate::director::model::TableMemory;
 struct Hooked {
     /// What is attached to interfaces.
     director: &'static str,
-    /// What it calls, and what these call, by their places: for rare packets, for those whose addresses are translated, and for those that
-    /// change their IP version.
-    called: [&'static str; 3],
+    /// What it calls, and what these call, by their places: for rare packets, for those whose addresses are translated, for those that
+    /// change their IP version, and for those whose Call-ID is to be read.
+    called: [&'static str; 4],
     /// The array through which they call each other.
     next: &'static str,
 }
 
-const XDP: Hooked = Hooked { director: "xdp_director", called: ["xdp_odd", "xdp_translate", "xdp_cross"], next: "XDP_NEXT" };
-const TC: Hooked = Hooked { director: "tc_director", called: ["tc_odd", "tc_translate", "tc_cross"], next: "TC_NEXT" };
+const XDP: Hooked =
+    Hooked { director: "xdp_director", called: ["xdp_odd", "xdp_translate", "xdp_cross", "xdp_sip"], next: "XDP_NEXT" };
+const TC: Hooked = Hooked { director: "tc_director", called: ["tc_odd", "tc_translate", "tc_cross", "tc_sip"], next: "TC_NEXT" };
 const SWEEP: &str = "sweep";
 /// The programs that the sweep has see a table's entries, and these tables, in the order of [`lb_common::config::SweptTable`].
-pub const SWEPT_TABLES: [(&str, &str); 4] = [
+pub const SWEPT_TABLES: [(&str, &str); 8] = [
     ("sweep_ipv4", "CONNECTIONS_V4"),
     ("sweep_ipv6", "CONNECTIONS_V6"),
+    ("sweep_callers_ipv4", "CALLERS_V4"),
+    ("sweep_callers_ipv6", "CALLERS_V6"),
     ("sweep_templates_ipv4", "TEMPLATES_V4"),
     ("sweep_templates_ipv6", "TEMPLATES_V6"),
+    ("sweep_calls_ipv4", "CALLS_V4"),
+    ("sweep_calls_ipv6", "CALLS_V6"),
 ];
 /// The places in the arrays through which programs call each other.
 const NEXT_ODD: usize = 0;
 const NEXT_TRANSLATE: usize = 1;
 const NEXT_CROSS: usize = 2;
+const NEXT_SIP: usize = 3;
 /// The maps with the programs' global variables, the filters.
 const DESTINATIONS: &str = ".bss";
 const SOURCES: &str = ".bss.sources";
@@ -117,6 +123,11 @@ impl Programs {
     pub fn load_crossing(&mut self) -> anyhow::Result<()> {
         self.want(NEXT_TRANSLATE)?;
         self.want(NEXT_CROSS)
+    }
+
+    /// Sees to it that the Call-ID of SIP messages can be read.
+    pub fn load_sip(&mut self) -> anyhow::Result<()> {
+        self.want(NEXT_SIP)
     }
 
     /// Sees to it that there are programs at a place.

@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     player::{Director, stay_on_this_processor},
+    sip,
     wire::{Sight, Wire},
 };
 use crate::{
@@ -47,6 +48,8 @@ struct Kind {
     ports: &'static [u16],
     /// Port of a service beside it that is not persistent.
     beside: Option<u16>,
+    /// Clients send SIP messages.
+    messages: bool,
     /// IPVS's sysctls that are turned, each up to a value. Then there are also packets in the middle of connections that nobody knows of,
     /// and SYNs on old ones.
     sysctls: &'static [(&'static str, u32)],
@@ -66,8 +69,13 @@ const PLAIN: Kind = Kind {
     edited: "-p 300",
     ports: &[80],
     beside: None,
+    messages: false,
     sysctls: &[],
 };
+
+/// What those have that keep calls together.
+const CALLS: Kind =
+    Kind { protocol: 'u', port: 5060, options: "-p 300 -o --pe sip", ports: &[5060, 5061], messages: true, ..PLAIN };
 
 const KINDS: &[Kind] = &[
     Kind { edited: "-p 600", ports: &[80, 81], ..PLAIN },
@@ -86,6 +94,10 @@ const KINDS: &[Kind] = &[
     Kind { mark: true, protocol: 'u', port: 0, ports: &[53, 54], ..PLAIN },
     Kind { mark: true, ipv6: true, port: 0, edited: "-p 300 -M 64", ports: &[80, 443], ..PLAIN },
     Kind { options: "", edited: "-p 300", sysctls: SYSCTLS, ..PLAIN },
+    Kind { options: "-p 300 --pe sip", ..CALLS },
+    Kind { options: "-p 300 --pe sip -M 255.255.255.0 -o", edited: "-p 300 --pe sip -o -M 255.255.255.0", ..CALLS },
+    Kind { ipv6: true, edited: "-p 600 --pe sip", ..CALLS },
+    Kind { mark: true, port: 0, edited: "-p 300 --pe sip", ..CALLS },
     Kind { ipv6: true, edited: "-p 600", sysctls: SYSCTLS, ..PLAIN },
 ];
 
@@ -113,6 +125,8 @@ pub enum Meaning {
     Fin,
     Rst,
     Datagram,
+    /// The SIP message with this number.
+    Message(u64),
 }
 
 /// A service, and what happens to it.
@@ -225,7 +239,8 @@ impl Story {
                 }
                 8 if !open.is_empty() && kind.protocol == 'u' => {
                     let (client, vip) = open[random.usize(..open.len())];
-                    steps.push(Step::Packet(client, vip, Meaning::Datagram));
+                    let meaning = if kind.messages { Meaning::Message(random.u64(..)) } else { Meaning::Datagram };
+                    steps.push(Step::Packet(client, vip, meaning));
                 }
                 _ => {
                     let (network, host) = (random.u8(..3), random.u8(2..5));
@@ -241,6 +256,7 @@ impl Story {
                             [Meaning::Ack, Meaning::Fin, Meaning::Rst][random.usize(..3)]
                         }
                         't' => Meaning::Syn,
+                        _ if kind.messages => Meaning::Message(random.u64(..)),
                         _ => Meaning::Datagram,
                     };
                     open.push((client, vip));
@@ -283,6 +299,7 @@ impl Story {
                         Meaning::Fin => Frame::tcp(*client, *vip, FIN | ACK),
                         Meaning::Rst => Frame::tcp(*client, *vip, RST),
                         Meaning::Datagram => Frame::udp(*client, *vip),
+                        Meaning::Message(number) => Frame { payload: sip::message(*number), ..Frame::udp(*client, *vip) },
                     };
                     record.sights.push(match wire.exchange(&[frame])?.first() {
                         Some(Sight::Forwarded(_, server)) => format!("server {server}"),
@@ -293,7 +310,7 @@ impl Story {
                 }
             }
         }
-        record.entries = self.entries(&director.ipvsadm("-Lnc")?);
+        record.entries = self.entries(&director.ipvsadm("-Lnc --persistent-conn")?);
         Ok(record)
     }
 
