@@ -182,7 +182,7 @@ fn plain<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
             () => Err(Reason::NotOurs),
         };
     }
-    let leg = track::connection::<P, F>(packet, header, *protocol, *segment);
+    let leg = track::connection::<P, F>(packet, header, *protocol, *segment, Fragment::Whole);
     Ok(deliver::<P, F>(packet, &link, header, Some(&plain), true, leg))
 }
 

@@ -27,7 +27,9 @@ use lb_common::{
 use lb_ebpf::packet::{Packet, REACH, merged};
 
 use crate::{
-    account, atomic, bell, classify, flood, local,
+    account, atomic, bell,
+    classify::{self, Origin},
+    flood, local,
     maps::{CONFIG, COUNTERS, Family, HZ, PEAKS, SCOPES, SERVERS},
     pick, reply,
     table::Refusal,
@@ -51,6 +53,7 @@ pub fn connection<P: Packet, F: Family>(
     header: &IpHeader<F::Address>,
     protocol: u8,
     segment: Segment,
+    fragment: Fragment,
 ) -> Result<Leg, Reason> {
     let key = ConnectionKey { client: header.source, vip: header.destination, ports: segment.ports, protocol: u32::from(protocol) };
     if let Some(known) = F::connections().find(&key) {
@@ -71,7 +74,7 @@ pub fn connection<P: Packet, F: Family>(
             masqueraded => reply::forget::<F>(&key, Leg(masqueraded)),
         }
     }
-    let picked = schedule::<F>(&key, segment.event, packet.mark())?;
+    let picked = schedule::<F>(&key, segment.event, Origin::of(packet, fragment))?;
     let local = local::of_new::<F>(&key, picked & !BITS)?;
     match begin::<F>(&key, segment.event, Leg::new(picked, local)) {
         NO_SERVER => Err(Reason::NoServer),
@@ -398,20 +401,23 @@ pub fn forget(connection: &Connection) {
 /// Finds a real server for a packet without a connection: its index, with bits for [`begin`], or
 /// [`NOBODY`].
 #[inline(always)]
-fn schedule<F: Family>(key: &ConnectionKey<F::Address>, event: u8, mark: u32) -> Result<u32, Reason> {
-    let picked = pick_for::<F>(key, event, mark)?;
+fn schedule<F: Family>(key: &ConnectionKey<F::Address>, event: u8, origin: Origin) -> Result<u32, Reason> {
+    let picked = pick_for::<F>(key, event, origin)?;
     // For the sake of the stack, not by that one.
     if picked == PERSISTENT { template::choose::<F>() } else { Ok(picked) }
 }
 
 /// Finds the service for a packet without a connection, and picks a real server, or [`NOBODY`].
 #[inline(never)]
-fn pick_for<F: Family>(key: &ConnectionKey<F::Address>, event: u8, mark: u32) -> Result<u32, Reason> {
+fn pick_for<F: Family>(key: &ConnectionKey<F::Address>, event: u8, origin: Origin) -> Result<u32, Reason> {
     let protocol = key.protocol as u8;
-    let service = classify::service::<F>(key, mark).ok_or(Reason::NoService)?;
+    let service = classify::service::<F>(key, origin.mark()).ok_or(Reason::NoService)?;
     let admission = flood::admission(protocol, event);
     if admission == flood::LEFT || key.ports.source() == FTP_DATA.to_be() {
         return Err(Reason::NoConnection);
+    }
+    if admission == flood::SCHEDULED && classify::waits::<F>(service, origin) {
+        return Err(Reason::Unmarked);
     }
     // SAFETY: an element of the map.
     let (persistence, flags) = unsafe { ((*service).persistence, (*service).flags) };
@@ -535,7 +541,7 @@ pub fn anything<P: Packet, F: Family>(
         return found(later::<P, F>(packet.context(), header.offset as u32));
     }
     let segment = transport::parse(packet, offset, protocol, header.offset + header.length)?;
-    let leg = connection::<P, F>(packet, header, protocol, segment)?;
+    let leg = connection::<P, F>(packet, header, protocol, segment, fragment)?;
     if fragment == Fragment::First {
         remember_first_fragment::<P, F>(packet.context(), header.offset as u32, segment.ports);
     }
