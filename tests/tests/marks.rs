@@ -372,6 +372,10 @@ fn the_mark_device_is_guarded() -> Result<()> {
         Firewall::Nft.mark(&balanced.lab.director, balanced.lab.vip.of(family), "80,8080")?;
     }
     add_services(&balanced, "-g")?;
+    // Services by address wait for marks, and have rules and routes for that.
+    for family in Family::ALL {
+        balanced.bpfvs.ipvsadm(&format!("-A -t {}:9000 -s rr", host(balanced.lab.vip.of(family))))?;
+    }
     answers_alternate(&balanced, "at first")?;
     let whole = traces(&balanced.lab.director)?;
     for damage in [
@@ -383,6 +387,10 @@ fn the_mark_device_is_guarded() -> Result<()> {
         "address flush dev bpfvs-mark0",
         "route flush table 26214",
         "-6 route flush table 26214",
+        "rule del ipproto tcp dport 9000",
+        "-6 rule del iif lo",
+        "route flush table 2621409000",
+        "-6 route flush table 2621409000",
     ] {
         balanced.lab.director.run("ip", damage.split(' '))?;
         wait::until(&format!("`ip {damage}` to be mended"), wait::SOON, || {
@@ -398,7 +406,7 @@ fn the_mark_device_is_guarded() -> Result<()> {
     answers_alternate(&balanced, "with the next daemon")?;
     ensure!(traces(&balanced.lab.director)? == whole, "the next daemon changes nothing");
     let status = balanced.bpfvs.get("/v1/status")?;
-    ensure!(status["mark_device"] == "at work", "{status:#}");
+    ensure!(status["mark_device"].as_str().is_some_and(|text| text.starts_with("at work; ")), "{status:#}");
     balanced.bpfvs.stop_and_detach()?;
     ensure!(traces(&balanced.lab.director)? == before, "traces stay:\n{}\nbefore:\n{before}", traces(&balanced.lab.director)?);
     Ok(())

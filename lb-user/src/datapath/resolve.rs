@@ -310,9 +310,11 @@ impl Resolver {
                 self.guard.detours.route_vanished(&message);
                 true
             }
-            NetlinkPayload::InnerMessage(M::NewAddress(_) | M::DelAddress(_) | M::NewRoute(_) | M::NewRule(_) | M::DelRule(_)) => {
+            NetlinkPayload::InnerMessage(M::DelAddress(message)) => {
+                self.forget_routes(message.header.index);
                 true
             }
+            NetlinkPayload::InnerMessage(M::NewAddress(_) | M::NewRoute(_) | M::NewRule(_) | M::DelRule(_)) => true,
             _ => false,
         }
     }
@@ -339,7 +341,7 @@ impl Resolver {
         known
     }
 
-    /// The routes into the mark device go without a word if its entrance goes, or goes down.
+    /// The routes into the mark device go without a word if its entrance goes or goes down, or loses its address.
     fn forget_routes(&mut self, index: u32) {
         if self.links.get(&index).is_some_and(|link| link.name == ENTRANCE) {
             self.guard.detours.forget_routes();
