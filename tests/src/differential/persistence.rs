@@ -45,8 +45,10 @@ struct Kind {
     edited: &'static str,
     /// Ports that clients ask for.
     ports: &'static [u16],
-    /// Port of a service beside it that is not persistent.
-    beside: Option<u16>,
+    /// Of these, the ones whose packets are marked, if the service has a mark; none for all.
+    marked: &'static [u16],
+    /// Ports of services by address beside it that are not persistent.
+    beside: &'static [u16],
     /// IPVS's sysctls that are turned, each up to a value. Then there are also packets in the middle of connections that nobody knows of,
     /// and SYNs on old ones.
     sysctls: &'static [(&'static str, u32)],
@@ -65,7 +67,8 @@ const PLAIN: Kind = Kind {
     options: "-p 300",
     edited: "-p 300",
     ports: &[80],
-    beside: None,
+    marked: &[],
+    beside: &[],
     sysctls: &[],
 };
 
@@ -73,7 +76,7 @@ const KINDS: &[Kind] = &[
     Kind { edited: "-p 600", ports: &[80, 81], ..PLAIN },
     Kind { options: "-p 300 -M 255.255.255.0", ..PLAIN },
     Kind { port: 0, edited: "-p 300 -M 255.255.255.0", ports: &[80, 443, 9000], ..PLAIN },
-    Kind { port: 0, ports: &[80, 443], beside: Some(443), ..PLAIN },
+    Kind { port: 0, ports: &[80, 443], beside: &[443], ..PLAIN },
     Kind { port: 21, ports: &[21, 1024, 20_000, 80], ..PLAIN },
     Kind { protocol: 'u', port: 53, edited: "", ports: &[53], ..PLAIN },
     Kind { protocol: 'u', port: 53, options: "-p 300 -o", ports: &[53], ..PLAIN },
@@ -85,6 +88,8 @@ const KINDS: &[Kind] = &[
     Kind { mark: true, port: 0, options: "-p 300 -M 255.255.255.0", ports: &[80, 443], ..PLAIN },
     Kind { mark: true, protocol: 'u', port: 0, ports: &[53, 54], ..PLAIN },
     Kind { mark: true, ipv6: true, port: 0, edited: "-p 300 -M 64", ports: &[80, 443], ..PLAIN },
+    Kind { mark: true, port: 0, ports: &[80, 443, 8080], marked: &[80, 443], beside: &[443, 8080], ..PLAIN },
+    Kind { mark: true, ipv6: true, port: 0, ports: &[80, 443, 8080], marked: &[80], beside: &[80, 443], ..PLAIN },
     Kind { options: "", edited: "-p 300", sysctls: SYSCTLS, ..PLAIN },
     Kind { ipv6: true, edited: "-p 600", sysctls: SYSCTLS, ..PLAIN },
 ];
@@ -151,7 +156,7 @@ impl Story {
             Ipv4Addr::new(10, 99, row, number).into()
         };
         let mark = u32::from(row) << 8 | u32::from(number);
-        let service = |port| match kind.mark {
+        let service = |port| match kind.mark && port == 0 {
             true if kind.ipv6 => format!("-f {mark} -6"),
             true => format!("-f {mark}"),
             false => format!("-{} {}", kind.protocol, SocketAddr::new(vip, port)),
@@ -169,10 +174,13 @@ impl Story {
             let family = if kind.ipv6 { "ip6" } else { "ip" };
             steps.push(Step::Rule("add table inet stories".to_owned()));
             steps.push(Step::Rule("add chain inet stories marks { type filter hook prerouting priority mangle ; }".to_owned()));
-            steps.push(Step::Rule(format!("add rule inet stories marks {family} daddr {vip} meta mark set {mark}")));
+            let marked = kind.marked.iter().map(|port| format!("tcp dport {port} ")).collect::<Vec<_>>();
+            for port in if marked.is_empty() { vec![String::new()] } else { marked } {
+                steps.push(Step::Rule(format!("add rule inet stories marks {family} daddr {vip} {port}meta mark set {mark}")));
+            }
         }
         let line = |steps: &mut Vec<Step>, line: String| steps.push(Step::Line(line));
-        for (port, options) in [(kind.port, kind.options)].into_iter().chain(kind.beside.map(|port| (port, ""))) {
+        for (port, options) in [(kind.port, kind.options)].into_iter().chain(kind.beside.iter().map(|port| (*port, ""))) {
             line(&mut steps, format!("-A {} -s rr {options}", service(port)));
             for number in 1..=SERVERS {
                 line(&mut steps, format!("-a {} -r {} -g -w 1", service(port), server(number, port)));

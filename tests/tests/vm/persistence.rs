@@ -20,7 +20,7 @@ use bpfvs_tests::{
 };
 
 /// How many stories are played.
-const STORIES: u64 = 34;
+const STORIES: u64 = 38;
 /// Of the stories about which the directors differ, so many are shown.
 const SHOWN: usize = 3;
 
