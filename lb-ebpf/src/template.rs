@@ -8,6 +8,8 @@
 //! template not usable       pick, compare and swap;  if changed by now: the server that stands there
 //! ```
 //!
+//! What a template was before it led elsewhere is left behind under another key, for those who look, until its time is over.
+//!
 //! Every change of a template's choice is one atomic step, and who comes second takes what it finds. So two first connections
 //! of a client, at the same moment on two CPUs, go to one server. The sweep marks a template in the same way before it deletes
 //! it; whoever meets that mark drops the packet, rather than make a connection that no template knows of.
@@ -41,6 +43,8 @@ use crate::{
 pub struct Arrival {
     /// A template for a client that has none.
     fresh: Template,
+    /// What a template was that leads nowhere.
+    left: Template,
     service: Service,
     /// The [`ConnectionKey`], of either family.
     connection: [u32; 10],
@@ -169,10 +173,14 @@ unsafe fn return_to<F: Family>(arrival: *mut Arrival, known: *mut Template) -> R
         if choice.server == Choice::OVER {
             return Ok(Choice::OVER);
         }
-        let is_usable = is_usable(&*known, choice, now);
+        let is_alive = (*known).held != 0 || choice.idle(now) < (*known).timeout;
+        let is_usable = is_alive && leads_somewhere(choice.server);
         let server = if is_usable { choice.server } else { pick::<F>(arrival).unwrap_or(NOBODY) };
         if server == NOBODY {
             // As in IPVS, the client is free even if its old server comes back.
+            if is_alive {
+                leave_behind::<F>(arrival, known, choice);
+            }
             end::<F>(Arrival::key::<F>(arrival), known, word);
             return Err(NOBODY);
         }
@@ -184,6 +192,9 @@ unsafe fn return_to<F: Family>(arrival: *mut Arrival, known: *mut Template) -> R
             }
         }
         if !is_usable {
+            if is_alive {
+                leave_behind::<F>(arrival, known, choice);
+            }
             (*known).timeout = timeout(arrival);
             (*known).assured = 0;
             count(choice.server, LESS);
@@ -196,6 +207,37 @@ unsafe fn return_to<F: Family>(arrival: *mut Arrival, known: *mut Template) -> R
             (*known).assured = 1;
         }
         Ok(server)
+    }
+}
+
+/// Puts a copy of a template aside that leads nowhere.
+///
+/// # Safety
+/// As above.
+#[inline(always)]
+unsafe fn leave_behind<F: Family>(arrival: *mut Arrival, known: *const Template, choice: Choice) {
+    // SAFETY: the caller's promise; the arrival is this CPU's own.
+    unsafe {
+        let (key, left) = (Arrival::key::<F>(arrival), &raw mut (*arrival).left);
+        (*left).choice = choice.word();
+        (*left).timeout = (*known).timeout;
+        (*left).assured = (*known).assured;
+        (*left).held = (*known).held;
+        let port = (*key).port;
+        for number in 1..=TemplateKey::<F::Address>::LEFT_BEHIND {
+            key.write((*key).left_behind(choice.server, number));
+            match F::templates().insert(&*key, &*left, 1 /* BPF_NOEXIST */) {
+                Ok(()) => {
+                    count(choice.server, MORE);
+                    break;
+                }
+                Err(EEXIST) => {}
+                // Nobody will miss it who does not look.
+                Err(_) => break,
+            }
+        }
+        (*key).port = port;
+        (*key).zero = 0;
     }
 }
 
@@ -260,15 +302,15 @@ fn timeout(arrival: *const Arrival) -> u32 {
     unsafe { (*arrival).service.persistence.wrapping_mul(HZ.load()) }
 }
 
-/// Whether new connections go where the template says.
+/// Whether new connections go to the real server that a template names.
 #[inline(always)]
-fn is_usable(template: &Template, choice: Choice, now: u32) -> bool {
+fn leads_somewhere(server: u32) -> bool {
     const FREE: u8 = Status::Free as u8;
     const REMOVED: u8 = Status::Removed as u8;
-    let removed = SERVERS.get(choice.server).is_none_or(|server| matches!(server.status, FREE | REMOVED));
+    let removed = SERVERS.get(server).is_none_or(|server| matches!(server.status, FREE | REMOVED));
     let passed_over = CONFIG.get(0).is_some_and(|config| config.flags & settings::EXPIRE_QUIESCENT != 0)
-        && SCOPES.get(choice.server).is_some_and(|scope| scope.flags & scope_flags::QUIESCENT != 0);
-    !removed && !passed_over && (template.held != 0 || choice.idle(now) < template.timeout)
+        && SCOPES.get(server).is_some_and(|scope| scope.flags & scope_flags::QUIESCENT != 0);
+    !removed && !passed_over
 }
 
 const MORE: u64 = 1;
@@ -283,13 +325,25 @@ fn count(server: u32, change: u64) {
     }
 }
 
-/// The template that chose a connection's real server, if it still leads there.
+/// The template that chose a connection's real server: the client's, if it still leads there, or else the one that was left behind
+/// last, as far as that can be told.
 #[inline(always)]
 fn of<F: Family>(key: &ConnectionKey<F::Address>, server: u32) -> Option<*mut Template> {
-    let known = F::templates().get_ptr_mut(&SCOPES.get(server)?.key(key))?;
-    // SAFETY: an element of the map.
-    let choice = Choice::from_word(unsafe { (&raw const (*known).choice).read_volatile() });
-    (choice.server == server).then_some(known)
+    let mut key = SCOPES.get(server)?.key(key);
+    if let Some(known) = F::templates().get_ptr_mut(&key) {
+        // SAFETY: an element of the map.
+        let choice = Choice::from_word(unsafe { (&raw const (*known).choice).read_volatile() });
+        if choice.server == server {
+            return Some(known);
+        }
+    }
+    for number in (1..=TemplateKey::<F::Address>::LEFT_BEHIND).rev() {
+        key = key.left_behind(server, number);
+        if let Some(known) = F::templates().get_ptr_mut(&key) {
+            return Some(known);
+        }
+    }
+    None
 }
 
 /// Notes that a connection was established, or a datagram answered.

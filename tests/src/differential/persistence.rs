@@ -6,8 +6,7 @@
 //! After each packet both directors must have sent it the same way; in the end both must list the same connections and
 //! templates, times aside.
 //!
-//! Two things are left out. IPVS lists a template that leads nowhere, with ports of 65535, until its time is over; bpfvs
-//! changes it. And after an edit of the netmask IPVS still knows which template each older connection belongs to, which is then
+//! One thing is left out. After an edit of the netmask IPVS still knows which template each older connection belongs to, which is then
 //! assured by it; bpfvs takes the new netmask.
 
 use std::{
@@ -305,19 +304,19 @@ impl Story {
         Ok(record)
     }
 
-    /// What is listed about the service, but for times, and for what leads nowhere.
+    /// What is listed about the service, but for times.
     fn entries(&self, listing: &str) -> Vec<String> {
         let vip = match self.vip {
             IpAddr::V4(vip) => format!(" {vip}:"),
             IpAddr::V6(vip) => format!(" [{vip}]:"),
         };
-        // The template of a mark has it in the place of the address.
+        // The template of a mark has it in the place of the address, with a port of 0, or of 65535 if it leads nowhere.
         let template = self.mark.map(|mark| match self.vip {
-            IpAddr::V4(_) => format!(" {}:0 ", Ipv4Addr::from_bits(mark)),
-            IpAddr::V6(_) => format!(" [{}]:0 ", Ipv6Addr::from_bits(u128::from(mark) << 96)),
+            IpAddr::V4(_) => format!(" {}:", Ipv4Addr::from_bits(mark)),
+            IpAddr::V6(_) => format!(" [{}]:", Ipv6Addr::from_bits(u128::from(mark) << 96)),
         });
         let is_ours = |line: &str| line.contains(&vip) || template.as_ref().is_some_and(|template| line.contains(template));
-        let lines = listing.lines().filter(|line| is_ours(line) && !line.contains(":65535 "));
+        let lines = listing.lines().filter(|line| is_ours(line));
         let without_time = |line: &str| {
             let mut words: Vec<_> = line.split_whitespace().collect();
             words.remove(1);
