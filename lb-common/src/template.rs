@@ -159,6 +159,13 @@ impl Scope {
         Self { netmask: service.netmask, mark: service.mark, flags, zero: 0 }
     }
 
+    /// The same for a connection that found its template by a prefix, which may have been another then; 0: it was not.
+    #[inline(always)]
+    #[must_use]
+    pub fn at<A: Address>(self, prefix: u8) -> Self {
+        if prefix == 0 { self } else { Self { netmask: A::netmask(prefix), ..self } }
+    }
+
     /// The key of the template that controls a connection.
     #[inline(always)]
     pub fn key<A: Address>(&self, connection: &ConnectionKey<A>) -> TemplateKey<A> {
@@ -207,6 +214,11 @@ mod tests {
         let any_port = Scope::of(&Service { flags: service_flags::ANY_PORT, ..service });
         assert_eq!(any_port.key(&connection(80)), any_port.key(&connection(81)));
         assert_eq!(any_port.key(&connection(80)).protocol, protocol::TCP);
+
+        let edited = Scope { netmask: u32::MAX, ..Scope::of(&service) };
+        assert_ne!(edited.key(&connection(80)), one_port);
+        assert_eq!(edited.at::<Ipv4>(24).key(&connection(80)), one_port);
+        assert_eq!(edited.at::<Ipv4>(0), edited);
 
         let mark = Scope::of(&Service { mark: 10, ..service });
         let other = ConnectionKey { vip: 1, protocol: protocol::UDP.into(), ..connection(53) };

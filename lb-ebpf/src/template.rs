@@ -35,7 +35,7 @@ use crate::{
     maps::{ARRIVALS, CONFIG, Family, HZ, PERSISTED, SCOPES, SERVERS},
     newcomers, pick,
     table::EEXIST,
-    track::{self, CONTROLLED, FLOODED, ONCE, jiffies},
+    track::{self, CONTROLLED, FLOODED, ONCE, PREFIX_SHIFT, jiffies},
 };
 
 /// A new connection of a persistent service.
@@ -135,7 +135,9 @@ extern "C" fn persist_ipv6() -> u32 {
 #[inline(always)]
 fn persist<F: Family>() -> u32 {
     let Some(arrival) = ARRIVALS.get_ptr_mut(0) else { return NOBODY };
-    let kind = if Arrival::is_once::<F>(arrival) { ONCE } else { CONTROLLED };
+    // SAFETY: an element of the map.
+    let prefix = u32::from(unsafe { (*arrival).service.prefix }) << PREFIX_SHIFT;
+    let kind = prefix | if Arrival::is_once::<F>(arrival) { ONCE } else { CONTROLLED };
     // SAFETY: elements of maps. A template may become another one under our hands, but it stays memory. An arrival is
     // this CPU's own.
     let choice = unsafe {
@@ -328,8 +330,8 @@ fn count(server: u32, change: u64) {
 /// The template that chose a connection's real server: the client's, if it still leads there, or else the one that was left behind
 /// last, as far as that can be told.
 #[inline(always)]
-fn of<F: Family>(key: &ConnectionKey<F::Address>, server: u32) -> Option<*mut Template> {
-    let mut key = SCOPES.get(server)?.key(key);
+fn of<F: Family>(key: &ConnectionKey<F::Address>, server: u32, prefix: u8) -> Option<*mut Template> {
+    let mut key = SCOPES.get(server)?.at::<F::Address>(prefix).key(key);
     if let Some(known) = F::templates().get_ptr_mut(&key) {
         // SAFETY: an element of the map.
         let choice = Choice::from_word(unsafe { (&raw const (*known).choice).read_volatile() });
@@ -348,8 +350,8 @@ fn of<F: Family>(key: &ConnectionKey<F::Address>, server: u32) -> Option<*mut Te
 
 /// Notes that a connection was established, or a datagram answered.
 #[inline(never)]
-pub fn assure<F: Family>(key: &ConnectionKey<F::Address>, server: u32) {
-    if let Some(known) = of::<F>(key, server) {
+pub fn assure<F: Family>(key: &ConnectionKey<F::Address>, server: u32, prefix: u32) {
+    if let Some(known) = of::<F>(key, server, prefix as u8) {
         // SAFETY: an element of the map.
         unsafe { (*known).assured = 1 };
     }
@@ -359,7 +361,7 @@ pub fn assure<F: Family>(key: &ConnectionKey<F::Address>, server: u32) {
 #[inline(always)]
 pub fn meet<F: Family>(key: &ConnectionKey<F::Address>, connection: &Connection) {
     if connection.flags & flags::CONTROLLED != 0
-        && let Some(known) = of::<F>(key, connection.server)
+        && let Some(known) = of::<F>(key, connection.server, connection.prefix)
     {
         // SAFETY: an element of the map.
         unsafe { (*known).met = 1 };

@@ -103,8 +103,10 @@ pub const CONTROLLED: u32 = 1 << 30;
 pub const ONCE: u32 = 1 << 29;
 /// The same: it was picked in flood mode.
 pub const FLOODED: u32 = 1 << 27;
+/// From the prefix by which its template was found to its place in what [`begin`] takes.
+pub const PREFIX_SHIFT: u32 = 18;
 /// All of them.
-const BITS: u32 = CONTROLLED | ONCE | FLOODED;
+const BITS: u32 = CONTROLLED | ONCE | FLOODED | 0xff << PREFIX_SHIFT;
 /// In the place of a picked server: its template knows it.
 const PERSISTENT: u32 = 1 << 28;
 /// Answer of [`begin`]: no real server takes the connection.
@@ -244,7 +246,7 @@ fn attend<F: Family>(key: &ConnectionKey<F::Address>, connection: *mut Connectio
         move_on(connection, protocol, from_client(known.flags), event, SIDE);
         // SAFETY: as above.
         if establishes(&known, unsafe { &*connection }, protocol) {
-            template::assure::<F>(key, known.server);
+            template::assure::<F>(key, known.server, known.prefix.into());
         }
     }
     let names = known.flags & flags::UNNAMED != 0 && event & (tcp::flags::SYN | tcp::flags::RST) == 0;
@@ -481,7 +483,8 @@ fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8, to: Leg) -> u64 
         return to.0;
     }
     let Standing { state, flags, half_open } = Standing::of_new(protocol, from_client(side), event, side, picked & FLOODED);
-    let connection = Connection { server, local, last_seen: jiffies(), state, flags, half_open, zero: 0 };
+    let connection =
+        Connection { server, local, last_seen: jiffies(), state, flags, half_open, prefix: (picked >> PREFIX_SHIFT) as u8 };
     let insert = || F::connections().insert(key, &connection);
     let inserted = match insert() {
         Err(Refusal::Exists) if make_way::<F>(key, server) => insert(),

@@ -5,9 +5,6 @@
 //! connections to several ports, establish and end them; weights change, real servers go and come back, the service is edited.
 //! After each packet both directors must have sent it the same way; in the end both must list the same connections and
 //! templates, times aside.
-//!
-//! One thing is left out. After an edit of the netmask IPVS still knows which template each older connection belongs to, which is then
-//! assured by it; bpfvs takes the new netmask.
 
 use std::{
     fmt::{self, Write as _},
@@ -128,8 +125,6 @@ pub struct Story {
     /// The service's mark.
     mark: Option<u32>,
     steps: Vec<Step>,
-    /// The netmask is edited.
-    is_regrouped: bool,
 }
 
 /// What a director did.
@@ -257,8 +252,7 @@ impl Story {
         }
         // For the next story.
         steps.extend(kind.sysctls.iter().map(|&(name, _)| Step::Sysctl(name, (name == "conn_reuse_mode").into())));
-        let mask = |options: &str| options.split_once("-M ").map(|(_, mask)| mask.to_owned());
-        Self { seed, vip, mark: kind.mark.then_some(mark), steps, is_regrouped: mask(kind.options) != mask(kind.edited) }
+        Self { seed, vip, mark: kind.mark.then_some(mark), steps }
     }
 
     /// Whether a firewall mark names its service.
@@ -320,9 +314,6 @@ impl Story {
         let without_time = |line: &str| {
             let mut words: Vec<_> = line.split_whitespace().collect();
             words.remove(1);
-            if self.is_regrouped && ["ASSURED", "NONE"].contains(&words[1]) {
-                words.remove(1);
-            }
             words.join(" ")
         };
         let mut entries: Vec<_> = lines.map(without_time).collect();
