@@ -84,7 +84,7 @@ impl Address for Ipv4 {
 
     #[inline(always)]
     fn netmask(prefix: u8) -> u32 {
-        (u32::MAX << (32 - u32::from(prefix) & 31)).to_be()
+        (u32::MAX << ((32 - u32::from(prefix)) & 31)).to_be()
     }
 
     #[inline(always)]

@@ -45,6 +45,7 @@ impl<A> TemplateKey<A> {
     /// time is over, and so do we: they lead nobody, since no packet has this key. Of several they are told apart by a number, from 1
     /// on.
     #[inline(always)]
+    #[must_use]
     pub const fn left_behind(self, server: u32, number: u8) -> Self
     where
         A: Copy,

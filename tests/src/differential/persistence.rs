@@ -26,6 +26,8 @@ use crate::{
 
 /// Things that happen in a story.
 const STEPS: usize = 60;
+/// How often the entries are listed until they are the same twice.
+const LISTINGS: usize = 10;
 /// Real servers of a story.
 const SERVERS: u8 = 4;
 
@@ -295,6 +297,13 @@ impl Story {
             }
         }
         record.entries = self.entries(&director.ipvsadm("-Lnc")?);
+        // The kernel skips some where others, of earlier stories, expire while it is read.
+        for _ in 0..LISTINGS {
+            let again = self.entries(&director.ipvsadm("-Lnc")?);
+            if std::mem::replace(&mut record.entries, again.clone()) == again {
+                break;
+            }
+        }
         Ok(record)
     }
 
