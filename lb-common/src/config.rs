@@ -118,6 +118,10 @@ plain! { SweepReport = 56 }
 pub enum SweptTable {
     ConnectionsV4,
     ConnectionsV6,
+    CallersV4,
+    CallersV6,
     TemplatesV4,
     TemplatesV6,
+    CallsV4,
+    CallsV6,
 }

@@ -5,10 +5,10 @@
 
 use crate::{local::Local, packet::transport::Ports, server::Counters, wire::plain};
 
-/// Who talks to whom: the key of the connection table. Made of words, see [`Ports`].
+/// Who talks to whom: the key of the connection table. Made of words, see [`Ports`], and aligned so that two can be written at once.
 #[doc(alias = "ip_vs_conn_param")]
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
-#[repr(C)]
+#[repr(C, align(8))]
 pub struct ConnectionKey<A> {
     /// The client's address, in network order.
     pub client: A,

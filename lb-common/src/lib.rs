@@ -7,7 +7,7 @@
 //! | subject | module |
 //! | --- | --- |
 //! | address families | [`family`] |
-//! | what stands in the maps | [`connection`], [`reply`], [`service`], [`server`], [`hop`], [`local`], [`schedule`], [`locality`], [`template`], [`statistics`], [`config`] |
+//! | what stands in the maps | [`connection`], [`reply`], [`service`], [`server`], [`hop`], [`local`], [`schedule`], [`locality`], [`template`], [`call`], [`statistics`], [`config`] |
 //! | why a packet left | [`reason`] |
 //! | a prototype of another connection table | [`lines`] |
 //! | headers and their parsing | [`packet`] |
@@ -18,6 +18,7 @@
 //! | the "may be ours" filter | [`filter`] |
 //! | mark rules for networks | [`mark`] |
 //! | the client's address in a TCP option | [`toa`] |
+//! | the Call-ID of a SIP message | [`sip`] |
 //! | what the datapath must do with a frame (on the host only) | `model` |
 //!
 //! Byte order: a field that mirrors a header is in network order and its documentation says so; all others are in host order.
@@ -27,6 +28,7 @@
 #[cfg(any(test, feature = "user"))]
 extern crate std;
 
+pub mod call;
 pub mod checksum;
 pub mod config;
 pub mod connection;
@@ -52,6 +54,7 @@ pub mod schedule;
 pub mod sctp;
 pub mod server;
 pub mod service;
+pub mod sip;
 pub mod statistics;
 pub mod tcp;
 pub mod template;

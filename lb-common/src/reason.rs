@@ -57,6 +57,8 @@ reasons! {
     LocalServer = "local-server", Passed, "the real server is the director itself";
     /// A header is cut off or contradicts itself.
     Malformed = "malformed", Passed, "a header is cut off or contradicts itself";
+    /// The service keeps calls together (`--pe sip`), and the packet that would begin a connection names none.
+    NoCallId = "no-call-id", Dropped, "to a service with `--pe sip`, but no SIP message with a Call-ID";
     /// A TCP or SCTP packet that begins nothing and belongs to nothing.
     NoConnection = "no-connection", Passed, "to a service, but neither of a connection nor the start of one";
     /// There is no route to the real server.

@@ -1,5 +1,7 @@
 //! A real server, as the datapath sees it: everything that forwarding needs, in one cache line.
 
+use core::mem::offset_of;
+
 use crate::{hop::Hop, wire::plain};
 
 /// A real server's entry in the server array. Written by userspace, which keeps it true from netlink.
@@ -28,6 +30,23 @@ pub struct Server {
     pub tunnel_port: u16,
     /// The real server's port.
     pub port: u16,
+}
+
+impl Server {
+    /// Source and destination of a tunnel's outer header of IPv6, in words that are as wide as can be written.
+    #[inline(always)]
+    #[expect(unsafe_code, reason = "two fields are read as one")]
+    #[expect(clippy::cast_ptr_alignment, reason = "who reads asks for no alignment, or needs none")]
+    pub const fn outer_addresses(&self) -> [u64; 4] {
+        const SOURCE: usize = offset_of!(Server, outer_source);
+        const { assert!(offset_of!(Self, address) == SOURCE + size_of::<[u32; 4]>()) };
+        // SAFETY: both fields are words without padding, one behind the other. On the BPF target no access needs an alignment; on
+        // the host this one asks for none.
+        unsafe {
+            let addresses = (&raw const *self).byte_add(SOURCE).cast::<[u64; 4]>();
+            if cfg!(target_arch = "bpf") { addresses.read() } else { addresses.read_unaligned() }
+        }
+    }
 }
 
 /// How packets reach a real server.

@@ -82,6 +82,8 @@ pub mod flags {
     pub const ANY_PORT: u8 = 8;
     /// FTP's control connections, whose clients have data connections to other ports.
     pub const FTP: u8 = 16;
+    /// Persistent services: it is calls that stay with their real servers. See [`crate::call`].
+    pub const SIP: u8 = 32;
 }
 
 plain! {

@@ -8,6 +8,17 @@
 #[expect(unsafe_code, reason = "the marker is a promise about layout that the compiler cannot check")]
 pub unsafe trait Plain: Copy + 'static {}
 
+/// The same bytes as another type.
+#[inline(always)]
+pub const fn cast<From: Plain, To: Plain>(bytes: From) -> To {
+    const { assert!(size_of::<From>() == size_of::<To>()) };
+    // SAFETY: as many bytes, and `Plain` says that they are all there and that any will do.
+    #[expect(unsafe_code, reason = "what `Plain` promises")]
+    unsafe {
+        core::mem::transmute_copy(&bytes)
+    }
+}
+
 macro_rules! primitive {
     ($($type:ty),+) => {$(
         #[expect(unsafe_code, reason = "an integer has no padding and no invalid pattern")]

@@ -37,6 +37,7 @@ mod newcomers;
 mod outcome;
 mod pick;
 mod reply;
+mod sip;
 mod sweep;
 mod table;
 mod template;
@@ -50,7 +51,7 @@ use aya_ebpf::{
     programs::{TcContext, XdpContext},
 };
 use lb_common::{
-    connection::Leg,
+    connection::{ConnectionKey, Leg},
     packet::{
         Fragment, IpHeader, Payload, Plain, V4, V6,
         ethernet::{self, Link},
@@ -99,6 +100,14 @@ pub fn xdp_cross(context: XdpContext) -> u32 {
     next_xdp(&context, verdict)
 }
 
+/// What finds the Call-ID of SIP messages, for services that keep calls together.
+#[xdp]
+pub fn xdp_sip(context: XdpContext) -> u32 {
+    // SAFETY: the context is the kernel's own.
+    let verdict = sip::read(&unsafe { XdpFrame::view(context.as_ptr()) });
+    next_xdp(&context, verdict)
+}
+
 #[inline(always)]
 fn next_xdp(context: &XdpContext, verdict: i32) -> u32 {
     // SAFETY: the map is a program array, whose programs have the same kind of context.
@@ -106,6 +115,7 @@ fn next_xdp(context: &XdpContext, verdict: i32) -> u32 {
         Outcome::NEXT_ODD => unsafe { XDP_NEXT.tail_call(context, next::ODD) },
         Outcome::NEXT_TRANSLATE => unsafe { XDP_NEXT.tail_call(context, next::TRANSLATE) },
         Outcome::NEXT_CROSS => unsafe { XDP_NEXT.tail_call(context, next::CROSS) },
+        Outcome::NEXT_SIP => unsafe { XDP_NEXT.tail_call(context, next::SIP) },
         _ => return verdict as u32,
     }
     // There is no such program as long as no real server needs it.
@@ -144,6 +154,14 @@ pub fn tc_cross(context: TcContext) -> i32 {
     next_tc(&context, verdict)
 }
 
+/// The same at tc.
+#[classifier]
+pub fn tc_sip(context: TcContext) -> i32 {
+    // SAFETY: the context is the kernel's own.
+    let verdict = sip::read(&unsafe { TcBuffer::view(context.as_ptr()) });
+    next_tc(&context, verdict)
+}
+
 #[inline(always)]
 fn next_tc(context: &TcContext, verdict: i32) -> i32 {
     // SAFETY: as in `next_xdp`.
@@ -151,6 +169,7 @@ fn next_tc(context: &TcContext, verdict: i32) -> i32 {
         Outcome::NEXT_ODD => unsafe { TC_NEXT.tail_call(context, next::ODD) },
         Outcome::NEXT_TRANSLATE => unsafe { TC_NEXT.tail_call(context, next::TRANSLATE) },
         Outcome::NEXT_CROSS => unsafe { TC_NEXT.tail_call(context, next::CROSS) },
+        Outcome::NEXT_SIP => unsafe { TC_NEXT.tail_call(context, next::SIP) },
         _ => return verdict,
     }
     account::leave::<TcBuffer>(Reason::NotOurs)
@@ -158,10 +177,15 @@ fn next_tc(context: &TcContext, verdict: i32) -> i32 {
 
 #[inline(always)]
 fn direct<P: Packet>(packet: &mut P) -> i32 {
-    let outcome = match ethernet::parse_plain(packet) {
-        Ok(ethernet::IPV4) => plain::<P, V4>(packet),
-        Ok(ethernet::IPV6) => plain::<P, V6>(packet),
-        Ok(ethernet::VLAN | ethernet::SERVICE_VLAN) => Ok(Outcome::ODD),
+    // As they stand in the frame: so the constants are turned round once and for all, and not the type of each packet.
+    const IPV4: u16 = ethernet::IPV4.to_be();
+    const IPV6: u16 = ethernet::IPV6.to_be();
+    const VLAN: u16 = ethernet::VLAN.to_be();
+    const SERVICE_VLAN: u16 = ethernet::SERVICE_VLAN.to_be();
+    let outcome = match ethernet::parse_plain(packet).map(u16::to_be) {
+        Ok(IPV4) => plain::<P, V4>(packet),
+        Ok(IPV6) => plain::<P, V6>(packet),
+        Ok(VLAN | SERVICE_VLAN) => Ok(Outcome::ODD),
         Ok(_) => Err(Reason::NotIp),
         Err(why) => Err(why),
     };
@@ -173,17 +197,19 @@ fn direct<P: Packet>(packet: &mut P) -> i32 {
 #[inline(always)]
 fn plain<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
     let link = Link::plain(F::ETHERTYPE);
-    let Some(plain) = F::plain(packet, link.payload) else { return Ok(Outcome::ODD) };
-    let Plain { header, protocol, segment } = &plain;
-    if !classify::may_be_ours(&header.destination) {
+    // Taken apart: the key lies in memory, where look-ups find it, the rest need not.
+    let Some(Plain { key, length, event }) = F::plain(packet, link.payload) else { return Ok(Outcome::ODD) };
+    let key = &key;
+    if !classify::may_be_ours(&key.vip) {
         return match () {
             () if classify::is_excepted::<P, F>(packet) => Ok(Outcome::ODD),
-            () if classify::may_be_reply(&header.source) => reply::plain::<P, F>(packet, &plain),
+            () if classify::may_be_reply(&key.client) => reply::plain::<P, F>(packet, key, length, event),
             () => Err(Reason::NotOurs),
         };
     }
-    let leg = track::connection::<P, F>(packet, header, *protocol, *segment, Fragment::Whole);
-    Ok(deliver::<P, F>(packet, &link, header, Some(&plain), true, leg))
+    let leg = track::connection::<P, F>(packet, key, event, Fragment::Whole);
+    let header = IpHeader { source: &key.client, destination: &key.vip, offset: link.payload, length };
+    Ok(deliver::<P, F>(packet, &link, &header, Some(key), true, leg))
 }
 
 #[inline(always)]
@@ -217,32 +243,31 @@ fn odd_of<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
     // Never an error about an error, nor about a later fragment (RFC 1122, 3.2.2).
     let answerable = protocol != F::ICMP && fragment != Fragment::Later;
     let leg = track::anything::<P, F>(packet, &header, offset, protocol, fragment);
-    Ok(deliver::<P, F>(packet, &link, &header, None, answerable, leg))
+    Ok(deliver::<P, F>(packet, &link, &header.as_ref(), None, answerable, leg))
 }
 
-/// The second half of either way: the packet's real server is known, or why there is none.
+/// The second half of either way: the packet's real server is known, or why there is none. `plain` is the key of a plain packet's
+/// connection.
 #[inline(always)]
 fn deliver<P: Packet, F: Family>(
     packet: &mut P,
     link: &Link,
-    header: &IpHeader<F::Address>,
-    plain: Option<&Plain<F::Address>>,
+    header: &IpHeader<&F::Address>,
+    plain: Option<&ConnectionKey<F::Address>>,
     answerable: bool,
     leg: Result<Leg, Reason>,
 ) -> Outcome {
-    let mut mtu = 0;
-    match to_server::<P, F>(packet, link, header, plain, leg, &mut mtu) {
+    match to_server::<P, F>(packet, link, header, plain, leg) {
         Ok(outcome) => outcome,
         Err(Reason::Unnamed) => Outcome::name::<F>(),
+        Err(Reason::NoCallId) => Outcome::verdict(Outcome::NEXT_SIP),
         // That has switched flood mode on, in which there is a way: once more from the beginning.
         Err(Reason::TableFull) if plain.is_some() => Outcome::ODD,
         // An address that looks like a virtual one to the filter may be that of a client.
-        Err(Reason::NoService) if classify::may_be_reply(&header.source) => Outcome::reply::<F>(),
+        Err(Reason::NoService) if classify::may_be_reply(header.source) => Outcome::reply::<F>(),
         // It was an exception to the filter, and for nobody.
-        Err(why) if plain.is_none() && leaves_unnoticed(why) && !classify::may_be_ours(&header.destination) => {
-            Outcome::reply::<F>()
-        }
-        Err(why) if answerable => Outcome::refused::<P, F>(why, mtu, link, header.length),
+        Err(why) if plain.is_none() && leaves_unnoticed(why) && !classify::may_be_ours(header.destination) => Outcome::reply::<F>(),
+        Err(why) if answerable => Outcome::refused::<P, F>(why, forward::mtu(leg), link, header.length),
         Err(why) => Outcome::left::<P>(why),
     }
 }
@@ -257,10 +282,9 @@ const fn leaves_unnoticed(why: Reason) -> bool {
 fn to_server<P: Packet, F: Family>(
     packet: &mut P,
     link: &Link,
-    header: &IpHeader<F::Address>,
-    plain: Option<&Plain<F::Address>>,
+    header: &IpHeader<&F::Address>,
+    plain: Option<&ConnectionKey<F::Address>>,
     leg: Result<Leg, Reason>,
-    mtu: &mut u16,
 ) -> Result<Outcome, Reason> {
     let leg = leg?;
     let server = match forward::reachable(packet, leg) {
@@ -272,7 +296,7 @@ fn to_server<P: Packet, F: Family>(
         server => server?,
     };
     account::packet(leg.server(), header.length);
-    forward::forward::<P, F>(packet, link, header, plain, &server, mtu)
+    forward::forward::<P, F>(packet, link, header, plain, &server)
 }
 
 lb_ebpf::object!();

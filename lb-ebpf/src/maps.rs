@@ -11,6 +11,7 @@ use aya_ebpf::{
     maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, ProgramArray, RingBuf},
 };
 use lb_common::{
+    call::{CallKey, Caller},
     checksum,
     config::{Config, SweepReport},
     connection::{ConnectionKey, FragmentKey},
@@ -30,9 +31,9 @@ use lb_common::{
     statistics::Statistics,
     template::{Scope, Template, TemplateKey},
 };
-use lb_ebpf::packet::Packet;
+use lb_ebpf::packet::{Packet, apart};
 
-use crate::{atomic, local::Claim, locality::Case, table::Connections, template::Arrival};
+use crate::{atomic, local::Claim, locality::Case, sip::Inquiry, table::Connections, template::Arrival};
 
 /// `BPF_F_MMAPABLE`: userspace reads and writes the array without system calls.
 const MMAPABLE: u32 = 1 << 10;
@@ -42,6 +43,7 @@ const SERVICE_KEY_COUNT: u32 = 1 << 17;
 const NETWORK_COUNT: u32 = 1 << 16;
 const SERVER_COUNT: u32 = 1 << 17;
 const CONNECTION_COUNT: u32 = 1 << 20;
+const CALL_COUNT: u32 = 1 << 17;
 const FRAGMENT_COUNT: u32 = 1 << 14;
 const DEVICE_COUNT: u32 = 1 << 12;
 const LOCAL_COUNT: u32 = 1 << 16;
@@ -185,11 +187,15 @@ pub static BELL: RingBuf = RingBuf::with_byte_size(4096, 0);
 /// For each [`lb_common::config::SweptTable`], whether it has got entries since the sweep last looked: 1 or 0. Whoever inserts one
 /// sets it, userspace clears it.
 #[map]
-pub static NEWCOMERS: Array<u64> = Array::with_max_entries(4, MMAPABLE);
+pub static NEWCOMERS: Array<u64> = Array::with_max_entries(8, MMAPABLE);
 
 /// The sweep's recount of `COUNTERS`. The sweep adds, userspace clears and compares.
 #[map]
 pub static SWEPT: Array<u64> = Array::with_max_entries(SERVER_COUNT, MMAPABLE);
+
+/// The template's key that the sweep has at hand, of any kind: the longest is that of an IPv6 call.
+#[map]
+pub static SWEPT_KEY: Array<[u32; 73]> = Array::with_max_entries(1, 0);
 
 /// What the locality modes must know of real servers: [`lb_common::locality::Standing`] as one word. Userspace writes, new
 /// connections of such services read.
@@ -224,6 +230,23 @@ static REPLIES_V6: HashMap<ConnectionKey<Ipv6>, Reply<Ipv6>> = HashMap::with_max
 static TEMPLATES_V4: HashMap<TemplateKey<Ipv4>, Template> = HashMap::with_max_entries(CONNECTION_COUNT, BPF_F_NO_PREALLOC);
 #[map]
 static TEMPLATES_V6: HashMap<TemplateKey<Ipv6>, Template> = HashMap::with_max_entries(CONNECTION_COUNT, BPF_F_NO_PREALLOC);
+
+/// The same of calls, for services with `--pe sip`.
+#[map]
+static CALLS_V4: HashMap<CallKey<Ipv4>, Template> = HashMap::with_max_entries(CALL_COUNT, BPF_F_NO_PREALLOC);
+#[map]
+static CALLS_V6: HashMap<CallKey<Ipv6>, Template> = HashMap::with_max_entries(CALL_COUNT, BPF_F_NO_PREALLOC);
+
+/// The calls of connections. Whoever finds a connection's call inserts, the sweep deletes. Takes memory for what is in it only. Full: as
+/// above.
+#[map]
+static CALLERS_V4: HashMap<ConnectionKey<Ipv4>, Caller<Ipv4>> = HashMap::with_max_entries(CALL_COUNT, BPF_F_NO_PREALLOC);
+#[map]
+static CALLERS_V6: HashMap<ConnectionKey<Ipv6>, Caller<Ipv6>> = HashMap::with_max_entries(CALL_COUNT, BPF_F_NO_PREALLOC);
+
+/// The message in which each CPU looks for a call.
+#[map]
+pub static INQUIRIES: PerCpuArray<Inquiry> = PerCpuArray::with_max_entries(1, 0);
 
 /// How the templates of real servers' connections are found. Userspace writes, connections of persistent services read that
 /// are established, and the sweep.
@@ -294,9 +317,9 @@ pub static DEFERRED: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 
 /// The programs that others call last, for each hook. Userspace writes.
 #[map]
-pub static XDP_NEXT: ProgramArray = ProgramArray::with_max_entries(3, 0);
+pub static XDP_NEXT: ProgramArray = ProgramArray::with_max_entries(4, 0);
 #[map]
-pub static TC_NEXT: ProgramArray = ProgramArray::with_max_entries(3, 0);
+pub static TC_NEXT: ProgramArray = ProgramArray::with_max_entries(4, 0);
 
 /// Their places.
 pub mod next {
@@ -306,6 +329,8 @@ pub mod next {
     pub const TRANSLATE: u32 = 1;
     /// What makes packets of the other version. Loaded for the first real server of IPv4 that has clients of IPv6.
     pub const CROSS: u32 = 2;
+    /// What reads the Call-ID of SIP messages. Loaded for the first service that wants that.
+    pub const SIP: u32 = 3;
 }
 
 /// A family's own maps.
@@ -317,6 +342,8 @@ pub trait Family: Network {
     fn claims() -> &'static PerCpuArray<Claim<Self::Address>>;
     fn fragments() -> &'static LruHashMap<FragmentKey<Self::Address>, Ports>;
     fn templates() -> &'static HashMap<TemplateKey<Self::Address>, Template>;
+    fn calls() -> &'static HashMap<CallKey<Self::Address>, Template>;
+    fn callers() -> &'static HashMap<ConnectionKey<Self::Address>, Caller<Self::Address>>;
     /// The key of nothing, to be filled in.
     fn no_key() -> ConnectionKey<Self::Address>;
     fn destinations() -> &'static LruHashMap<DestinationKey<Self::Address>, Destination>;
@@ -376,6 +403,16 @@ impl Family for V4 {
     }
 
     #[inline(always)]
+    fn calls() -> &'static HashMap<CallKey<Ipv4>, Template> {
+        &CALLS_V4
+    }
+
+    #[inline(always)]
+    fn callers() -> &'static HashMap<ConnectionKey<Ipv4>, Caller<Ipv4>> {
+        &CALLERS_V4
+    }
+
+    #[inline(always)]
     fn destinations() -> &'static LruHashMap<DestinationKey<Ipv4>, Destination> {
         &DESTINATIONS_V4
     }
@@ -388,7 +425,7 @@ impl Family for V4 {
         unsafe {
             let old = u32::from_le(word.read());
             if old & 0xff <= 1 {
-                return Err(Reason::TtlExpired);
+                return Err(apart(Reason::TtlExpired));
             }
             // RFC 1624 for a word whose high byte lost one: the checksum gains it, with the carry around the end.
             let carry = if old >= 0xfffe_0000 { 0x1_0000 } else { 0 };
@@ -406,7 +443,7 @@ impl Family for V4 {
         unsafe {
             let old = u32::from_le(word.read());
             if old & 0xff <= 1 {
-                return Err(Reason::TtlExpired);
+                return Err(apart(Reason::TtlExpired));
             }
             let checksum = checksum::gain((old >> 16) as u16, gained + LOST_ONE);
             word.write(((u32::from(checksum) << 16) | ((old & 0xffff) - 1)).to_le());
@@ -463,6 +500,16 @@ impl Family for V6 {
     }
 
     #[inline(always)]
+    fn calls() -> &'static HashMap<CallKey<Ipv6>, Template> {
+        &CALLS_V6
+    }
+
+    #[inline(always)]
+    fn callers() -> &'static HashMap<ConnectionKey<Ipv6>, Caller<Ipv6>> {
+        &CALLERS_V6
+    }
+
+    #[inline(always)]
     fn destinations() -> &'static LruHashMap<DestinationKey<Ipv6>, Destination> {
         &DESTINATIONS_V6
     }
@@ -474,7 +521,7 @@ impl Family for V6 {
         unsafe {
             let hop_limit = (*header).hop_limit;
             if hop_limit <= 1 {
-                return Err(Reason::TtlExpired);
+                return Err(apart(Reason::TtlExpired));
             }
             (*header).hop_limit = hop_limit - 1;
         }

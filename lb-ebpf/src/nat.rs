@@ -12,11 +12,12 @@
 use aya_ebpf::{cty::c_void, helpers::generated::bpf_loop};
 use lb_common::{
     checksum,
+    connection::ConnectionKey,
     crc32c::{self, Correction},
     family::Address,
     local::Local,
     packet::{
-        Fragment, IpHeader, Ipv4Header, Network, Payload, Plain, V4, ethernet,
+        Fragment, Ipv4Header, Network, Payload, V4, ethernet,
         icmp::IcmpHeader,
         protocol,
         transport::{Ports, SctpHeader, TcpHeader, UdpHeader},
@@ -39,10 +40,10 @@ pub enum End {
 
 impl End {
     #[inline(always)]
-    const fn of<A: Copy>(self, header: &IpHeader<A>) -> A {
+    const fn of<A>(self, key: &ConnectionKey<A>) -> &A {
         match self {
-            Self::Source => header.source,
-            Self::Destination => header.destination,
+            Self::Source => &key.client,
+            Self::Destination => &key.vip,
         }
     }
 
@@ -60,54 +61,54 @@ impl End {
 #[inline(always)]
 pub fn translate_plain<P: Packet, F: Family>(
     packet: &mut P,
-    plain: &Plain<F::Address>,
+    key: &ConnectionKey<F::Address>,
+    length: usize,
     end: End,
     new: &F::Address,
     new_port: u16,
 ) -> Result<(), Reason> {
-    let Plain { header, segment, .. } = plain;
     let ip = ethernet::HEADER;
-    let (addresses, old_port) = (end.of(header).difference(new), end.port(segment.ports));
+    let (addresses, old_port) = (end.of(key).difference(new), end.port(key.ports));
     F::age_and_gain(packet, ip, addresses)?;
     packet.write(ip + F::ADDRESSES + end as usize * size_of::<F::Address>(), *new)?;
     packet.write(ip + F::HEADER + 2 * end as usize, new_port)?;
-    correct_plain::<P, F>(packet, plain, addresses, u64::from(!old_port) + u64::from(new_port))
+    correct_plain::<P, F>(packet, key, length, addresses, u64::from(!old_port) + u64::from(new_port))
 }
 
 /// Translates both ends of a plain packet, and takes one off its time to live.
 #[inline(always)]
 pub fn translate_plain_both<P: Packet, F: Family>(
     packet: &mut P,
-    plain: &Plain<F::Address>,
+    key: &ConnectionKey<F::Address>,
+    length: usize,
     source: &F::Address,
     destination: &F::Address,
     ports: Ports,
 ) -> Result<(), Reason> {
-    let Plain { header, segment, .. } = plain;
     let ip = ethernet::HEADER;
-    let addresses = header.source.difference(source) + header.destination.difference(destination);
+    let addresses = key.client.difference(source) + key.vip.difference(destination);
     F::age_and_gain(packet, ip, addresses)?;
     packet.write(ip + F::ADDRESSES, *source)?;
     packet.write(ip + F::ADDRESSES + size_of::<F::Address>(), *destination)?;
     packet.write(ip + F::HEADER, ports)?;
-    correct_plain::<P, F>(packet, plain, addresses, segment.ports.difference(ports))
+    correct_plain::<P, F>(packet, key, length, addresses, key.ports.difference(ports))
 }
 
-/// Corrects the checksum of a plain packet, which was as `plain` says.
+/// Corrects the checksum of a plain packet, whose addresses and ports were as `key` says.
 #[inline(always)]
 fn correct_plain<P: Packet, F: Family>(
     packet: &mut P,
-    plain: &Plain<F::Address>,
+    key: &ConnectionKey<F::Address>,
+    length: usize,
     addresses: u64,
     ports: u64,
 ) -> Result<(), Reason> {
-    let Plain { header, protocol, .. } = plain;
+    let ConnectionKey { client, vip, protocol, .. } = key;
     let transport = ethernet::HEADER + F::HEADER;
-    let length = (header.length - F::HEADER) as u16;
-    let pseudo_header =
-        header.source.sum() + header.destination.sum() + u64::from(length.to_be()) + u64::from(u16::from(*protocol).to_be());
+    let length = (length - F::HEADER) as u16;
+    let pseudo_header = client.sum() + vip.sum() + u64::from(length.to_be()) + u64::from((*protocol as u16).to_be());
     let pseudo_header = Some(checksum::fold(pseudo_header));
-    if *protocol == protocol::TCP {
+    if *protocol == u32::from(protocol::TCP) {
         packet.correct(transport + TcpHeader::CHECKSUM, addresses, ports, Checksum::Tcp, pseudo_header)
     } else {
         packet.correct(transport + UdpHeader::CHECKSUM, addresses, ports, Checksum::Udp, pseudo_header)
@@ -262,17 +263,18 @@ fn gain(checksum: u32, gained: u64) -> u32 {
 #[inline(always)]
 pub fn plain_request<P: Packet, F: Family>(
     packet: &mut P,
-    plain: &Plain<F::Address>,
+    key: &ConnectionKey<F::Address>,
+    length: usize,
     server: &Server,
     local: Local,
 ) -> Result<(), Reason> {
-    let port = reply::server_port(server, plain.segment.ports.destination());
+    let port = reply::server_port(server, key.ports.destination());
     let address = F::Address::from_words(&server.address);
     if local.is_some() {
         let source = local::address::<F>(local).ok_or(Reason::Failed)?;
-        return translate_plain_both::<P, F>(packet, plain, &source, &address, Ports::new(local.port(), port));
+        return translate_plain_both::<P, F>(packet, key, length, &source, &address, Ports::new(local.port(), port));
     }
-    translate_plain::<P, F>(packet, plain, End::Destination, &address, port)
+    translate_plain::<P, F>(packet, key, length, End::Destination, &address, port)
 }
 
 /// Translates a packet of any shape from a client, and addresses the frame to the real server's next hop. Its time to live is

@@ -111,14 +111,14 @@ impl Outcome {
     /// Does what is left. The result is a verdict of the hook.
     #[inline(always)]
     pub fn settle<P: Packet>(self, packet: &P) -> i32 {
+        if self.0 >> 32 == 0 {
+            return self.0 as i32;
+        }
         if self.0 & Self::ODD.0 != 0 {
             return Self::NEXT_ODD;
         }
         if self.0 & (Self::REPLY | Self::TRANSLATE) != 0 {
             return self.defer();
-        }
-        if self.0 & (Self::WRAP | Self::ANSWER) == 0 {
-            return self.0 as i32;
         }
         if self.0 & Self::IS_V6 != 0 { self.finish::<P, V6>(packet) } else { self.finish::<P, V4>(packet) }
     }
@@ -129,6 +129,8 @@ impl Outcome {
     pub const NEXT_TRANSLATE: i32 = i32::MIN + 1;
     /// In the place of a verdict: the program that makes packets of the other version goes on.
     pub const NEXT_CROSS: i32 = i32::MIN + 2;
+    /// In the place of a verdict: the program that reads SIP goes on, and then that for odd packets.
+    pub const NEXT_SIP: i32 = i32::MIN + 3;
 
     /// Leaves what is left to the program for translation.
     #[inline(always)]

@@ -18,7 +18,7 @@ use lb_common::{
     family::Address,
     hop::link_addresses,
     packet::{
-        Fragment, Plain,
+        Fragment,
         ethernet::{self, Link},
         protocol,
         transport::{self, Ports},
@@ -77,31 +77,33 @@ pub fn forget<F: Family>(key: &ConnectionKey<F::Address>, leg: Leg) {
 
 /// The way of a plain packet that may be a reply. If it needs more attention, the outcome says so.
 #[inline(always)]
-pub fn plain<P: Packet, F: Family>(packet: &mut P, plain: &Plain<F::Address>) -> Result<Outcome, Reason> {
-    let Plain { header, protocol, segment } = plain;
-    let protocol = u32::from(*protocol);
-    let key = ConnectionKey { client: header.source, vip: header.destination, ports: segment.ports, protocol };
-    let known = F::replies().get_ptr(&key).ok_or(Reason::NotOurs)?;
+pub fn plain<P: Packet, F: Family>(
+    packet: &mut P,
+    key: &ConnectionKey<F::Address>,
+    length: usize,
+    event: u8,
+) -> Result<Outcome, Reason> {
+    let known = F::replies().get_ptr(key).ok_or(Reason::NotOurs)?;
     // SAFETY: an element of the map; it may become another reply's under our hands, but it stays memory.
     let known = unsafe { &*known };
     let idle = track::jiffies().wrapping_sub(known.last_seen);
-    let undisturbed = idle < HZ.load() && known.flags & ATTENDED == ATTENDED && segment.is_quiet();
+    let undisturbed = idle < HZ.load() && known.flags & ATTENDED == ATTENDED && transport::is_quiet(event);
     let mtu = known.hop.mtu;
-    let fits = header.length <= mtu as usize || packet.fits_in_segments(SEGMENT_HEADERS + F::HEADER, mtu);
+    let fits = length <= mtu as usize || packet.fits_in_segments(SEGMENT_HEADERS + F::HEADER, mtu);
     let reaches = packet.reaches(&known.hop, known.flags & flags::REDIRECT != 0);
     if !undisturbed || !fits || !reaches {
         return Ok(Outcome::reply::<F>());
     }
     let translated = if known.flags & flags::LOCAL == 0 {
-        nat::translate_plain::<P, F>(packet, plain, End::Source, &known.vip, known.ports.destination())
+        nat::translate_plain::<P, F>(packet, key, length, End::Source, &known.vip, known.ports.destination())
     } else {
-        nat::translate_plain_both::<P, F>(packet, plain, &known.vip, &known.client, known.reply_ports())
+        nat::translate_plain_both::<P, F>(packet, key, length, &known.vip, &known.client, known.reply_ports())
     };
     match translated {
         Err(Reason::TtlExpired) => return Ok(Outcome::reply::<F>()),
         translated => translated?,
     }
-    account::reply(known.server, header.length);
+    account::reply(known.server, length);
     packet.address(&Link::plain(F::ETHERTYPE), &known.hop, Room::NONE)?;
     Ok(Outcome::verdict(packet.send(&known.hop)))
 }
@@ -282,6 +284,9 @@ fn move_on<F: Family>(key: &ConnectionKey<F::Address>, known: *mut Reply<F::Addr
         let answers = protocol == protocol::UDP && before.flags & connection_flags::CONTROLLED != 0;
         if answers || track::establishes(&before, &*connection, protocol) {
             template::assure::<F>(&(*known).connection(key.protocol), before.server, before.prefix.into());
+        }
+        if answers {
+            template::assure_call::<F>(&(*known).connection(key.protocol), before.server);
         }
         let settled = if now & connection_flags::SETTLED != 0 { flags::SETTLED } else { 0 };
         (*known).last_seen = track::jiffies();

@@ -9,7 +9,9 @@
 //! sweep                the clock is read, the report begins
 //! sweep_ipv4           read, read, read … end of the table
 //! sweep_ipv6           …
-//! sweep_templates_…    after all connections: a template lives as long as one of them does
+//! sweep_callers_…      after all connections: which calls have some
+//! sweep_templates_…    a template lives as long as one of its connections does
+//! sweep_calls_…        the same for those of calls
 //! ```
 //!
 //! A slice ends after [`SLICE`] entries, or at the first one after a tick of the kernel's clock: in a large table with few entries it is
@@ -19,11 +21,12 @@
 
 use aya_ebpf::{
     cty::c_void,
-    helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns, bpf_seq_write},
+    helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns, bpf_probe_read_kernel, bpf_seq_write},
     macros::raw_tracepoint,
     programs::RawTracePointContext,
 };
 use lb_common::{
+    call::{CallKey, Caller},
     config::SweepReport,
     connection::{Connection, ConnectionKey, flags},
     family::{Ipv4, Ipv6},
@@ -32,9 +35,10 @@ use lb_common::{
 };
 
 use crate::{
-    atomic,
-    maps::{CONFIG, Family, SWEEP, SWEPT},
-    reply, template, track,
+    maps::{CONFIG, Family, HZ, SWEEP, SWEPT, SWEPT_KEY},
+    reply,
+    template::{self, Kind, OfCalls, OfClients},
+    track,
 };
 
 /// Entries in a slice: what a CPU does in less than a tenth of a millisecond, even if each of them has to come from memory.
@@ -86,8 +90,12 @@ macro_rules! iterator {
 
 iterator!(sweep_ipv4, Element<ConnectionKey<Ipv4>, Connection>, visit::<V4>);
 iterator!(sweep_ipv6, Element<ConnectionKey<Ipv6>, Connection>, visit::<V6>);
-iterator!(sweep_templates_ipv4, Element<TemplateKey<Ipv4>, Template>, visit_template::<V4>);
-iterator!(sweep_templates_ipv6, Element<TemplateKey<Ipv6>, Template>, visit_template::<V6>);
+iterator!(sweep_callers_ipv4, Element<ConnectionKey<Ipv4>, Caller<Ipv4>>, visit_caller::<V4>);
+iterator!(sweep_callers_ipv6, Element<ConnectionKey<Ipv6>, Caller<Ipv6>>, visit_caller::<V6>);
+iterator!(sweep_templates_ipv4, Element<TemplateKey<Ipv4>, Template>, visit_template::<V4, OfClients>);
+iterator!(sweep_templates_ipv6, Element<TemplateKey<Ipv6>, Template>, visit_template::<V6, OfClients>);
+iterator!(sweep_calls_ipv4, Element<CallKey<Ipv4>, Template>, visit_template::<V4, OfCalls>);
+iterator!(sweep_calls_ipv6, Element<CallKey<Ipv6>, Template>, visit_template::<V6, OfCalls>);
 
 /// Ends the slice if it is long enough: whoever reads gets a byte.
 ///
@@ -134,9 +142,28 @@ unsafe fn visit<F: Family>(key: *const ConnectionKey<F::Address>, connection: *c
         }
         (*report).half_open += u64::from(known.half_open);
         if let Some(counter) = SWEPT.get_ptr_mut(known.server) {
-            atomic::add(counter, track::share(&known));
+            // One sweep at a time: others only read, and a CPU that adds atomically waits for all that it has asked of memory.
+            *counter = (*counter).wrapping_add(track::share(&known));
         }
         template::meet::<F>(&key, &known);
+    }
+}
+
+/// Looks at the call of one connection, and forgets it if there is no such connection.
+///
+/// # Safety
+/// Both are of an element of the map.
+#[inline(always)]
+unsafe fn visit_caller<F: Family>(key: *const ConnectionKey<F::Address>, caller: *const Caller<F::Address>) {
+    let Some(report) = SWEEP.get_ptr_mut(0) else { return };
+    // SAFETY: the caller's promise; an element of the map. What is handed on has to be a copy.
+    unsafe {
+        let (key, since) = (*key, (*caller).since);
+        // The connection begins after its call was read.
+        let idle = ((*report).jiffies as u32).wrapping_sub(since) as i32;
+        if !template::meet_caller::<F>(&key) && idle > HZ.load() as i32 {
+            let _ = F::callers().remove(&key);
+        }
     }
 }
 
@@ -145,13 +172,17 @@ unsafe fn visit<F: Family>(key: *const ConnectionKey<F::Address>, connection: *c
 /// # Safety
 /// The key is of an element of the map.
 #[inline(always)]
-unsafe fn visit_template<F: Family>(key: *const TemplateKey<F::Address>, _template: *const Template) {
-    let (Some(config), Some(report)) = (CONFIG.get(0), SWEEP.get_ptr(0)) else { return };
-    // SAFETY: the caller's promise; elements of the maps. What is handed on has to be a copy, and what is changed the element itself.
+unsafe fn visit_template<F: Family, K: Kind<F>>(key: *const K::Key, _template: *const Template) {
+    let (Some(config), Some(report), Some(copy)) = (CONFIG.get(0), SWEEP.get_ptr(0), SWEPT_KEY.get_ptr_mut(0)) else { return };
+    let copy = copy.cast::<K::Key>();
+    // SAFETY: the caller's promise; elements of the maps. What is handed on has to be a copy, for which the stack may be too small, and what
+    // is changed the element itself. The kernel copies what LLVM would copy by way of the stack.
     unsafe {
-        let key = *key;
-        if let Some(known) = F::templates().get_ptr_mut(&key) {
-            template::expire::<F>(config, &raw const key, known, (*report).jiffies as u32);
+        if bpf_probe_read_kernel(copy.cast(), size_of::<K::Key>() as u32, key.cast()) != 0 {
+            return;
+        }
+        if let Some(known) = K::table().get_ptr_mut(&*copy) {
+            template::expire::<F, K>(config, copy, known, (*report).jiffies as u32);
         }
     }
 }

@@ -17,7 +17,9 @@
 //! The stack is full when a new connection comes here. So what has to be kept in mind stands in a map, the [`Arrival`] of
 //! this CPU.
 
+use aya_ebpf::maps::HashMap;
 use lb_common::{
+    call::CallKey,
     config::{Config, SweptTable, flags as settings},
     connection::{Connection, ConnectionKey, flags},
     flood::{self as floods, Part},
@@ -54,6 +56,48 @@ pub struct Arrival {
     flooded: u32,
     /// What the packet is to that mode: a [`Part`].
     part: u32,
+    /// The connection whose call was read, and what [`choose`] shall answer for it; 0: nothing.
+    called: [u32; 10],
+    answer: u32,
+}
+
+/// A kind of templates: where they stand, and by which key.
+pub trait Kind<F: Family> {
+    type Key: 'static;
+    /// What their table is to the sweep, for IPv4 and IPv6.
+    const TABLES: [SweptTable; 2];
+    /// Whether what leads nowhere is left behind.
+    const LEAVES_BEHIND: bool;
+
+    fn table() -> &'static HashMap<Self::Key, Template>;
+}
+
+/// The templates of clients.
+pub struct OfClients;
+
+impl<F: Family> Kind<F> for OfClients {
+    type Key = TemplateKey<F::Address>;
+    const TABLES: [SweptTable; 2] = [SweptTable::TemplatesV4, SweptTable::TemplatesV6];
+    const LEAVES_BEHIND: bool = true;
+
+    #[inline(always)]
+    fn table() -> &'static HashMap<Self::Key, Template> {
+        F::templates()
+    }
+}
+
+/// The templates of calls.
+pub struct OfCalls;
+
+impl<F: Family> Kind<F> for OfCalls {
+    type Key = CallKey<F::Address>;
+    const TABLES: [SweptTable; 2] = [SweptTable::CallsV4, SweptTable::CallsV6];
+    const LEAVES_BEHIND: bool = false;
+
+    #[inline(always)]
+    fn table() -> &'static HashMap<Self::Key, Template> {
+        F::calls()
+    }
 }
 
 impl Arrival {
@@ -67,6 +111,30 @@ impl Arrival {
     fn connection<F: Family>(arrival: *mut Self) -> *mut ConnectionKey<F::Address> {
         // SAFETY: as above.
         unsafe { (&raw mut (*arrival).connection).cast() }
+    }
+
+    #[inline(always)]
+    fn called<F: Family>(arrival: *mut Self) -> *mut ConnectionKey<F::Address> {
+        // SAFETY: as above.
+        unsafe { (&raw mut (*arrival).called).cast() }
+    }
+
+    /// Whether the service's templates are those of calls.
+    #[inline(always)]
+    fn is_call(arrival: *mut Self) -> bool {
+        // SAFETY: as above.
+        unsafe { (*arrival).service.flags & service_flags::SIP != 0 }
+    }
+
+    /// What was found out about this connection's call. It is taken: the next packet has to ask anew.
+    #[inline(always)]
+    fn take_answer<F: Family>(arrival: *mut Self) -> u32 {
+        // SAFETY: as above.
+        unsafe {
+            let answer = (*arrival).answer;
+            (*arrival).answer = 0;
+            if answer != 0 && *Self::called::<F>(arrival) == *Self::connection::<F>(arrival) { answer } else { UNREAD }
+        }
     }
 
     /// Whether the service is FTP's, and the connection to another port.
@@ -109,7 +177,13 @@ pub fn note<F: Family>(service: *const Service, connection: &ConnectionKey<F::Ad
 /// [`track::begin`]'s, or [`NOBODY`].
 #[inline(always)]
 pub fn choose<F: Family>() -> Result<u32, Reason> {
-    match if F::ETHERTYPE == ethernet::IPV4 { persist_ipv4() } else { persist_ipv6() } {
+    let answer = if F::ETHERTYPE == ethernet::IPV4 { persist_ipv4() } else { persist_ipv6() };
+    // No question like those below: of four, LLVM would make a table, and of what is read there the verifier knows nothing.
+    if answer >> 30 == UNREAD >> 30 {
+        // Not yet: whoever delivers the packet leaves it to the program that reads it.
+        return Err(Reason::NoCallId);
+    }
+    match answer {
         TABLE_FULL => Err(Reason::TableFull),
         OVER => Err(Reason::TemplateOver),
         LEFT => Err(Reason::NoConnection),
@@ -120,6 +194,8 @@ pub fn choose<F: Family>() -> Result<u32, Reason> {
 const TABLE_FULL: u32 = NOBODY - 1;
 const OVER: u32 = NOBODY - 2;
 const LEFT: u32 = NOBODY - 3;
+/// The highest bit and not the second highest, which all of the above have.
+const UNREAD: u32 = 1 << 31;
 
 /// Global functions without arguments: the verifier looks at each once, and not once for each way that leads to it.
 #[unsafe(no_mangle)]
@@ -135,16 +211,54 @@ extern "C" fn persist_ipv6() -> u32 {
 #[inline(always)]
 fn persist<F: Family>() -> u32 {
     let Some(arrival) = ARRIVALS.get_ptr_mut(0) else { return NOBODY };
+    if Arrival::is_call(arrival) { Arrival::take_answer::<F>(arrival) } else { lead::<F, OfClients>(arrival, key::<F>(arrival)) }
+}
+
+/// Finds out where the call goes whose connection was noted, for [`choose`]. `key` is that of the call's template, without whom it is for,
+/// in memory of a map. The answer is whether the call has to know of the connection.
+///
+/// # Safety
+/// Nobody else writes the key.
+#[inline(always)]
+pub unsafe fn answer<F: Family>(call: *mut CallKey<F::Address>) -> bool {
+    let Some(arrival) = ARRIVALS.get_ptr_mut(0) else { return false };
+    // SAFETY: the caller's promise; an arrival is this CPU's own.
+    unsafe {
+        (*call).whom = *key::<F>(arrival);
+        let answer = lead::<F, OfCalls>(arrival, call);
+        *Arrival::called::<F>(arrival) = *Arrival::connection::<F>(arrival);
+        (*arrival).answer = answer;
+        answer < UNREAD && answer & (ONCE | FLOODED) == 0
+    }
+}
+
+/// The connection that was noted.
+#[inline(always)]
+pub fn noted<F: Family>() -> Option<*mut ConnectionKey<F::Address>> {
+    ARRIVALS.get_ptr_mut(0).map(Arrival::connection::<F>)
+}
+
+/// The key of the client's template.
+#[inline(always)]
+fn key<F: Family>(arrival: *mut Arrival) -> *mut TemplateKey<F::Address> {
+    let key = Arrival::key::<F>(arrival);
+    // SAFETY: elements of the map, this CPU's own.
+    unsafe { key.write(Scope::of(&(*arrival).service).key(&*Arrival::connection::<F>(arrival))) };
+    key
+}
+
+/// Where a template leads, or the scheduler.
+#[inline(always)]
+fn lead<F: Family, K: Kind<F>>(arrival: *mut Arrival, key: *const K::Key) -> u32 {
     // SAFETY: an element of the map.
     let prefix = u32::from(unsafe { (*arrival).service.prefix }) << PREFIX_SHIFT;
     let kind = prefix | if Arrival::is_once::<F>(arrival) { ONCE } else { CONTROLLED };
     // SAFETY: elements of maps. A template may become another one under our hands, but it stays memory. An arrival is
     // this CPU's own.
     let choice = unsafe {
-        Arrival::key::<F>(arrival).write(Scope::of(&(*arrival).service).key(&*Arrival::connection::<F>(arrival)));
-        match F::templates().get_ptr_mut(&*Arrival::key::<F>(arrival)) {
-            Some(known) => return_to::<F>(arrival, known),
-            None => go::<F>(arrival),
+        match K::table().get_ptr_mut(&*key) {
+            Some(known) => return_to::<F, K>(arrival, key, known),
+            None => go::<F, K>(arrival, key),
         }
     };
     match choice {
@@ -167,7 +281,7 @@ fn persist<F: Family>() -> u32 {
 /// # Safety
 /// Both are elements of their maps.
 #[inline(always)]
-unsafe fn return_to<F: Family>(arrival: *mut Arrival, known: *mut Template) -> Result<u32, u32> {
+unsafe fn return_to<F: Family, K: Kind<F>>(arrival: *mut Arrival, key: *const K::Key, known: *mut Template) -> Result<u32, u32> {
     // SAFETY: the caller's promise.
     unsafe {
         let word = (&raw const (*known).choice).read_volatile();
@@ -181,9 +295,9 @@ unsafe fn return_to<F: Family>(arrival: *mut Arrival, known: *mut Template) -> R
         if server == NOBODY {
             // As in IPVS, the client is free even if its old server comes back.
             if is_alive {
-                leave_behind::<F>(arrival, known, choice);
+                leave_behind::<F, K>(arrival, known, choice);
             }
-            end::<F>(Arrival::key::<F>(arrival), known, word);
+            end::<F, K>(key, known, word);
             return Err(NOBODY);
         }
         // Many connections of a client in one tick need not all write.
@@ -195,7 +309,7 @@ unsafe fn return_to<F: Family>(arrival: *mut Arrival, known: *mut Template) -> R
         }
         if !is_usable {
             if is_alive {
-                leave_behind::<F>(arrival, known, choice);
+                leave_behind::<F, K>(arrival, known, choice);
             }
             (*known).timeout = timeout(arrival);
             (*known).assured = 0;
@@ -217,7 +331,10 @@ unsafe fn return_to<F: Family>(arrival: *mut Arrival, known: *mut Template) -> R
 /// # Safety
 /// As above.
 #[inline(always)]
-unsafe fn leave_behind<F: Family>(arrival: *mut Arrival, known: *const Template, choice: Choice) {
+unsafe fn leave_behind<F: Family, K: Kind<F>>(arrival: *mut Arrival, known: *const Template, choice: Choice) {
+    if !K::LEAVES_BEHIND {
+        return;
+    }
     // SAFETY: the caller's promise; the arrival is this CPU's own.
     unsafe {
         let (key, left) = (Arrival::key::<F>(arrival), &raw mut (*arrival).left);
@@ -248,7 +365,7 @@ unsafe fn leave_behind<F: Family>(arrival: *mut Arrival, known: *const Template,
 /// # Safety
 /// As above.
 #[inline(always)]
-unsafe fn go<F: Family>(arrival: *mut Arrival) -> Result<u32, u32> {
+unsafe fn go<F: Family, K: Kind<F>>(arrival: *mut Arrival, key: *const K::Key) -> Result<u32, u32> {
     let server = pick::<F>(arrival)?;
     // SAFETY: the caller's promise.
     unsafe {
@@ -259,15 +376,15 @@ unsafe fn go<F: Family>(arrival: *mut Arrival) -> Result<u32, u32> {
         (*fresh).choice = Choice { server, last_seen: jiffies() }.word();
         (*fresh).timeout = timeout(arrival);
         (*fresh).held = (!Arrival::is_once::<F>(arrival)).into();
-        match F::templates().insert(&*Arrival::key::<F>(arrival), &*fresh, 1 /* BPF_NOEXIST */) {
+        match K::table().insert(&*key, &*fresh, 1 /* BPF_NOEXIST */) {
             Ok(()) => {
-                newcomers::note(if F::ETHERTYPE == ethernet::IPV4 { SweptTable::TemplatesV4 } else { SweptTable::TemplatesV6 });
+                newcomers::note(K::TABLES[usize::from(F::ETHERTYPE == ethernet::IPV6)]);
                 count(server, MORE);
                 Ok(server)
             }
             // Another CPU was faster: one client, one server.
             Err(EEXIST) => {
-                let known = F::templates().get_ptr(&*Arrival::key::<F>(arrival)).ok_or(OVER)?;
+                let known = K::table().get_ptr(&*key).ok_or(OVER)?;
                 Ok(Choice::from_word((&raw const (*known).choice).read_volatile()).server)
             }
             Err(_) => Err(TABLE_FULL),
@@ -332,12 +449,10 @@ fn count(server: u32, change: u64) {
 #[inline(always)]
 fn of<F: Family>(key: &ConnectionKey<F::Address>, server: u32, prefix: u8) -> Option<*mut Template> {
     let mut key = SCOPES.get(server)?.at::<F::Address>(prefix).key(key);
-    if let Some(known) = F::templates().get_ptr_mut(&key) {
-        // SAFETY: an element of the map.
-        let choice = Choice::from_word(unsafe { (&raw const (*known).choice).read_volatile() });
-        if choice.server == server {
-            return Some(known);
-        }
+    if let Some(known) = F::templates().get_ptr_mut(&key)
+        && let Some(known) = leading_to(known, server)
+    {
+        return Some(known);
     }
     for number in (1..=TemplateKey::<F::Address>::LEFT_BEHIND).rev() {
         key = key.left_behind(server, number);
@@ -348,10 +463,35 @@ fn of<F: Family>(key: &ConnectionKey<F::Address>, server: u32, prefix: u8) -> Op
     None
 }
 
+/// The same of a connection's call.
+#[inline(always)]
+fn of_call<F: Family>(key: &ConnectionKey<F::Address>, server: u32) -> Option<*mut Template> {
+    let caller = F::callers().get_ptr(key)?;
+    // SAFETY: an element of the map.
+    leading_to(F::calls().get_ptr_mut(unsafe { &(*caller).key })?, server)
+}
+
+/// The template, if it leads to this real server.
+#[inline(always)]
+fn leading_to(known: *mut Template, server: u32) -> Option<*mut Template> {
+    // SAFETY: an element of the map.
+    let choice = Choice::from_word(unsafe { (&raw const (*known).choice).read_volatile() });
+    (choice.server == server).then_some(known)
+}
+
 /// Notes that a connection was established, or a datagram answered.
 #[inline(never)]
 pub fn assure<F: Family>(key: &ConnectionKey<F::Address>, server: u32, prefix: u32) {
     if let Some(known) = of::<F>(key, server, prefix as u8) {
+        // SAFETY: an element of the map.
+        unsafe { (*known).assured = 1 };
+    }
+}
+
+/// The same for a call, of which only datagrams can be.
+#[inline(never)]
+pub fn assure_call<F: Family>(key: &ConnectionKey<F::Address>, server: u32) {
+    if let Some(known) = of_call::<F>(key, server) {
         // SAFETY: an element of the map.
         unsafe { (*known).assured = 1 };
     }
@@ -368,17 +508,30 @@ pub fn meet<F: Family>(key: &ConnectionKey<F::Address>, connection: &Connection)
     }
 }
 
+/// The sweep has met a caller. Answers whether there is its connection.
+#[inline(always)]
+pub fn meet_caller<F: Family>(key: &ConnectionKey<F::Address>) -> bool {
+    let Some(connection) = F::connections().find(key) else { return false };
+    // SAFETY: elements of the maps.
+    unsafe {
+        if let Some(known) = of_call::<F>(key, (*connection).server) {
+            (*known).met = 1;
+        }
+        (*connection).flags & flags::CONTROLLED != 0
+    }
+}
+
 /// Deletes a template, unless it has another choice by now than this one.
 ///
 /// # Safety
 /// Both are of an element of the map, or the key is another copy.
 #[inline(always)]
-unsafe fn end<F: Family>(key: *const TemplateKey<F::Address>, known: *mut Template, word: u64) {
+unsafe fn end<F: Family, K: Kind<F>>(key: *const K::Key, known: *mut Template, word: u64) {
     let choice = Choice::from_word(word);
     let over = Choice { server: Choice::OVER, ..choice };
     // SAFETY: the caller's promise.
     unsafe {
-        if atomic::compare_exchange(&raw mut (*known).choice, word, over.word()) == word && F::templates().remove(&*key).is_ok() {
+        if atomic::compare_exchange(&raw mut (*known).choice, word, over.word()) == word && K::table().remove(&*key).is_ok() {
             count(choice.server, LESS);
         }
     }
@@ -392,7 +545,7 @@ const RESPITE: u32 = 60;
 /// # Safety
 /// Both are of an element of the map.
 #[inline(always)]
-pub unsafe fn expire<F: Family>(config: &Config, key: *const TemplateKey<F::Address>, known: *mut Template, now: u32) {
+pub unsafe fn expire<F: Family, K: Kind<F>>(config: &Config, key: *const K::Key, known: *mut Template, now: u32) {
     // SAFETY: the caller's promise.
     unsafe {
         let word = (&raw const (*known).choice).read_volatile();
@@ -400,7 +553,7 @@ pub unsafe fn expire<F: Family>(config: &Config, key: *const TemplateKey<F::Addr
         let has_connections = (*known).met != 0;
         (*known).met = 0;
         if track::is_forsaken(config, choice.server) {
-            return end::<F>(key, known, word);
+            return end::<F, K>(key, known, word);
         }
         if choice.idle(now) < (*known).timeout {
             // A connection that came after the sweep began was not met.
@@ -410,7 +563,7 @@ pub unsafe fn expire<F: Family>(config: &Config, key: *const TemplateKey<F::Addr
             return;
         }
         if !has_connections {
-            return end::<F>(key, known, word);
+            return end::<F, K>(key, known, word);
         }
         let renewed = Choice { last_seen: now, ..choice };
         // Unless a new connection has come in this moment.

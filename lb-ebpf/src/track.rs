@@ -13,7 +13,7 @@ use lb_common::{
         Fragment, IpHeader,
         icmp::IcmpHeader,
         protocol,
-        transport::{self, Ports, Segment},
+        transport::{self, Ports},
     },
     reason::Reason,
     schedule::NOBODY,
@@ -50,39 +50,37 @@ pub fn jiffies() -> u32 {
 #[inline(always)]
 pub fn connection<P: Packet, F: Family>(
     packet: &P,
-    header: &IpHeader<F::Address>,
-    protocol: u8,
-    segment: Segment,
+    key: &ConnectionKey<F::Address>,
+    event: u8,
     fragment: Fragment,
 ) -> Result<Leg, Reason> {
-    let key = ConnectionKey { client: header.source, vip: header.destination, ports: segment.ports, protocol: u32::from(protocol) };
-    if let Some(known) = F::connections().find(&key) {
+    if let Some(known) = F::connections().find(key) {
         // First of all: what is read before a call has to be put aside for it.
         let now = jiffies();
         // SAFETY: an element of the map; it may become another connection's under our hands, but it stays memory.
         let (last_seen, settled) = unsafe { ((*known).last_seen, (*known).flags & flags::SETTLED != 0) };
         let leg = leg(known);
         let idle = now.wrapping_sub(last_seen);
-        let undisturbed = settled && segment.is_quiet() && idle < HZ.load();
+        let undisturbed = settled && transport::is_quiet(event) && idle < HZ.load();
         if undisturbed {
             return Ok(leg);
         }
-        match attend::<F>(&key, known, idle, segment.event) {
+        match attend::<F>(key, known, idle, event) {
             HELD => return Ok(leg),
             HELD_UNNAMED => return Err(Reason::Unnamed),
             GONE => {}
-            masqueraded => reply::forget::<F>(&key, Leg(masqueraded)),
+            masqueraded => reply::forget::<F>(key, Leg(masqueraded)),
         }
     }
-    let picked = schedule::<F>(&key, segment.event, Origin::of(packet, fragment))?;
-    let local = local::of_new::<F>(&key, picked & !BITS)?;
-    match begin::<F>(&key, segment.event, Leg::new(picked, local)) {
+    let picked = schedule::<F>(key, event, Origin::of(packet, fragment))?;
+    let local = local::of_new::<F>(key, picked & !BITS)?;
+    match begin::<F>(key, event, Leg::new(picked, local)) {
         NO_SERVER => Err(Reason::NoServer),
         FULL => Err(Reason::TableFull),
         leg if leg & EXPECTS == 0 => Ok(Leg(leg)),
         leg => {
             let leg = Leg(leg & !EXPECTS);
-            if reply::expect::<F>(&key, leg.server()) { Ok(leg) } else { Err(Reason::TableFull) }
+            if reply::expect::<F>(key, leg.server()) { Ok(leg) } else { Err(Reason::TableFull) }
         }
     }
 }
@@ -544,7 +542,8 @@ pub fn anything<P: Packet, F: Family>(
         return found(later::<P, F>(packet.context(), header.offset as u32));
     }
     let segment = transport::parse(packet, offset, protocol, header.offset + header.length)?;
-    let leg = connection::<P, F>(packet, header, protocol, segment, fragment)?;
+    let key = ConnectionKey { client: header.source, vip: header.destination, ports: segment.ports, protocol: u32::from(protocol) };
+    let leg = connection::<P, F>(packet, &key, segment.event, fragment)?;
     if fragment == Fragment::First {
         remember_first_fragment::<P, F>(packet.context(), header.offset as u32, segment.ports);
     }

@@ -21,7 +21,7 @@ use std::{
 
 use bpfvs::{
     datapath::{Datapath as _, Hook, KernelDatapath, Options, Target, attach::Attachments, netns_cookie},
-    director::model::{ConnectionView, Family, Method, Protocol, ServiceId, Tunnel},
+    director::model::{ConnectionView, Family, Method, Protocol, ServiceId, TableMemory, Tunnel},
     scheduler::Run,
 };
 use lb_common::{
@@ -101,6 +101,7 @@ impl Lab {
             directory: self.directory(),
             netns_cookie: netns_cookie().expect("a kernel with cookies"),
             max_connections: Some(1000),
+            memory: None,
             picks_at_once: 1,
             hook: Hook::Auto,
             interfaces: Vec::new(),
@@ -473,8 +474,10 @@ fn an_instance_is_taken_over_and_removed() {
         assert!(!second.filter_contains(vip));
         drop(second);
 
-        let small = Options { max_connections: Some(10), ..lab.options() };
-        assert_eq!(KernelDatapath::open(&small).expect("the instance is taken over").max_connections(), 1000);
+        let small = Options { max_connections: Some(10), memory: Some(TableMemory::OnDemand), ..lab.options() };
+        let third = KernelDatapath::open(&small).expect("the instance is taken over");
+        assert_eq!((third.max_connections(), third.memory()), (1000, TableMemory::AtStart), "tables stay as they are");
+        drop(third);
         let fresh = KernelDatapath::open(&other).expect("leftovers of a dead namespace are no hindrance");
         assert!(!fresh.adopted());
         drop(fresh);

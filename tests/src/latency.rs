@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Client and server run on one CPU, with real-time priority, so that other work of the machine is none of their business. The director's
-//! packets are handed to the CPU that is asked about (RPS), and the daemon is bound to the last one. In turns of a fraction of a second it
+//! packets are handed to the CPU that is asked about (RPS), and the daemon is bound to the last one. In turns of a second it
 //! may work, or it is stopped. Only turns in which the sweep came forward count.
 
 use std::{
@@ -35,8 +35,8 @@ use nix::{
 
 use crate::{bpfvs::Bpfvs, netns::Namespace, netns::run};
 
-/// How long the daemon works, or is stopped.
-const TURN: Duration = Duration::from_millis(300);
+/// How long the daemon works, or is stopped: long enough for two spells of the sweep and the rests after them.
+const TURN: Duration = Duration::from_secs(1);
 
 /// Round-trip times.
 #[derive(Clone, Debug, Default)]

@@ -19,8 +19,9 @@
 
 use std::{
     borrow::BorrowMut,
-    io,
+    fs, io,
     net::{IpAddr, SocketAddr},
+    os::fd::{AsFd as _, AsRawFd as _},
     path::{Path, PathBuf},
 };
 
@@ -171,6 +172,14 @@ impl Pinned {
         let path = self.maps.join(name);
         let data = MapData::from_pin(&path).with_context(|| format!("open the pinned map {}", path.display()))?;
         T::try_from(kind(data)).map_err(Into::into).with_context(|| format!("the pinned map {name} is of another kind"))
+    }
+
+    /// Bytes of memory that a map takes, by the kernel's word.
+    pub fn memory(&self, map: &str) -> Result<u64> {
+        let data = MapData::from_pin(self.maps.join(map)).with_context(|| format!("open the pinned map {map}"))?;
+        let text = fs::read_to_string(format!("/proc/self/fdinfo/{}", data.fd().as_fd().as_raw_fd()))?;
+        let bytes = text.lines().find_map(|line| line.strip_prefix("memlock:")).context("the kernel says what a map takes")?;
+        Ok(bytes.trim().parse()?)
     }
 
     /// All reason counters, over all CPUs, in the order of [`Reason::ALL`].

@@ -286,7 +286,7 @@ fn tags(frame: &[u8]) -> Result<&[u8]> {
 
 /// Frames with tags are translated, and keep them where the port has no VLAN of its own that could add or take one.
 ///
-/// VLANs, and real servers in one, are `vm_kernels::requests_in_a_vlan`'s.
+/// VLANs, and real servers in one, are `vm::kernels::vlans_and_direct_routing_on_debians_newer_kernel`'s.
 #[test]
 fn frames_with_tags_are_translated() -> Result<()> {
     needs!(root);

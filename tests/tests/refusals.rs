@@ -131,14 +131,9 @@ fn what_this_version_cannot_do_yet() -> Result<()> {
     let bpfvs = Bpfvs::start(&namespace, &[])?;
     bpfvs.ipvsadm("-A -t 192.0.2.1:80 -s rr")?;
     let before = bpfvs.ipvsadm("-Sn")?;
-    for (line, part) in [
-        ("-A -u 192.0.2.2:5060 -s rr -p 300 --pe sip", "SIP"),
-        ("-a -t 192.0.2.1:80 -r 192.0.2.30:80 -m --fullnat", "local IPv4 address"),
-    ] {
-        let arguments: Vec<_> = line.split(' ').collect();
-        let output = run(bpfvs.command("ipvsadm").args(&arguments))?;
-        one_sentence(&output, &[part]).with_context(|| format!("ipvsadm {line}"))?;
-    }
+    let line = "-a -t 192.0.2.1:80 -r 192.0.2.30:80 -m --fullnat";
+    let output = run(bpfvs.command("ipvsadm").args(line.split(' ')))?;
+    one_sentence(&output, &["local IPv4 address"]).with_context(|| format!("ipvsadm {line}"))?;
     ensure!(bpfvs.ipvsadm("-Sn")? == before, "something was changed");
     Ok(())
 }

@@ -150,7 +150,7 @@ fn requests_in_a_vlan_by_tc() -> Result<()> {
     needs!(root, "nginx", "curl", "bridge", "tcpdump", "ethtool");
     needs_bpfvs!();
     if let Some(obstacle) = vlan_obstacle()? {
-        skip_kernel!("vm::kernels::requests_in_a_vlan", "{obstacle}");
+        skip_kernel!("vm::kernels::vlans_and_direct_routing_on_debians_newer_kernel", "{obstacle}");
     }
     requests_in_a_vlan("tc")
 }
@@ -160,7 +160,7 @@ fn requests_in_a_vlan_by_xdp() -> Result<()> {
     needs!(root, "nginx", "curl", "bridge", "tcpdump", "ethtool");
     needs_bpfvs!();
     if let Some(obstacle) = vlan_obstacle()? {
-        skip_kernel!("vm::kernels::requests_in_a_vlan", "{obstacle}");
+        skip_kernel!("vm::kernels::vlans_and_direct_routing_on_debians_newer_kernel", "{obstacle}");
     }
     requests_in_a_vlan("xdp")
 }

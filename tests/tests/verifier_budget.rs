@@ -31,13 +31,14 @@ fn programs_stay_within_their_budget() -> Result<()> {
     needs_bpfvs!();
     let director = Namespace::new("budget")?;
     // The programs for XDP are loaded with the first interface that wants them, those for translation with the first real
-    // server that needs them.
+    // server that needs them, those for SIP with the first service.
     director.ip("link add eth0 type veth peer name far
          link set eth0 up")?;
     let bpfvs = Bpfvs::start(&director, &["--hook", "xdp"])?;
     bpfvs.succeed(&["localaddr", "add", "192.0.2.3"])?;
     bpfvs.ipvsadm("-A -t [2001:db8::1]:80 -s rr")?;
     bpfvs.ipvsadm("-a -t [2001:db8::1]:80 -r 192.0.2.2:80 -m --fullnat")?;
+    bpfvs.ipvsadm("-A -u [2001:db8::1]:5060 -s rr -p 60 --pe sip")?;
     let measured = measure(&bpfvs.pins().join("programs"))?;
     for (program, instructions) in &measured {
         println!("{program}: {instructions} verified instructions");

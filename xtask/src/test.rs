@@ -200,7 +200,8 @@ pub(crate) struct GoldenOptions {
 
 /// Runs the golden cases of ipvsadm: first those of printing, then those that a daemon answers.
 pub(crate) fn golden(options: &GoldenOptions) -> Result<()> {
-    prepare(&[Part::Netns])?;
+    // Some cases want another kernel.
+    prepare(&[Part::Vm])?;
     let mut environment = Vec::new();
     if let Some(directory) = &options.directory {
         let directory = fs::canonicalize(directory)

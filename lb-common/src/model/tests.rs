@@ -12,6 +12,7 @@ use proptest::prelude::*;
 
 use super::{Model, Verdict, VirtualService};
 use crate::{
+    connection::ConnectionKey,
     packet::{Bytes, Fragment, Network, Payload, Plain, V4, V6, ethernet, protocol, transport},
     reason::Reason,
     sctp, tcp,
@@ -222,14 +223,13 @@ fn parse_everything(bytes: &[u8], offset: usize) {
             Ok((header, N::transport(bytes, &header)?))
         });
         let segment = |payload: Payload, end| transport::parse(bytes, payload.offset, payload.protocol, end);
-        if let Some(Plain { header, protocol, segment: quick }) = N::plain(bytes, offset) {
-            let (slow, payload) = found.expect("a plain packet is sound");
-            assert_eq!(
-                (header, protocol, Fragment::Whole),
-                (slow, payload.protocol, payload.fragment),
-                "the short cut reads the same"
-            );
-            assert_eq!(Ok(quick), segment(payload, slow.offset + slow.length), "and behind it, too");
+        if let Some(Plain { key, length, event }) = N::plain(bytes, offset) {
+            let (header, payload) = found.expect("a plain packet is sound");
+            assert_eq!((header.offset, payload.fragment), (offset, Fragment::Whole), "a plain packet is whole");
+            let segment = segment(payload, header.offset + header.length).expect("and so is its transport header");
+            let protocol = payload.protocol.into();
+            let slow = ConnectionKey { client: header.source, vip: header.destination, ports: segment.ports, protocol };
+            assert_eq!((key, length, event), (slow, header.length, segment.event), "the short cut reads the same");
         }
         if let Ok((_, payload)) = found {
             let _ = segment(payload, bytes.len());

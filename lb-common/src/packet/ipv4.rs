@@ -1,7 +1,11 @@
 //! IPv4, with options and fragments.
 
-use super::{Bytes, Carriage, Fragment, Headers, IpHeader, Network, Payload, Plain, ethernet, protocol};
-use crate::{family::AF_INET, reason::Reason, wire::plain};
+use super::{Bytes, Carriage, Fragment, Headers, IpHeader, Network, Payload, Plain, ethernet, event, ports_protocol, protocol};
+use crate::{
+    family::AF_INET,
+    reason::Reason,
+    wire::{self, plain},
+};
 
 /// An IPv4 header without options; every field in network order.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -111,8 +115,11 @@ impl Network for V4 {
         if ip.version_length != PLAIN || !whole || offset + length > bytes.len() {
             return None;
         }
-        let header = IpHeader { source: ip.source, destination: ip.destination, offset, length };
-        Plain::new(header, Self::HEADER, ip.protocol, &transport)
+        let event = event(length, Self::HEADER, ip.protocol, &transport)?;
+        // Both addresses at once, to be written at once.
+        let addresses: u64 = bytes.read(offset + Self::ADDRESSES)?;
+        let key = wire::cast([addresses, ports_protocol(transport.ports, ip.protocol)]);
+        Some(Plain { key, length, event })
     }
 
     #[inline(always)]

@@ -1,10 +1,10 @@
 //! IPv6, with extension headers and fragments.
 
-use super::{Bytes, Carriage, Fragment, Headers, IpHeader, Network, Payload, Plain, ethernet, protocol};
+use super::{Bytes, Carriage, Fragment, Headers, IpHeader, Network, Payload, Plain, ethernet, event, ports_protocol, protocol};
 use crate::{
     family::{AF_INET6, Ipv6},
     reason::Reason,
-    wire::plain,
+    wire::{self, plain},
 };
 
 /// An IPv6 header; every field in network order.
@@ -153,10 +153,11 @@ impl Network for V6 {
         if ip.version_class_flow & VERSION_MASK != VERSION || offset + length > bytes.len() {
             return None;
         }
-        // Word by word: as a whole, LLVM would copy the address byte by byte.
-        let [first, second, third, fourth] = ip.source;
-        let header = IpHeader { source: [first, second, third, fourth], destination: ip.destination, offset, length };
-        Plain::new(header, Self::HEADER, ip.next_header, &transport)
+        let event = event(length, Self::HEADER, ip.next_header, &transport)?;
+        // Two words at once, to be written at once.
+        let [a, b, c, d]: [u64; 4] = bytes.read(offset + Self::ADDRESSES)?;
+        let key = wire::cast([a, b, c, d, ports_protocol(transport.ports, ip.next_header)]);
+        Some(Plain { key, length, event })
     }
 
     #[inline(always)]

@@ -16,10 +16,10 @@ pub mod mapped;
 pub mod transport;
 pub mod tunnel;
 
-use crate::{Plain as Wire, family::Address, reason::Reason, wire};
+use crate::{Plain as Wire, connection::ConnectionKey, family::Address, reason::Reason, wire};
 pub use ipv4::{DONT_FRAGMENT, Ipv4Header, V4};
 pub use ipv6::{FragmentHeader, Ipv6Header, V6};
-use transport::{Segment, TcpHeader, UdpHeader};
+use transport::{Ports, TcpHeader, UdpHeader};
 
 /// IP protocol numbers.
 pub mod protocol {
@@ -81,6 +81,14 @@ pub struct IpHeader<A> {
     pub length: usize,
 }
 
+impl<A> IpHeader<A> {
+    /// The same with its addresses where they are.
+    #[inline(always)]
+    pub const fn as_ref(&self) -> IpHeader<&A> {
+        IpHeader { source: &self.source, destination: &self.destination, offset: self.offset, length: self.length }
+    }
+}
+
 /// What an IP header says of the packet's way. Read only where it is needed.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Carriage {
@@ -108,12 +116,12 @@ pub struct Payload {
 /// A plain packet, which nearly all are: see [`Network::plain`].
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Plain<A> {
-    /// Its IP header.
-    pub header: IpHeader<A>,
-    /// TCP or UDP.
-    pub protocol: u8,
-    /// Its transport header.
-    pub segment: Segment,
+    /// Source, destination, ports and protocol, which is TCP or UDP: the key of the connection that it belongs to.
+    pub key: ConnectionKey<A>,
+    /// Length of the whole packet from the first byte of the IP header.
+    pub length: usize,
+    /// As [`transport::Segment::event`].
+    pub event: u8,
 }
 
 /// The two headers of a plain packet, to be read together: one check of the bounds. A UDP datagram that is too short for
@@ -127,20 +135,21 @@ struct Headers<I> {
 
 wire::plain! { Headers<Ipv4Header> = 40, Headers<Ipv6Header> = 60 }
 
-impl<A> Plain<A> {
-    /// Puts together what a family has read. `before` is what stands before the transport header, in bytes.
-    #[inline(always)]
-    fn new(header: IpHeader<A>, before: usize, protocol: u8, transport: &TcpHeader) -> Option<Self> {
-        let (least, event) = match protocol {
-            protocol::TCP => (size_of::<TcpHeader>(), transport.flags),
-            protocol::UDP => (size_of::<UdpHeader>(), transport::QUIET),
-            _ => return None,
-        };
-        if header.length < before + least {
-            return None;
-        }
-        Some(Self { header, protocol, segment: Segment { ports: transport.ports, event } })
-    }
+/// The event of a plain packet with an IP header of `before` bytes, or nothing if it is too short or not of TCP or UDP.
+#[inline(always)]
+const fn event(length: usize, before: usize, protocol: u8, transport: &TcpHeader) -> Option<u8> {
+    let (least, event) = match protocol {
+        protocol::TCP => (size_of::<TcpHeader>(), transport.flags),
+        protocol::UDP => (size_of::<UdpHeader>(), transport::QUIET),
+        _ => return None,
+    };
+    if length < before + least { None } else { Some(event) }
+}
+
+/// The last eight bytes of a [`ConnectionKey`].
+#[inline(always)]
+fn ports_protocol(ports: Ports, protocol: u8) -> u64 {
+    wire::cast([ports.word(), u32::from(protocol)])
 }
 
 /// Which part of a packet this is.

@@ -147,13 +147,11 @@ pub struct Segment {
 /// none of the flags that could.
 pub const QUIET: u8 = flags::ACK;
 
-impl Segment {
-    /// Whether the packet can neither begin nor end anything: a bare TCP acknowledgement (with or without data), any UDP
-    /// datagram. SCTP's events are other numbers; its connections are never left alone.
-    #[inline(always)]
-    pub const fn is_quiet(&self) -> bool {
-        self.event & (flags::FIN | flags::SYN | flags::RST | flags::ACK) == QUIET
-    }
+/// Whether a packet with this event can neither begin nor end anything: a bare TCP acknowledgement (with or without data), any
+/// UDP datagram. SCTP's events are other numbers; its connections are never left alone.
+#[inline(always)]
+pub const fn is_quiet(event: u8) -> bool {
+    event & (flags::FIN | flags::SYN | flags::RST | flags::ACK) == QUIET
 }
 
 /// Reads the transport header, which must lie before `end`, the end of the IP packet: what stands behind is padding. Any

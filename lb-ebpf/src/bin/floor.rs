@@ -35,7 +35,7 @@ use aya_ebpf::{
     programs::{TcContext, XdpContext},
 };
 use lb_common::{
-    checksum::finish,
+    checksum::{finish, gain},
     connection::{Connection, ConnectionKey},
     family::{Ipv4, Ipv6},
     floor::{Role, Round},
@@ -187,28 +187,38 @@ pub fn wrap_tc(context: TcContext) -> i32 {
 
 /// Writes the template's headers, with the client of the next flow in them.
 ///
-/// Word by word as they are read: a processor cannot hand a load what two stores have just written, and waits for the cache
-/// instead. No frame that a network card has brought would cost that.
+/// Word by word as they are read, and addresses, which a director may read by two words, by two: a processor cannot hand a load
+/// what two stores have just written, and waits for the cache instead. No frame that a network card has brought would cost that.
 #[inline(always)]
 unsafe fn restore<P: Packet>(packet: &mut P, round: *mut Round) -> Option<()> {
     // SAFETY: the caller's element of the array.
     unsafe {
         packet.pointer::<u16>(0)?.write((*round).start);
-        packet.pointer::<[u32; 13]>(2)?.write((*round).headers);
-        if (*round).is_v6 != 0 {
-            packet.pointer::<[u32; 5]>(54)?.write((*round).more_headers);
-        }
         let flow = (*round).flow;
         (*round).flow = flow + 1;
         let (client, ports) = (*round).client(flow);
-        let is_v6 = (*round).is_v6 != 0;
-        if (*round).role == Role::Source as u16 {
-            let (address, behind) = if is_v6 { (34, 54) } else { (26, 34) };
-            packet.write(address, client).ok()?;
+        let (role, is_v6) = ((*round).role, (*round).is_v6 != 0);
+        let mut words = (*round).headers;
+        let (source, destination) = if is_v6 { (8, 12) } else { (6, 7) };
+        if role == Role::Source as u16 {
+            words[source] = client;
+        } else if role == Role::Destination as u16 {
+            words[destination] = client;
+        }
+        let two = |at: usize| u64::from(words[at]) | u64::from(words[at + 1]) << 32;
+        if is_v6 {
+            packet.pointer::<[u32; 5]>(2)?.write([words[0], words[1], words[2], words[3], words[4]]);
+            packet.pointer::<[u64; 4]>(22)?.write([two(5), two(7), two(9), two(11)]);
+            packet.pointer::<[u32; 5]>(54)?.write((*round).more_headers);
+        } else {
+            packet.pointer::<[u32; 6]>(2)?.write([words[0], words[1], words[2], words[3], words[4], words[5]]);
+            packet.pointer::<u64>(26)?.write(two(6));
+            packet.pointer::<[u32; 5]>(34)?.write([words[8], words[9], words[10], words[11], words[12]]);
+        }
+        let behind = if is_v6 { 54 } else { 34 };
+        if role == Role::Source as u16 {
             packet.write(behind, ports).ok()?;
-        } else if (*round).role == Role::Destination as u16 {
-            let (address, behind) = if is_v6 { (50, 54) } else { (30, 34) };
-            packet.write(address, client).ok()?;
+        } else if role == Role::Destination as u16 {
             packet.write(behind, ports.reversed()).ok()?;
         } else {
             let (address, behind) = if is_v6 { (98, 102) } else { (58, 62) };
@@ -219,28 +229,33 @@ unsafe fn restore<P: Packet>(packet: &mut P, round: *mut Round) -> Option<()> {
     }
 }
 
-/// Makes a live frame the next flow's packet, and sends it by the wire. IPv4 alone: its header's checksum is made right, because
-/// the kernel's own stack looks at it.
+/// Makes a live frame the next flow's packet, and sends it by the wire. TCP over IPv4 alone: its checksums are made right, because
+/// the kernel's own stack looks at them, and does less for a segment that is broken.
 #[xdp]
 pub fn source_xdp(context: XdpContext) -> u32 {
     let (Some(round), Some(wire)) = (ROUND.get_ptr_mut(0), WIRE.get(0)) else { return xdp_action::XDP_ABORTED };
     // SAFETY: an element of the array; the context is the kernel's own; the helper asks for nothing.
     unsafe {
         let frame = &mut XdpFrame::view(context.as_ptr());
-        if restore(frame, round).is_none() || right_checksum(frame).is_none() {
+        if restore(frame, round).is_none() || right_checksums(frame, &(*round).headers).is_none() {
             return xdp_action::XDP_ABORTED;
         }
         bpf_redirect(*wire, 0) as u32
     }
 }
 
-/// Writes the checksum of an IPv4 header without options.
+/// Writes the checksums of an IPv4 header without options and of the TCP segment behind it, which was right for the addresses and
+/// ports of the round's headers.
 #[inline(always)]
-fn right_checksum<P: Packet>(packet: &mut P) -> Option<()> {
+fn right_checksums<P: Packet>(packet: &mut P, headers: &[u32; 13]) -> Option<()> {
     let words: [u32; 5] = packet.read(ethernet::HEADER)?;
     // The third one has the checksum in its upper half, as this architecture reads it.
     let sum = [words[0], words[1], words[2] & 0xffff, words[3], words[4]].into_iter().fold(0, |sum, word| sum + word as u64);
-    packet.write(ethernet::HEADER + Ipv4Header::CHECKSUM, finish(sum)).ok()
+    packet.write(ethernet::HEADER + Ipv4Header::CHECKSUM, finish(sum)).ok()?;
+    // Both addresses and the ports. The headers begin with the third byte of the frame.
+    let now: [u32; 3] = packet.read(26)?;
+    let difference = (0..3).fold(0, |sum, word| sum + now[word] as u64 + !headers[6 + word] as u64);
+    packet.write(50, gain(headers[12] as u16, difference)).ok()
 }
 
 /// Counts a frame, which ends here.

@@ -4,16 +4,16 @@ mod tunnel;
 
 use aya_ebpf::cty::c_void;
 use lb_common::{
-    connection::Leg,
+    connection::{ConnectionKey, Leg},
     local::Local,
     packet::{
-        IpHeader, Plain,
+        IpHeader,
         ethernet::{self, Link},
     },
     reason::Reason,
     server::{Method, Server, Status, Tunnel, flags},
 };
-use lb_ebpf::packet::{Packet, Room};
+use lb_ebpf::packet::{Packet, Room, apart};
 
 use crate::{
     account,
@@ -51,12 +51,12 @@ impl Reachable {
 /// Finds the real server's entry, before anything is changed or counted.
 #[inline(always)]
 pub fn reachable<P: Packet>(packet: &P, leg: Leg) -> Result<Reachable, Reason> {
-    let entry = SERVERS.get(leg.server()).ok_or(Reason::ServerRemoved)?;
+    let Some(entry) = SERVERS.get(leg.server()) else { return Err(apart(Reason::ServerRemoved)) };
     let unresolved = entry.status != Status::Ready as u8;
     if unresolved {
-        may_resolve::<P>(entry.status)?;
+        may_resolve::<P>(apart(entry.status))?;
     } else if !packet.reaches(&entry.hop, entry.flags & flags::REDIRECT != 0) {
-        return Err(Reason::OtherDevice);
+        return Err(apart(Reason::OtherDevice));
     }
     Ok(Reachable { leg, entry, unresolved })
 }
@@ -76,15 +76,20 @@ fn may_resolve<P: Packet>(status: u8) -> Result<(), Reason> {
     }
 }
 
-/// Takes the packet to its real server. If it is too big, `mtu` says for what.
+/// The largest packet that takes the way to a real server: what the sender of a larger one is told.
+#[inline(always)]
+pub fn mtu(leg: Result<Leg, Reason>) -> u16 {
+    leg.ok().and_then(|leg| SERVERS.get(leg.server())).map_or(0, |entry| entry.hop.mtu)
+}
+
+/// Takes the packet to its real server.
 #[inline(always)]
 pub fn forward<P: Packet, F: Family>(
     packet: &mut P,
     link: &Link,
-    header: &IpHeader<F::Address>,
-    plain: Option<&Plain<F::Address>>,
+    header: &IpHeader<&F::Address>,
+    plain: Option<&ConnectionKey<F::Address>>,
     server: &Reachable,
-    mtu: &mut u16,
 ) -> Result<Outcome, Reason> {
     let method = server.entry.method;
     let too_big = header.length > server.entry.hop.mtu as usize
@@ -92,19 +97,18 @@ pub fn forward<P: Packet, F: Family>(
     if !packet.takes_headers(link) && (too_big || method == Method::Tunnel as u8 || method == Method::Cross as u8) {
         return Err(Reason::Vlan);
     }
-    if let Some(plain) = plain
+    if let Some(key) = plain
         && Method::translates_in_place(method)
         && !too_big
     {
-        nat::plain_request::<P, F>(packet, plain, server.entry, server.leg.local())?;
+        nat::plain_request::<P, F>(packet, key, header.length, server.entry, server.leg.local())?;
         packet.address(link, &server.entry.hop, Room::NONE)?;
         return server.send(packet).map(Outcome::verdict);
     }
     // Like IPVS: an error about a packet that is too big quotes its lowered time to live.
     F::age(packet, header.offset)?;
     if too_big {
-        *mtu = server.entry.hop.mtu;
-        return Err(Reason::TooBig);
+        return Err(apart(Reason::TooBig));
     }
     if method == Method::Route as u8 {
         packet.address(link, &server.entry.hop, Room::NONE)?;

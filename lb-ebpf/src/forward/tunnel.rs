@@ -7,7 +7,7 @@ use lb_common::{
     family::Ipv6,
     hash,
     packet::{
-        DONT_FRAGMENT, Fragment, IpHeader, Ipv4Header, Ipv6Header, Network, Payload, V4, V6,
+        DONT_FRAGMENT, Fragment, IpHeader, Network, Payload, V4, V6,
         ethernet::Link,
         protocol,
         transport::{Ports, UdpHeader},
@@ -26,10 +26,6 @@ const GRE: usize = 4;
 const GRE_CHECKSUM: usize = 4;
 /// The GRE flag that says that there is a checksum.
 const GRE_CHECKSUM_PRESENT: u16 = 0x8000;
-/// ECN: congestion experienced, and the field's mask.
-const CONGESTION: u8 = 3;
-/// ECN: capable of it.
-const ECT_0: u8 = 2;
 
 /// The outer IP header, as far as both families have it in common.
 struct Outer {
@@ -46,12 +42,11 @@ struct Outer {
 pub fn ipip<P: Packet, F: Family>(
     packet: &mut P,
     link: &Link,
-    header: &IpHeader<F::Address>,
+    header: &IpHeader<&F::Address>,
     server: &Server,
 ) -> Result<(), Reason> {
-    let outer = Outer::of::<P, F>(packet, header)?;
-    let at = envelope(packet, link, server, server.flags, 0, &outer)?;
-    write_ip(packet, at, server, server.flags, &outer)
+    let outer = Outer::of::<P, F>(packet, header.offset, header.length)?;
+    envelope(packet, link, server, server.flags, 0, &outer).map(drop)
 }
 
 /// GUE and GRE, which have a header of their own behind the outer IP header.
@@ -61,51 +56,82 @@ pub fn with_header<P: Packet, F: Family>(packet: &mut P, link: &Link, server: &S
     let (tunnel, server_flags) = (server.tunnel, server.flags);
     let inner =
         if server_flags & flags::CHECKSUM != 0 && !packet.is_segmented() { inner_sum::<P, F>(packet, &header) } else { None };
-    let mut outer = Outer::of::<P, F>(packet, &header)?;
+    let mut outer = Outer::of::<P, F>(packet, header.offset, header.length)?;
     if tunnel == Tunnel::Gue as u8 {
         let source = source_port::<P, F>(packet, header.offset);
         outer.protocol = protocol::UDP;
         outer.length += size_of::<UdpHeader>() + GUE;
         let at = envelope(packet, link, server, server_flags, size_of::<UdpHeader>() + GUE, &outer)?;
-        write_ip(packet, at, server, server_flags, &outer)?;
-        write_gue::<P, F>(packet, at + ip_length(server_flags), server, server_flags, source, outer.length as u16, inner)
+        write_gue::<P, F>(packet, at, server, server_flags, source, outer.length as u16, inner)
     } else {
         let extra = if inner.is_some() { GRE + GRE_CHECKSUM } else { GRE };
         outer.protocol = protocol::GRE;
         outer.length += extra;
         let at = envelope(packet, link, server, server_flags, extra, &outer)?;
-        write_ip(packet, at, server, server_flags, &outer)?;
-        write_gre::<P, F>(packet, at + ip_length(server_flags), inner)
+        write_gre::<P, F>(packet, at, inner)
     }
 }
 
 impl Outer {
     /// What the inner header, whose time to live is down by one already, says of the outer one.
     #[inline(always)]
-    fn of<P: Packet, F: Family>(packet: &P, inner: &IpHeader<F::Address>) -> Result<Self, Reason> {
-        let carriage = F::carriage(packet, inner.offset).ok_or(Reason::Malformed)?;
+    fn of<P: Packet, F: Family>(packet: &P, inner: usize, length: usize) -> Result<Self, Reason> {
+        let carriage = F::carriage(packet, inner).ok_or(Reason::Malformed)?;
         Ok(Self {
             protocol: F::TUNNELLED,
             traffic_class: outer_class(carriage.traffic_class),
             ttl: carriage.ttl,
             dont_fragment: carriage.dont_fragment && F::HEADER == V4::HEADER,
-            length: inner.length,
+            length,
         })
     }
+
+    /// The header of IPv4, in words: bytes one by one would be many writes.
+    #[inline(always)]
+    fn v4(&self, server: &Server) -> [u32; V4::HEADER / 4] {
+        let length = (self.length + V4::HEADER) as u16;
+        let start = word(0x45, self.traffic_class, length.to_be());
+        let id_fragment = if self.dont_fragment {
+            word(0, 0, DONT_FRAGMENT.to_be())
+        } else {
+            // SAFETY: a helper without arguments.
+            let [first, second, ..] = unsafe { bpf_get_prandom_u32() }.to_ne_bytes();
+            word(first, second, 0)
+        };
+        let (source, destination) = (server.outer_source[0], server.address[0]);
+        let sum = [start, id_fragment, word(self.ttl, self.protocol, 0), source, destination].into_iter().map(u64::from).sum();
+        [start, id_fragment, word(self.ttl, self.protocol, checksum::finish(sum)), source, destination]
+    }
+
+    /// The header of IPv6, in words.
+    #[inline(always)]
+    fn v6(&self, server: &Server) -> [u64; V6::HEADER / 8] {
+        let start = 6 << 60
+            | u64::from(self.traffic_class) << 52
+            | u64::from(self.length as u16) << 16
+            | u64::from(self.protocol) << 8
+            | u64::from(self.ttl);
+        let [a, b, c, d] = server.outer_addresses();
+        [start.to_be(), a, b, c, d]
+    }
+}
+
+/// Two bytes and a half-word, as they stand in memory.
+#[inline(always)]
+const fn word(first: u8, second: u8, rest: u16) -> u32 {
+    let [third, fourth] = rest.to_ne_bytes();
+    u32::from_ne_bytes([first, second, third, fourth])
 }
 
 /// IPVS lets no "congestion experienced" out: the outer header only says that the flow is capable.
 #[inline(always)]
 const fn outer_class(inner: u8) -> u8 {
-    if inner & CONGESTION == CONGESTION { inner & !CONGESTION | ECT_0 } else { inner }
+    // Both bits of the field stand for it; without the lower one they say "capable".
+    inner - (inner & inner >> 1 & 1)
 }
 
-#[inline(always)]
-const fn ip_length(server_flags: u8) -> usize {
-    if server_flags & flags::IPV6 != 0 { V6::HEADER } else { V4::HEADER }
-}
-
-/// Makes room for the outer IP header and `extra` bytes, and addresses the frame.
+/// Makes room for the outer IP header and `extra` bytes, addresses the frame, and writes the outer IP header. Returns where the
+/// `extra` bytes begin.
 #[inline(always)]
 fn envelope<P: Packet>(
     packet: &mut P,
@@ -115,57 +141,17 @@ fn envelope<P: Packet>(
     extra: usize,
     outer: &Outer,
 ) -> Result<usize, Reason> {
-    let ethertype = if server_flags & flags::IPV6 != 0 { V6::ETHERTYPE } else { V4::ETHERTYPE };
-    packet.address(link, &server.hop, Room { bytes: ip_length(server_flags) + extra, ethertype, protocol: outer.protocol })
-}
-
-/// Writes the outer IP header.
-#[inline(always)]
-fn write_ip<P: Packet>(packet: &mut P, at: usize, server: &Server, server_flags: u8, outer: &Outer) -> Result<(), Reason> {
     if server_flags & flags::IPV6 != 0 {
-        let (source, destination) = (server.outer_source, server.address);
-        return packet.write(
-            at,
-            Ipv6Header {
-                version_class_flow: (6 << 28 | u32::from(outer.traffic_class) << 20).to_be(),
-                payload_length: (outer.length as u16).to_be(),
-                next_header: outer.protocol,
-                hop_limit: outer.ttl,
-                source,
-                destination,
-            },
-        );
-    }
-    let (source, destination) = (server.outer_source[0], server.address[0]);
-    let length = ((outer.length + V4::HEADER) as u16).to_be();
-    let (id, fragment) = if outer.dont_fragment {
-        (0, DONT_FRAGMENT.to_be())
+        let room = Room { bytes: V6::HEADER + extra, ethertype: V6::ETHERTYPE, protocol: outer.protocol };
+        let at = packet.address(link, &server.hop, room)?;
+        packet.write(at, outer.v6(server))?;
+        Ok(at + V6::HEADER)
     } else {
-        // SAFETY: a helper without arguments.
-        (unsafe { bpf_get_prandom_u32() } as u16, 0)
-    };
-    let sum = u64::from(u16::from_ne_bytes([0x45, outer.traffic_class]))
-        + u64::from(length)
-        + u64::from(id)
-        + u64::from(fragment)
-        + u64::from(u16::from_ne_bytes([outer.ttl, outer.protocol]))
-        + u64::from(source)
-        + u64::from(destination);
-    packet.write(
-        at,
-        Ipv4Header {
-            version_length: 0x45,
-            tos: outer.traffic_class,
-            length,
-            id,
-            fragment,
-            ttl: outer.ttl,
-            protocol: outer.protocol,
-            checksum: checksum::finish(sum),
-            source,
-            destination,
-        },
-    )
+        let room = Room { bytes: V4::HEADER + extra, ethertype: V4::ETHERTYPE, protocol: outer.protocol };
+        let at = packet.address(link, &server.hop, room)?;
+        packet.write(at, outer.v4(server))?;
+        Ok(at + V4::HEADER)
+    }
 }
 
 /// Writes UDP and GUE headers. Without an inner sum the checksum stays 0, which means none.

@@ -107,6 +107,12 @@ impl Packet for TcBuffer {
     }
 
     #[inline(always)]
+    unsafe fn load(&self, offset: u32, to: *mut u8, length: u32) -> bool {
+        // SAFETY: the caller's promise, and the context is the kernel's.
+        unsafe { bpf_skb_load_bytes(self.context.cast(), offset, to.cast(), length) == 0 }
+    }
+
+    #[inline(always)]
     fn fits_in_segments(&self, headers: usize, mtu: u16) -> bool {
         // SAFETY: the context is the kernel's.
         let segment = unsafe { (*self.context).gso_size } as usize;

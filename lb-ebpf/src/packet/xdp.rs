@@ -3,7 +3,7 @@
 use aya_ebpf::{
     bindings::{xdp_action, xdp_md},
     cty::c_void,
-    helpers::generated::{bpf_redirect, bpf_xdp_adjust_head, bpf_xdp_adjust_tail},
+    helpers::generated::{bpf_redirect, bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_load_bytes},
 };
 use lb_common::{
     Plain,
@@ -17,7 +17,7 @@ use lb_common::{
     server::NextHop,
 };
 
-use super::{Checksum, Packet, Room, Span};
+use super::{Checksum, Packet, Room, Span, apart};
 
 /// A frame at the XDP hook.
 pub struct XdpFrame {
@@ -37,7 +37,7 @@ impl XdpFrame {
     fn grow(&mut self, bytes: i32) -> Result<(), Reason> {
         // SAFETY: the context is the kernel's; a refusal changes nothing.
         if unsafe { bpf_xdp_adjust_head(self.context, -bytes) } != 0 {
-            return Err(Reason::Failed);
+            return Err(apart(Reason::Failed));
         }
         self.reload();
         Ok(())
@@ -89,6 +89,12 @@ impl Packet for XdpFrame {
         self.span.pointer(offset)
     }
 
+    #[inline(always)]
+    unsafe fn load(&self, offset: u32, to: *mut u8, length: u32) -> bool {
+        // SAFETY: the caller's promise, and the context is the kernel's.
+        unsafe { bpf_xdp_load_bytes(self.context, offset, to.cast(), length) == 0 }
+    }
+
     /// A frame at this hook is never larger than a device takes.
     #[inline(always)]
     fn fits_in_segments(&self, _headers: usize, _mtu: u16) -> bool {
@@ -113,20 +119,26 @@ impl Packet for XdpFrame {
             self.write(0, hop.link)?;
             return Ok(link.payload);
         }
-        let payload = if link.payload == ethernet::HEADER && keeps_tags {
+        if link.payload == ethernet::HEADER && keeps_tags {
             self.grow(room.bytes as i32)?;
-            self.write(12, room.ethertype.to_be())?;
-            ethernet::HEADER
-        } else {
-            let tags = if keeps_tags { KEEP_VLAN } else { vlan };
-            let ethertype = if room.bytes == 0 { link.ethertype } else { room.ethertype };
-            let payload = retag(self.context, link.payload as u32, tags, room.bytes as u32, ethertype);
-            self.reload();
-            if payload == 0 {
-                return Err(Reason::Failed);
+            // The header, and two bytes of the room.
+            let Some(words) = self.pointer::<[u32; 4]>(0) else { return Err(apart(Reason::Malformed)) };
+            let words = words.cast::<u32>();
+            // SAFETY: `pointer` checked the bounds.
+            unsafe {
+                words.cast::<[u32; 3]>().write(hop.link);
+                words.add(3).cast::<u16>().write(room.ethertype.to_be());
             }
-            payload as usize & 0x1f
-        };
+            return Ok(ethernet::HEADER);
+        }
+        let tags = if keeps_tags { KEEP_VLAN } else { vlan };
+        let ethertype = if room.bytes == 0 { link.ethertype } else { room.ethertype };
+        let payload = retag(self.context, link.payload as u32, tags, room.bytes as u32, ethertype);
+        self.reload();
+        if payload == 0 {
+            return Err(apart(Reason::Failed));
+        }
+        let payload = payload as usize & 0x1f;
         self.write(0, hop.link)?;
         Ok(payload)
     }

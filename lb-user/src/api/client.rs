@@ -144,17 +144,7 @@ impl Client {
         self.get("/v1/services")
     }
 
-    /// All connections.
-    pub fn connections(&mut self) -> Result<Vec<ConnectionView>, Error> {
-        let mut connections = Vec::new();
-        self.each_connection(&mut |connection| {
-            connections.push(connection);
-            ControlFlow::Continue(())
-        })?;
-        Ok(connections)
-    }
-
-    /// Shows all connections one after the other, until somebody has enough.
+    /// Shows all connections and templates one after the other, until somebody has enough.
     pub fn each_connection(&mut self, visit: &mut dyn FnMut(ConnectionView) -> ControlFlow<()>) -> Result<(), Error> {
         let response = self.send(Method::GET, "/v1/connections", Bytes::new())?;
         if response.status() != StatusCode::OK {

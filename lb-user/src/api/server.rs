@@ -139,7 +139,10 @@ async fn mark_rules<I: Instance>(State(daemon): State<Shared<I>>) -> Json<Vec<Ma
 }
 
 async fn local_addresses<I: Instance>(State(daemon): State<Shared<I>>) -> Answer<LocalAddresses> {
-    Ok(Json(daemon.lock().await.local_addresses()?))
+    // It walks through all connections.
+    let usage = daemon.lock().await.local_usage();
+    let usage = usage.await?;
+    Ok(Json(daemon.lock().await.local_addresses(&usage)?))
 }
 
 async fn timeouts<I: Instance>(State(daemon): State<Shared<I>>) -> Json<Timeouts> {

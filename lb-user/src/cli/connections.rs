@@ -7,7 +7,7 @@ use clap::Args;
 use super::{
     Global,
     names::ServiceName,
-    table::{number, table, text},
+    table::{Pages, number, text},
 };
 use crate::director::model::{ConnectionView, Family, ServiceId};
 
@@ -20,12 +20,13 @@ pub(super) struct Connections {
 
 impl Connections {
     pub(super) fn run(self, global: &Global) -> anyhow::Result<()> {
-        let mut connections = global.client()?.connections()?;
-        connections.retain(|connection| !connection.template);
-        if let Some(service) = self.service {
-            connections.retain(|connection| belongs(connection, &service.0));
-        }
-        global.answer(&connections, || list(&connections))
+        let is_wanted = |connection: &ConnectionView| {
+            !connection.template && self.service.as_ref().is_none_or(|service| belongs(connection, &service.0))
+        };
+        let columns =
+            [text("PROTOCOL"), text("STATE"), number("EXPIRES"), text("CLIENT"), text("VIRTUAL"), text("SERVER"), text("COUNTED")];
+        let mut pages = Pages::new(columns);
+        global.stream(&mut global.client()?, is_wanted, |connection| pages.take(connection.map(row)))
     }
 }
 
@@ -55,19 +56,14 @@ pub(super) fn endpoint(address: IpAddr, port: u16) -> String {
     SocketAddr::new(address, port).to_string()
 }
 
-fn list(connections: &[ConnectionView]) -> String {
-    let columns =
-        [text("PROTOCOL"), text("STATE"), number("EXPIRES"), text("CLIENT"), text("VIRTUAL"), text("SERVER"), text("COUNTED")];
-    let rows = connections.iter().map(|connection| {
-        [
-            connection.protocol.clone(),
-            connection.state.clone(),
-            format!("{}s", connection.expires),
-            endpoint(connection.client, connection.client_port),
-            endpoint(connection.vip, connection.vip_port),
-            endpoint(connection.server, connection.server_port),
-            if connection.active { "active" } else { "inactive" }.to_owned(),
-        ]
-    });
-    table(columns, rows)
+fn row(connection: &ConnectionView) -> [String; 7] {
+    [
+        connection.protocol.clone(),
+        connection.state.clone(),
+        format!("{}s", connection.expires),
+        endpoint(connection.client, connection.client_port),
+        endpoint(connection.vip, connection.vip_port),
+        endpoint(connection.server, connection.server_port),
+        if connection.active { "active" } else { "inactive" }.to_owned(),
+    ]
 }

@@ -8,7 +8,7 @@ use super::{Global, rule_file};
 use crate::{
     api::client::Error,
     daemon::{kernel, serve::Options},
-    director::model::Hook,
+    director::model::{Hook, TableMemory},
 };
 
 #[derive(Args, Debug)]
@@ -28,6 +28,9 @@ pub(super) struct Serve {
     /// How many connections each table (IPv4, IPv6) can hold [default: by the machine's memory, 65,536 to 8,388,608]
     #[arg(long, env = "BPFVS_MAX_CONNECTIONS", value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..))]
     max_connections: Option<u32>,
+    /// When the tables of connections take the memory for their entries [default: at-start]
+    #[arg(long, value_enum, env = "BPFVS_MEMORY", value_name = "WHEN")]
+    memory: Option<TableMemory>,
     /// How many picks a CPU takes from a service's schedule at a time. With 1, connections get real servers in IPVS's order, whatever
     /// CPU they come by. More save CPUs that begin connections of one service from waiting for each other
     #[arg(long, default_value_t = 1, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..=1024))]
@@ -60,6 +63,7 @@ impl Serve {
             socket,
             state: self.state,
             max_connections: self.max_connections,
+            memory: self.memory,
             picks_at_once: self.picks_at_once,
             max_half_open: self.max_half_open,
             flood_hold: self.flood_hold,

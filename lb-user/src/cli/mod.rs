@@ -34,7 +34,8 @@ mod table;
 
 use std::{
     ffi::OsString,
-    io::{self, IsTerminal, Write},
+    io::{self, BufWriter, IsTerminal, Write},
+    ops::ControlFlow,
     path::PathBuf,
     process::ExitCode,
 };
@@ -47,7 +48,7 @@ use tracing_subscriber::EnvFilter;
 use crate::{
     api::client::Client,
     daemon::namespace::Identity,
-    director::model::{Command as Change, Outcome},
+    director::model::{Command as Change, ConnectionView, Outcome},
     realserver,
 };
 
@@ -210,13 +211,56 @@ impl Global {
         } else {
             words()
         };
-        match io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush()) {
-            // `bpfvs service list | head` ends quietly.
-            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-                Err(error).context("cannot print the answer; see where standard output goes")
+        printed(io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush()))
+    }
+
+    /// Prints all connections and templates that are wanted while they come, because there may be millions: as JSON, or in words. For words,
+    /// `words` gets one after the other, and nothing at the end, and gives back what is to be printed now.
+    fn stream(
+        &self,
+        client: &mut Client,
+        is_wanted: impl Fn(&ConnectionView) -> bool,
+        mut words: impl FnMut(Option<&ConnectionView>) -> String,
+    ) -> anyhow::Result<()> {
+        let mut array = Array::default();
+        let mut text = |view: Option<&ConnectionView>| if self.json { array.take(view) } else { Ok(words(view)) };
+        let mut output = BufWriter::new(io::stdout().lock());
+        let mut outcome = Ok(());
+        client.each_connection(&mut |view| {
+            if is_wanted(&view) {
+                outcome = text(Some(&view)).and_then(|text| output.write_all(text.as_bytes()));
             }
-            _ => Ok(()),
+            if outcome.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        })?;
+        printed(outcome.and_then(|()| output.write_all(text(None)?.as_bytes())).and_then(|()| output.flush()))
+    }
+}
+
+/// Whether an answer could be printed.
+fn printed(outcome: io::Result<()>) -> anyhow::Result<()> {
+    match outcome {
+        // `bpfvs service list | head` ends quietly.
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(error).context("cannot print the answer; see where standard output goes")
         }
+        _ => Ok(()),
+    }
+}
+
+/// An array as [`serde_json::to_string_pretty`] writes it, element by element.
+#[derive(Debug, Default)]
+struct Array {
+    has_elements: bool,
+}
+
+impl Array {
+    /// Takes an element, or none at the end, and gives back what is to be printed.
+    fn take(&mut self, element: Option<&impl Serialize>) -> io::Result<String> {
+        let had_elements = std::mem::replace(&mut self.has_elements, true);
+        let Some(element) = element else { return Ok(if had_elements { "\n]\n" } else { "[]\n" }.to_owned()) };
+        let begin = if had_elements { ",\n  " } else { "[\n  " };
+        // In JSON, no text has a line break in it.
+        Ok(begin.to_owned() + &serde_json::to_string_pretty(element)?.replace('\n', "\n  "))
     }
 }
 
@@ -245,6 +289,16 @@ mod tests {
         let arguments = Arguments::try_parse_from(line).expect("ipvsadm's options are no business of clap's");
         let Command::Ipvsadm { arguments } = arguments.command else { panic!("it is ipvsadm") };
         assert_eq!(arguments, ["-L", "-n", "--stats", "-h"]);
+    }
+
+    #[test]
+    fn arrays_are_written_as_if_they_were_one() {
+        for elements in [&[][..], &[[Some("one\ntwo"), None]], &[[Some("a"), None], [None, Some("b")], [None, None]]] {
+            let mut array = Array::default();
+            let mut text: String = elements.iter().map(|element| array.take(Some(element)).expect("it is JSON")).collect();
+            text += &array.take(None::<&()>).expect("it is the end");
+            assert_eq!(text, serde_json::to_string_pretty(elements).expect("it is JSON") + "\n");
+        }
     }
 
     #[test]

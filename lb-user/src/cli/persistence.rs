@@ -7,9 +7,13 @@ use super::{
     connections::{belongs, endpoint},
     names::ServiceName,
     service,
-    table::{number, table, text},
+    table::{Column, Pages, number, text},
 };
 use crate::director::model::{Command, ConnectionView};
+
+/// What is listed of a template. Those of clients have no call.
+const COLUMNS: [Column; 7] =
+    [text("PROTOCOL"), text("CLIENT"), text("VIRTUAL"), text("SERVER"), number("EXPIRES"), text("STATE"), text("CALL-ID")];
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Persistence {
@@ -31,30 +35,27 @@ impl Persistence {
         match self {
             Self::List { service } => {
                 let mut client = global.client()?;
-                let mut templates = client.connections()?;
-                templates.retain(|template| template.template);
-                if let Some(name) = service {
-                    service::find(client.services()?, &name)?;
-                    templates.retain(|template| belongs(template, &name.0));
+                if let Some(name) = &service {
+                    service::find(client.services()?, name)?;
                 }
-                global.answer(&templates, || list(&templates))
+                let is_wanted =
+                    |template: &ConnectionView| template.template && service.as_ref().is_none_or(|name| belongs(template, &name.0));
+                let mut pages = Pages::new(COLUMNS);
+                global.stream(&mut client, is_wanted, |template| pages.take(template.map(row)))
             }
             Self::Flush { service } => global.change(Command::FlushTemplates { service: service.map(|service| service.0) }),
         }
     }
 }
 
-fn list(templates: &[ConnectionView]) -> String {
-    let columns = [text("PROTOCOL"), text("CLIENT"), text("VIRTUAL"), text("SERVER"), number("EXPIRES"), text("STATE")];
-    let rows = templates.iter().map(|template| {
-        [
-            template.protocol.clone(),
-            template.client.to_string(),
-            endpoint(template.vip, template.vip_port),
-            endpoint(template.server, template.server_port),
-            format!("{}s", template.expires),
-            template.state.to_lowercase(),
-        ]
-    });
-    table(columns, rows)
+fn row(template: &ConnectionView) -> [String; 7] {
+    [
+        template.protocol.clone(),
+        template.client.to_string(),
+        endpoint(template.vip, template.vip_port),
+        endpoint(template.server, template.server_port),
+        format!("{}s", template.expires),
+        template.state.to_lowercase(),
+        template.engine.as_ref().map_or_else(String::new, |engine| engine.data.clone()),
+    ]
 }

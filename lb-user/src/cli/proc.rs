@@ -12,7 +12,7 @@
 //! have them so. The order of services and of connections means nothing, in the kernel neither. With `--json` the answers are
 //! those of the API.
 
-use std::{fmt::Write as _, net::IpAddr};
+use std::net::IpAddr;
 
 use clap::{Args, ValueEnum};
 
@@ -49,8 +49,11 @@ impl Proc {
                 global.answer(&services, || ip_vs(&services, clock_rate))
             }
             File::Connections => {
-                let connections = client.connections()?;
-                global.answer(&connections, || ip_vs_conn(&connections))
+                let mut titles = Some("Pro FromIP   FPrt ToIP     TPrt DestIP   DPrt State       Expires PEName PEData\n");
+                let words = |connection: Option<&ConnectionView>| {
+                    titles.take().unwrap_or_default().to_owned() + &connection.map_or_else(String::new, connection_line)
+                };
+                global.stream(&mut client, |_| true, words)
             }
             File::Statistics => {
                 let traffic = client.traffic()?;
@@ -113,19 +116,13 @@ fn server_line(server: &ServerView) -> String {
     format!("  -> {address}:{port:04X}      {method:<7} {weight:<6} {:<10} {:<10}\n", server.active, server.inactive)
 }
 
-fn ip_vs_conn(connections: &[ConnectionView]) -> String {
-    let mut text = "Pro FromIP   FPrt ToIP     TPrt DestIP   DPrt State       Expires PEName PEData\n".to_owned();
-    for connection in connections {
-        let ConnectionView { protocol, client_port, vip_port, server_port, state, expires, .. } = connection;
-        let [client, vip, server] = [connection.client, connection.vip, connection.server].map(hexadecimal);
-        let engine = connection.engine.as_ref().map_or_else(String::new, |engine| format!(" {} {}", engine.name, engine.data));
-        // Writing to a string cannot fail.
-        let _ = writeln!(
-            text,
-            "{protocol:<3} {client} {client_port:04X} {vip} {vip_port:04X} {server} {server_port:04X} {state:<11} {expires:>7}{engine}"
-        );
-    }
-    text
+fn connection_line(connection: &ConnectionView) -> String {
+    let ConnectionView { protocol, client_port, vip_port, server_port, state, expires, .. } = connection;
+    let [client, vip, server] = [connection.client, connection.vip, connection.server].map(hexadecimal);
+    let engine = connection.engine.as_ref().map_or_else(String::new, |engine| format!(" {} {}", engine.name, engine.data));
+    format!(
+        "{protocol:<3} {client} {client_port:04X} {vip} {vip_port:04X} {server} {server_port:04X} {state:<11} {expires:>7}{engine}\n"
+    )
 }
 
 fn ip_vs_stats(traffic: &Traffic) -> String {

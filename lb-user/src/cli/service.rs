@@ -55,6 +55,10 @@ pub(super) struct Settings {
     /// With --persistence: take all clients of such a network for one, 255.255.255.0 or 24 (IPv6: 64) [default: each for itself]
     #[arg(long, value_name = "MASK")]
     netmask: Option<Netmask>,
+    /// With --persistence: keep calls with their real servers instead of clients, by the Call-ID of SIP over UDP: sip; none
+    /// [default: none]
+    #[arg(long, value_name = "NAME")]
+    engine: Option<String>,
     /// UDP: schedule each datagram by itself, and remember no connections [default: false]
     #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     one_packet: Option<bool>,
@@ -89,6 +93,12 @@ impl Settings {
                 );
             };
             persistence.mask = netmask.of(family)?;
+        }
+        if let Some(engine) = self.engine {
+            config.engine = Some(engine).filter(|engine| engine != "none");
+            if config.engine.is_some() && config.persistence.is_none() {
+                bail!("an engine says what persistence goes by, and {service} has no persistence; add --persistence SECONDS");
+            }
         }
         config.one_packet = self.one_packet.unwrap_or(config.one_packet);
         Ok(config)
@@ -153,6 +163,7 @@ fn flags(config: &ServiceConfig) -> String {
     let names = [(service_flags::FLAG_1, "fallback"), (service_flags::FLAG_2, "client-port"), (service_flags::FLAG_3, "flag-3")];
     let mut set: Vec<&str> = names.into_iter().filter(|(flag, _)| config.flags & flag != 0).map(|(_, name)| name).collect();
     set.extend(config.one_packet.then_some("one-packet"));
+    set.extend(config.engine.as_deref());
     if set.is_empty() { "-".to_owned() } else { set.join(",") }
 }
 

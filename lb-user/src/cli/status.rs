@@ -4,7 +4,7 @@ use super::{
     Global,
     table::{number, table, text},
 };
-use crate::director::model::{FloodView, InterfaceView, Status, SyncDaemonView};
+use crate::director::model::{FloodView, InterfaceView, Status, SyncDaemonView, TableMemory};
 
 pub(super) fn run(global: &Global) -> anyhow::Result<()> {
     let status = global.client()?.status()?;
@@ -21,11 +21,17 @@ fn describe(status: &Status) -> String {
         ("mark device", status.mark_device.clone()),
         ("services", status.services.to_string()),
         ("servers", status.servers.to_string()),
-        ("connections", format!("{} (each table has room for {})", status.connections, status.max_connections)),
+        ("connections", connections(status)),
         ("flood mode", flood(&status.flood)),
     ];
     let text: Vec<String> = lines.into_iter().map(|(name, value)| format!("{name:<13}{value}\n")).collect();
     text.concat() + "\n" + &interfaces(&status.interfaces) + &sync_daemons(&status.sync_daemons)
+}
+
+fn connections(status: &Status) -> String {
+    let Status { connections, max_connections, memory, .. } = status;
+    let memory = if *memory == TableMemory::default() { String::new() } else { format!(", and takes memory {memory}") };
+    format!("{connections} (each table has room for {max_connections}{memory})")
 }
 
 fn flood(flood: &FloodView) -> String {

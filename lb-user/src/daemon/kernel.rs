@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     datapath::{self, KernelDatapath, Visit, attach::Attachments, mark_device::MarkDevice, take_over::Place, tell::Told},
-    director::model::{FloodView, Hook, InterfaceView, LocalUsage, ReasonView},
+    director::model::{FloodView, Hook, InterfaceView, LocalUsage, ReasonView, TableMemory},
     synchronisation::{LeftOut, changes::Changes, message::Entry},
 };
 
@@ -44,6 +44,7 @@ impl Instance for KernelDatapath {
             directory: opening.pins.clone(),
             netns_cookie: opening.netns_cookie,
             max_connections: opening.max_connections,
+            memory: opening.memory,
             picks_at_once: opening.picks_at_once,
             hook: opening.hook,
             interfaces: opening.interfaces.clone(),
@@ -107,12 +108,16 @@ impl Instance for KernelDatapath {
         Ok(|visit: Visit<'_>| listing.show(visit))
     }
 
-    fn local_usage(&self) -> anyhow::Result<HashMap<IpAddr, LocalUsage>> {
+    fn local_usage(&self) -> impl Future<Output = anyhow::Result<HashMap<IpAddr, LocalUsage>>> + Send + use<> {
         Self::local_usage(self)
     }
 
     fn max_connections(&self) -> u32 {
         Self::max_connections(self)
+    }
+
+    fn memory(&self) -> TableMemory {
+        Self::memory(self)
     }
 
     fn reasons(&self) -> anyhow::Result<Vec<ReasonView>> {

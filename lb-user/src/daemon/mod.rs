@@ -40,7 +40,7 @@ use crate::{
         Director,
         model::{
             Command, FloodView, Hook, InterfaceView, LocalAddressView, LocalAddresses, LocalUsage, MarkRule, Outcome, ReasonView,
-            ServiceView, Status, SysctlView, Timeouts, Traffic,
+            ServiceView, Status, SysctlView, TableMemory, Timeouts, Traffic,
         },
     },
     synchronisation::{
@@ -90,11 +90,14 @@ pub trait Instance: Datapath + Send + Sized + 'static {
     /// What shows all connections and templates, one after the other, beside everything else.
     fn listing(&self) -> anyhow::Result<impl FnOnce(Visit<'_>) -> anyhow::Result<()> + Send + use<Self>>;
 
-    /// How much of each local address is in use; those that are not need not be named.
-    fn local_usage(&self) -> anyhow::Result<HashMap<IpAddr, LocalUsage>>;
+    /// Finds how much of each local address is in use, beside everything else; those that are not need not be named.
+    fn local_usage(&self) -> impl Future<Output = anyhow::Result<HashMap<IpAddr, LocalUsage>>> + Send + use<Self>;
 
     /// How many connections each of the tables can hold.
     fn max_connections(&self) -> u32;
+
+    /// When they take the memory for their entries.
+    fn memory(&self) -> TableMemory;
 
     /// The reason counters.
     fn reasons(&self) -> anyhow::Result<Vec<ReasonView>>;
@@ -131,6 +134,8 @@ pub struct Opening {
     pub hook: Hook,
     /// How many connections each of the two tables can hold.
     pub max_connections: Option<u32>,
+    /// When they take the memory for their entries.
+    pub memory: Option<TableMemory>,
     /// How many picks of a service a CPU takes at once.
     pub picks_at_once: u32,
 }
@@ -257,9 +262,13 @@ impl<I: Instance> Daemon<I> {
         self.director.mark_rules().to_vec()
     }
 
-    /// FULLNAT's local addresses.
-    pub fn local_addresses(&self) -> anyhow::Result<LocalAddresses> {
-        let usage = self.director.datapath().local_usage()?;
+    /// Finds how much of each local address is in use, beside everything else.
+    pub fn local_usage(&self) -> impl Future<Output = anyhow::Result<HashMap<IpAddr, LocalUsage>>> + Send + use<I> {
+        self.director.datapath().local_usage()
+    }
+
+    /// FULLNAT's local addresses, of which so much is in use.
+    pub fn local_addresses(&self, usage: &HashMap<IpAddr, LocalUsage>) -> anyhow::Result<LocalAddresses> {
         let view = |(address, service)| LocalAddressView {
             address,
             service,
@@ -306,6 +315,7 @@ impl<I: Instance> Daemon<I> {
             servers: self.director.server_count(),
             connections: self.swept.left,
             max_connections: datapath.max_connections(),
+            memory: datapath.memory(),
             flood: datapath.flood().unwrap_or_default(),
             sweep_milliseconds: self.swept.worked.as_millis() as u64,
             clock_rate: self.director.clock_rate(),

@@ -47,7 +47,7 @@ use crate::{
     api::server::{metrics_alone, router},
     director::{
         Director,
-        model::{Command, Hook, Outcome, ServiceView, SyncRole},
+        model::{Command, Hook, Outcome, ServiceView, SyncRole, TableMemory},
         state::State,
     },
 };
@@ -81,6 +81,8 @@ pub struct Options {
     pub state: Option<PathBuf>,
     /// How many connections each of the two tables can hold; nothing: what suits the machine's memory.
     pub max_connections: Option<u32>,
+    /// When they take the memory for their entries; nothing: at the start.
+    pub memory: Option<TableMemory>,
     /// How many picks of a service a CPU takes at once.
     pub picks_at_once: u32,
     /// With how many half-open connections flood mode begins; nothing for an eighth of the table.
@@ -133,6 +135,7 @@ pub fn serve<I: Instance>(options: Options) -> anyhow::Result<()> {
         interfaces: options.interfaces,
         hook: options.hook,
         max_connections: options.max_connections,
+        memory: options.memory,
         picks_at_once: options.picks_at_once,
     };
     let limits = Limits { half_open: options.max_half_open, hold: options.flood_hold };

@@ -194,6 +194,11 @@ impl Attachments {
         self.programs.load_crossing()
     }
 
+    /// Makes the programs ready to read SIP.
+    pub fn read_sip(&mut self) -> anyhow::Result<()> {
+        self.programs.load_sip()
+    }
+
     /// The interfaces that the programs run on.
     pub fn interfaces(&self) -> Vec<InterfaceView> {
         let xdp = |generic| if generic { "xdp-generic" } else { "xdp" }.to_owned();

@@ -1,12 +1,13 @@
-//! How many connections the tables are made for.
+//! How many connections the tables are made for, and when these take their memory.
 //!
 //! The tables of connections take their memory when they are made, so that a new connection costs no allocation and never fails for
-//! want of memory (`docs/decisions/preallocated-connections.md`); of the others, only what stands in them takes memory, but for
-//! eight or sixteen bytes for each place. So the number has to be known beforehand:
+//! want of memory (`docs/decisions/preallocated-connections.md`), unless [`TableMemory::OnDemand`] is asked for; of the others, only
+//! what stands in them takes memory. But for each place a table takes sixteen bytes in any case. So the number has to be known
+//! beforehand:
 //!
 //! ```text
 //! asked for                   as long as the tables fit into the memory that is available
-//! nobody asks                 the largest power of two whose tables take no more than a sixteenth of this machine's memory:
+//! nobody asks                 the largest power of two whose empty tables take no more than a sixteenth of this machine's memory:
 //!                             1 GiB: 131,072    8 GiB: 1,048,576    64 GiB and more: 8,388,608
 //! the tables are there        what they were made for
 //! ```
@@ -16,6 +17,8 @@
 use std::{fs, path::Path};
 
 use anyhow::{Context as _, bail};
+
+use crate::director::model::TableMemory;
 
 /// The least and the most that is chosen if nobody asks.
 const CHOSEN: std::ops::RangeInclusive<u32> = 1 << 16..=1 << 23;
@@ -27,24 +30,45 @@ const ELEMENTS: u64 = 80 + 104;
 /// What a bucket takes in all tables. A table has as many buckets as places, rounded up to a power of two.
 const BUCKETS: u64 = 6 * 16;
 
-/// Bytes that empty tables for so many connections take.
-pub const fn size(connections: u32) -> u64 {
-    connections as u64 * ELEMENTS + (connections as u64).next_power_of_two() * BUCKETS
+/// How the tables are made.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Tables {
+    /// How many connections fit into each.
+    pub max_connections: u32,
+    /// When those of connections take the memory for their entries.
+    pub memory: TableMemory,
 }
 
-/// How many connections new tables are to hold, of which so many were asked for.
-pub fn of_new(asked: Option<u32>) -> anyhow::Result<u32> {
-    let memory = Memory::read()?;
-    match asked {
-        None => Ok(suitable(memory.total)),
-        Some(asked) => memory.check(asked).map(|()| asked),
+impl Tables {
+    /// New ones, if somebody asks for a size and a way to take memory, or for neither.
+    pub fn new(asked: Option<u32>, memory: Option<TableMemory>) -> anyhow::Result<Self> {
+        let (available, memory) = (Memory::read()?, memory.unwrap_or_default());
+        let max_connections = match asked {
+            None => suitable(available.total, memory),
+            Some(asked) => available.check(asked, memory).map(|()| asked)?,
+        };
+        Ok(Self { max_connections, memory })
+    }
+
+    /// Bytes that they take while they are empty.
+    pub const fn size(self) -> u64 {
+        size(self.max_connections, self.memory)
     }
 }
 
+/// Bytes that empty tables for so many connections take.
+const fn size(connections: u32, memory: TableMemory) -> u64 {
+    let elements = match memory {
+        TableMemory::AtStart => ELEMENTS,
+        TableMemory::OnDemand => 0,
+    };
+    connections as u64 * elements + (connections as u64).next_power_of_two() * BUCKETS
+}
+
 /// What suits a machine with so many bytes of memory.
-fn suitable(memory: u64) -> u32 {
+fn suitable(total: u64, memory: TableMemory) -> u32 {
     let mut connections = *CHOSEN.end();
-    while connections > *CHOSEN.start() && size(connections) > memory / SHARE {
+    while connections > *CHOSEN.start() && size(connections, memory) > total / SHARE {
         connections /= 2;
     }
     connections
@@ -75,18 +99,19 @@ impl Memory {
         Some(Self { total: value("MemTotal")?, available: value("MemAvailable")? })
     }
 
-    fn check(self, asked: u32) -> anyhow::Result<()> {
+    fn check(self, asked: u32, memory: TableMemory) -> anyhow::Result<()> {
         if asked == 0 {
             bail!("the connection tables cannot have room for 0 connections; choose at least 1 with --max-connections");
         }
-        if size(asked) <= self.available {
+        if size(asked, memory) <= self.available {
             return Ok(());
         }
-        let fits = (0..u32::BITS).map(|bit| 1_u32 << bit).take_while(|connections| size(*connections) <= self.available).last();
+        let does_fit = |connections: &u32| size(*connections, memory) <= self.available;
+        let fits = (0..u32::BITS).map(|bit| 1_u32 << bit).take_while(does_fit).last();
         bail!(
-            "the tables for {asked} connections would take {} MiB of memory, and only {} MiB are available here; choose at most {} with \
+            "empty tables for {asked} connections would take {} MiB of memory, and only {} MiB are available here; choose at most {} with \
              --max-connections",
-            size(asked) >> 20,
+            size(asked, memory) >> 20,
             self.available >> 20,
             fits.unwrap_or(1)
         );
@@ -102,7 +127,7 @@ fn group_limit(groups: &str, root: &Path) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{TableMemory::*, *};
 
     const GIB: u64 = 1 << 30;
 
@@ -113,19 +138,24 @@ mod tests {
         let cases =
             [(1, 1 << 17), (2, 1 << 18), (4, 1 << 19), (8, 1 << 20), (16, 1 << 21), (32, 1 << 22), (64, 1 << 23), (512, 1 << 23)];
         for (gib, connections) in cases {
-            assert_eq!(suitable(memory(gib)), connections, "{gib} GiB");
+            assert_eq!(suitable(memory(gib), AtStart), connections, "{gib} GiB");
         }
-        assert_eq!(suitable(64 << 20), 1 << 16);
+        assert_eq!(suitable(64 << 20, AtStart), 1 << 16);
+        // Empty, they take a third; full, not much more than the others.
+        for (gib, connections) in [(1, 1 << 19), (8, 1 << 22), (16, 1 << 23)] {
+            assert_eq!(suitable(memory(gib), OnDemand), connections, "{gib} GiB");
+        }
     }
 
     #[test]
     fn what_does_not_fit_is_refused_with_what_would() {
         let memory = Memory { total: 8 * GIB, available: GIB };
-        assert!(memory.check(3_000_000).is_ok());
-        let refusal = memory.check(100_000_000).expect_err("28 GiB do not fit").to_string();
+        assert!(memory.check(3_000_000, AtStart).is_ok());
+        let refusal = memory.check(100_000_000, AtStart).expect_err("28 GiB do not fit").to_string();
         assert!(refusal.contains("100000000") && refusal.contains("1024 MiB") && refusal.contains("at most 2097152"), "{refusal}");
-        assert!(memory.check(2_097_152).is_ok());
-        assert!(memory.check(u32::MAX).is_err() && memory.check(0).is_err());
+        assert!(memory.check(2_097_152, AtStart).is_ok());
+        assert!(memory.check(8_388_608, AtStart).is_err() && memory.check(8_388_608, OnDemand).is_ok());
+        assert!(memory.check(u32::MAX, OnDemand).is_err() && memory.check(0, OnDemand).is_err());
     }
 
     #[test]

@@ -24,43 +24,45 @@ use lb_common::{
 use nix::time::{ClockId, clock_gettime};
 
 use super::{
+    capacity::Tables,
     listing::Visit,
-    maps::Pins,
+    maps::{BPF_F_NO_PREALLOC, Pins},
     system::{for_each_entry, for_entries},
     way::{address, server_address},
 };
-use crate::director::model::{ConnectionView, LocalUsage};
+use crate::director::model::{ConnectionView, LocalUsage, TableMemory};
 
 /// The connection tables.
 #[derive(Debug)]
 pub struct Connections {
     ipv4: MapData,
     ipv6: MapData,
-    capacity: u32,
+    tables: Tables,
 }
 
 impl Connections {
     /// Opens the tables.
     pub fn open(pins: &Pins) -> anyhow::Result<Self> {
         let ipv4 = pins.data("CONNECTIONS_V4")?;
-        let capacity = ipv4.info().context("the kernel does not describe the connection table")?.max_entries();
-        Ok(Self { ipv4, ipv6: pins.data("CONNECTIONS_V6")?, capacity })
+        let info = ipv4.info().context("the kernel does not describe the connection table")?;
+        let memory = if info.map_flags() & BPF_F_NO_PREALLOC == 0 { TableMemory::AtStart } else { TableMemory::OnDemand };
+        Ok(Self { ipv4, ipv6: pins.data("CONNECTIONS_V6")?, tables: Tables { max_connections: info.max_entries(), memory } })
     }
 
-    /// Connections that fit into each table.
-    pub const fn capacity(&self) -> u32 {
-        self.capacity
+    /// How they were made.
+    pub const fn tables(&self) -> Tables {
+        self.tables
     }
 
-    /// How much of the local addresses is in use. `server` tells the entry of a real server, `local` the address with an index.
+    /// How much of the local addresses, here by their indices, is in use. `server` tells the entry of a real server.
     pub fn local_usage(
         &self,
-        server: impl Fn(u32) -> Option<Server>,
-        local: impl Fn(u32) -> Option<IpAddr>,
+        server: &mut dyn FnMut(u32) -> Option<Server>,
+        locals: &[IpAddr],
     ) -> anyhow::Result<HashMap<IpAddr, LocalUsage>> {
         let mut counts = HashMap::new();
-        count_locals::<Ipv4>(&self.ipv4, &server, &local, &mut counts)?;
-        count_locals::<Ipv6>(&self.ipv6, &server, &local, &mut counts)?;
+        count_locals::<Ipv4>(&self.ipv4, server, locals, &mut counts)?;
+        count_locals::<Ipv6>(&self.ipv6, server, locals, &mut counts)?;
         let mut usage: HashMap<IpAddr, LocalUsage> = HashMap::new();
         for ((address, ..), count) in counts {
             let usage = usage.entry(address).or_default();
@@ -90,8 +92,8 @@ type Sharing = (IpAddr, IpAddr, u16, u32);
 
 fn count_locals<A: Address>(
     table: &MapData,
-    server: &impl Fn(u32) -> Option<Server>,
-    local: &impl Fn(u32) -> Option<IpAddr>,
+    server: &mut dyn FnMut(u32) -> Option<Server>,
+    locals: &[IpAddr],
     counts: &mut HashMap<Sharing, u32>,
 ) -> anyhow::Result<()>
 where
@@ -99,10 +101,10 @@ where
 {
     for_each_entry(table, |key: &ConnectionKey<A>, connection: &Connection| {
         if connection.local.is_some()
-            && let (Some(server), Some(local)) = (server(connection.server), local(connection.local.address()))
+            && let (Some(server), Some(local)) = (server(connection.server), locals.get(connection.local.address() as usize))
         {
             let port = reply::server_port(&server, key.ports.destination());
-            *counts.entry((local, server_address(&server), port, key.protocol)).or_default() += 1;
+            *counts.entry((*local, server_address(&server), port, key.protocol)).or_default() += 1;
         }
     })
     .context("the connection table cannot be read")

@@ -27,7 +27,7 @@ use aya::maps::{Array, MapData, PerCpuArray, PerCpuValues};
 use lb_common::{
     config::{Config, LAYOUT, SweepReport},
     server::{Counters, NextHop, Server, Status},
-    service::{Mode, Service},
+    service::{Mode, Service, flags as service_flags},
     statistics::Statistics,
     template::Scope,
 };
@@ -37,14 +37,14 @@ use super::{
     Datapath, Error, Target,
     attach::{Attachments, remove_filter},
     bell::Bell,
-    capacity,
+    capacity::Tables,
     connections::{Clock, Connections},
     detour::{Demand, Detours},
     devices::Devices,
     flood::Flood,
     hz, kernel_error,
     links::{self},
-    listing::Listing,
+    listing::{self, Listing},
     locality::{Destinations, Standings},
     locals::Locals,
     maps::{Found, Pins, inspect},
@@ -62,7 +62,7 @@ use super::{
     templates::Templates,
 };
 use crate::{
-    director::model::{Family, FloodView, Hook, InterfaceView, LocalUsage, MarkRule, Method, ReasonView, ServiceId},
+    director::model::{Family, FloodView, Hook, InterfaceView, LocalUsage, MarkRule, Method, ReasonView, ServiceId, TableMemory},
     scheduler::Run,
     synchronisation::{LeftOut, changes::Changes, message::Entry},
 };
@@ -79,6 +79,8 @@ pub struct Options {
     pub netns_cookie: u64,
     /// Size of each connection table, if somebody asks for one. A table that is taken over keeps its own.
     pub max_connections: Option<u32>,
+    /// When they take the memory for their entries, if somebody asks. A table that is taken over keeps its own way.
+    pub memory: Option<TableMemory>,
     /// How many picks of a service a CPU takes at once.
     pub picks_at_once: u32,
     /// How to hook into interfaces.
@@ -142,28 +144,37 @@ impl KernelDatapath {
             Found::Nothing => None,
         };
         // Before anything is made: what does not fit leaves no trace.
-        let max_connections = match found {
-            Some(_) => Connections::open(&pins)?.capacity(),
-            None => capacity::of_new(options.max_connections)?,
+        let tables = match found {
+            Some(_) => Connections::open(&pins)?.tables(),
+            None => Tables::new(options.max_connections, options.memory)?,
         };
         pins.create()?;
         let hz = found.map_or(LIKELY_HZ, |config| config.hz);
-        let programs = Programs::load(&pins, hz, max_connections, options.picks_at_once)?;
+        let programs = Programs::load(&pins, hz, tables, options.picks_at_once)?;
         let (mut programs, config) = match found {
             Some(config) => (programs, config),
-            None => make_instance(&pins, programs, options, max_connections)?,
+            None => make_instance(&pins, programs, options, tables)?,
         };
         // Every interface gets it. Better no daemon than one that the kernel refuses the programs of.
         programs.tc()?;
         // Before anything is attached: until then a program lets every packet pass.
         let services = Services::open(&pins, programs.take_destinations()?)?;
         let connections = Connections::open(&pins)?;
+        let Tables { max_connections, memory } = tables;
         if let Some(asked) = options.max_connections
             && asked != max_connections
         {
             tracing::warn!(
                 "the connection tables keep the size that they were made with, {max_connections}, instead of {asked}, because they are at \
                  work; `bpfvs stop --detach` and a new start change it, and lose all connections"
+            );
+        }
+        if let Some(asked) = options.memory
+            && asked != memory
+        {
+            tracing::warn!(
+                "the connection tables take their memory {memory}, as they were made to, instead of {asked}, because they are at work; \
+                 `bpfvs stop --detach` and a new start change it, and lose all connections"
             );
         }
         let mut demand = Demand::default();
@@ -240,7 +251,12 @@ impl KernelDatapath {
 
     /// Connections that fit into each table.
     pub const fn max_connections(&self) -> u32 {
-        self.connections.capacity()
+        self.connections.tables().max_connections
+    }
+
+    /// When the tables take the memory for their entries.
+    pub const fn memory(&self) -> TableMemory {
+        self.connections.tables().memory
     }
 
     /// The services as they stand in the map, whoever wrote them.
@@ -348,10 +364,12 @@ impl KernelDatapath {
         Clock::read(&report_of(&self.swept_report)?, self.config.hz)
     }
 
-    /// How much of each local address is in use.
-    pub fn local_usage(&self) -> anyhow::Result<HashMap<IpAddr, LocalUsage>> {
-        let servers = lock(&self.servers);
-        self.connections.local_usage(|index| servers.entry(index).ok(), |index| self.locals.address(index))
+    /// Finds how much of each local address is in use, on a thread of its own.
+    pub fn local_usage(&self) -> impl Future<Output = anyhow::Result<HashMap<IpAddr, LocalUsage>>> + Send + use<> {
+        let connections = Connections::open(&self.pins);
+        let (servers, locals) = (Arc::clone(&self.servers), self.locals.addresses().to_vec());
+        let count = move || connections?.local_usage(&mut listing::known_servers(servers), &locals);
+        async move { tokio::task::spawn_blocking(count).await.context("the walk through the connections broke off")? }
     }
 
     /// How flood mode is.
@@ -425,6 +443,11 @@ impl Datapath for KernelDatapath {
     }
 
     fn set_service(&mut self, id: &ServiceId, service: Service) -> Result<(), Error> {
+        if service.flags & service_flags::SIP != 0 {
+            lock(&self.attachments)
+                .read_sip()
+                .map_err(|error| kernel_error("the programs for SIP cannot be loaded".to_owned(), format!("{error:#}")))?;
+        }
         self.services.set(id, service)?;
         self.demand(|demand| demand.add(id));
         Ok(())
@@ -603,16 +626,11 @@ fn warn_unless_forwarding(target: &Target) {
 
 /// Finds the clock rate, loads the programs for it, and writes the settings, which makes the instance one that can be
 /// taken over.
-fn make_instance(
-    pins: &Pins,
-    mut programs: Programs,
-    options: &Options,
-    max_connections: u32,
-) -> anyhow::Result<(Programs, Config)> {
+fn make_instance(pins: &Pins, mut programs: Programs, options: &Options, tables: Tables) -> anyhow::Result<(Programs, Config)> {
     let hz = detect_hz(&Sweeper::open(pins)?)?;
     if hz != LIKELY_HZ {
         tracing::debug!(hz, "loading the programs again for this clock rate");
-        programs = Programs::load(pins, hz, max_connections, options.picks_at_once)?;
+        programs = Programs::load(pins, hz, tables, options.picks_at_once)?;
     }
     let config = Config { netns_cookie: options.netns_cookie, hz, ..Config::DEFAULT };
     let mut map: Array<MapData, Config> = pins.typed("CONFIG")?;

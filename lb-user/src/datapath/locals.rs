@@ -46,9 +46,9 @@ impl Locals {
         Ok(Self { addresses, pools: pins.typed("POOLS")?, known, indices })
     }
 
-    /// The address with this index.
-    pub fn address(&self, index: u32) -> Option<IpAddr> {
-        self.known.get(index as usize).copied()
+    /// The addresses, by their indices.
+    pub fn addresses(&self) -> &[IpAddr] {
+        &self.known
     }
 
     /// Sets the addresses of a pool, those of each family by one write.

@@ -22,6 +22,12 @@ use lb_common::config::{Config, LAYOUT};
 /// The compiled programs.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/director"));
 
+/// A map takes the memory for its entries as they come.
+pub const BPF_F_NO_PREALLOC: u32 = 1;
+
+/// The tables of connections themselves, whose user chooses when they take their memory.
+pub const PREALLOCATED_TABLES: [&str; 2] = ["CONNECTIONS_V4", "CONNECTIONS_V6"];
+
 /// The tables with an entry for each connection or client, whose size the user chooses.
 pub const CONNECTION_TABLES: [&str; 6] =
     ["CONNECTIONS_V4", "CONNECTIONS_V6", "REPLIES_V4", "REPLIES_V6", "TEMPLATES_V4", "TEMPLATES_V6"];

@@ -11,41 +11,48 @@
 use anyhow::{Context as _, anyhow};
 use aya::{
     Btf, Ebpf, EbpfLoader,
-    maps::ProgramArray,
+    maps::{MapData, ProgramArray},
     programs::{Iter, Program, ProgramError, RawTracePoint, SchedClassifier, Xdp},
 };
 
 use super::{
-    capacity,
+    capacity::Tables,
     filter::Kernel,
-    maps::{CONNECTION_TABLES, OBJECT, Pins, remove_pin},
+    maps::{BPF_F_NO_PREALLOC, CONNECTION_TABLES, OBJECT, PREALLOCATED_TABLES, Pins, remove_pin},
 };
+use crate::director::model::TableMemory;
 
 /// The programs of a hook.
 struct Hooked {
     /// What is attached to interfaces.
     director: &'static str,
-    /// What it calls, and what these call, by their places: for rare packets, for those whose addresses are translated, and for those that
-    /// change their IP version.
-    called: [&'static str; 3],
+    /// What it calls, and what these call, by their places: for rare packets, for those whose addresses are translated, for those that
+    /// change their IP version, and for those whose Call-ID is to be read.
+    called: [&'static str; 4],
     /// The array through which they call each other.
     next: &'static str,
 }
 
-const XDP: Hooked = Hooked { director: "xdp_director", called: ["xdp_odd", "xdp_translate", "xdp_cross"], next: "XDP_NEXT" };
-const TC: Hooked = Hooked { director: "tc_director", called: ["tc_odd", "tc_translate", "tc_cross"], next: "TC_NEXT" };
+const XDP: Hooked =
+    Hooked { director: "xdp_director", called: ["xdp_odd", "xdp_translate", "xdp_cross", "xdp_sip"], next: "XDP_NEXT" };
+const TC: Hooked = Hooked { director: "tc_director", called: ["tc_odd", "tc_translate", "tc_cross", "tc_sip"], next: "TC_NEXT" };
 const SWEEP: &str = "sweep";
 /// The programs that the sweep has see a table's entries, and these tables, in the order of [`lb_common::config::SweptTable`].
-pub const SWEPT_TABLES: [(&str, &str); 4] = [
+pub const SWEPT_TABLES: [(&str, &str); 8] = [
     ("sweep_ipv4", "CONNECTIONS_V4"),
     ("sweep_ipv6", "CONNECTIONS_V6"),
+    ("sweep_callers_ipv4", "CALLERS_V4"),
+    ("sweep_callers_ipv6", "CALLERS_V6"),
     ("sweep_templates_ipv4", "TEMPLATES_V4"),
     ("sweep_templates_ipv6", "TEMPLATES_V6"),
+    ("sweep_calls_ipv4", "CALLS_V4"),
+    ("sweep_calls_ipv6", "CALLS_V6"),
 ];
 /// The places in the arrays through which programs call each other.
 const NEXT_ODD: usize = 0;
 const NEXT_TRANSLATE: usize = 1;
 const NEXT_CROSS: usize = 2;
+const NEXT_SIP: usize = 3;
 /// The maps with the programs' global variables, the filters.
 const DESTINATIONS: &str = ".bss";
 const SOURCES: &str = ".bss.sources";
@@ -66,7 +73,7 @@ pub struct Programs {
 impl Programs {
     /// Makes or reopens the maps, and loads and pins the sweep. The others are loaded when they are wanted: the verifier
     /// takes its time for each. `picks_at_once` is how many picks a CPU takes from a service's cursor.
-    pub fn load(pins: &Pins, hz: u32, max_connections: u32, picks_at_once: u32) -> anyhow::Result<Self> {
+    pub fn load(pins: &Pins, hz: u32, tables: Tables, picks_at_once: u32) -> anyhow::Result<Self> {
         let object = aya_obj::Object::parse(OBJECT).context("the compiled eBPF object is damaged; build bpfvs anew")?;
         let btf = Btf::from_sys_fs().context(
             "the kernel does not describe its types (/sys/kernel/btf/vmlinux), without which connections cannot expire; bpfvs needs a kernel \
@@ -79,16 +86,20 @@ impl Programs {
             loader.map_pin_path(name, pins.map(name));
         }
         for table in CONNECTION_TABLES {
-            loader.map_max_entries(table, max_connections);
+            loader.map_max_entries(table, tables.max_connections);
         }
-        let mut ebpf = loader.load(OBJECT).map_err(|error| {
-            anyhow!(error).context(format!(
+        let (mib, max_connections) = (tables.size() >> 20, tables.max_connections);
+        let no_room = || {
+            format!(
                 "the maps of {} cannot be created for {max_connections} connections; is bpfvs run as root, the kernel at least 5.15, and is there \
-                 enough memory? (`--max-connections` takes {} MiB)",
+                 enough memory? (`--max-connections` takes {mib} MiB)",
                 pins.directory().display(),
-                capacity::size(max_connections) >> 20,
-            ))
-        })?;
+            )
+        };
+        if tables.memory == TableMemory::OnDemand {
+            make_on_demand(pins, &object, max_connections).with_context(no_room)?;
+        }
+        let mut ebpf = loader.load(OBJECT).with_context(no_room)?;
         for name in [XDP, TC].into_iter().flat_map(|hooked| [&[hooked.director][..], &hooked.called].concat()) {
             // An earlier daemon's, which this one may not need.
             unpin(pins, name)?;
@@ -112,6 +123,11 @@ impl Programs {
     pub fn load_crossing(&mut self) -> anyhow::Result<()> {
         self.want(NEXT_TRANSLATE)?;
         self.want(NEXT_CROSS)
+    }
+
+    /// Sees to it that the Call-ID of SIP messages can be read.
+    pub fn load_sip(&mut self) -> anyhow::Result<()> {
+        self.want(NEXT_SIP)
     }
 
     /// Sees to it that there are programs at a place.
@@ -207,6 +223,24 @@ impl Programs {
             .filter_map(|(name, program)| Some((name.to_owned(), program.info().ok()?.verified_instruction_count()?)))
             .collect()
     }
+}
+
+/// Makes the tables of connections, unless they are there, so that they take memory as they fill: the loader opens what it finds pinned,
+/// and makes nothing in another way than the object says.
+fn make_on_demand(pins: &Pins, object: &aya_obj::Object, max_connections: u32) -> anyhow::Result<()> {
+    for name in PREALLOCATED_TABLES {
+        let path = pins.map(name);
+        if path.exists() {
+            continue;
+        }
+        let mut map = object.maps.get(name).with_context(|| missing(name))?.clone();
+        map.set_max_entries(max_connections);
+        if let aya_obj::Map::Legacy(legacy) = &mut map {
+            legacy.def.map_flags |= BPF_F_NO_PREALLOC;
+        }
+        MapData::create(map, name, None)?.pin(&path).with_context(|| format!("the map cannot be pinned at {}", path.display()))?;
+    }
+    Ok(())
 }
 
 /// Puts a program where the others call it.

@@ -8,8 +8,9 @@
 //!       | CONNECTIONS_V4        | CONNECTIONS_V6   | TEMPLATES_V4   | TEMPLATES_V6
 //! ```
 //!
-//! After some slices it rests, so that a sweep takes a tenth of a CPU and no more, however many connections there are (half of one
-//! while all that it meets is over): nobody waits for its end, because the packet path looks at a connection's age itself.
+//! After some slices others have their turn, and after many of them it rests, so that a sweep takes a tenth of a CPU and no more,
+//! however many connections there are (half of one while all that it meets is over): nobody waits for its end, because the packet path
+//! looks at a connection's age itself.
 //!
 //! Then it compares: what `SWEPT` says of a real server and what its live counter says should be the
 //! same. They differ for a moment because connections come and go during the walk, and they differ for good because two
@@ -135,7 +136,7 @@ impl Sweeper {
     /// Has the programs see all entries.
     fn walk(&mut self) -> anyhow::Result<SweepReport> {
         let mut report = self.begin()?;
-        let mut pace = Pace::begin();
+        let mut pace = Pace::begin()?;
         for index in 0..self.tables.len() {
             let newcomers = self.newcomers.take(index as u32) != 0;
             let table = &self.tables[index];
@@ -231,9 +232,7 @@ impl Table {
     fn walk(&self, pace: &mut Pace, report: impl Fn() -> anyhow::Result<SweepReport>) -> anyhow::Result<()> {
         let mut slices = iterate(&self.iterator)?;
         while slices.read(&mut [0])? > 0 {
-            if pace.is_due() {
-                pace.rest(&report()?);
-            }
+            pace.keep(&report)?;
         }
         Ok(())
     }
@@ -241,31 +240,49 @@ impl Table {
 
 /// Work and rest by turns.
 struct Pace {
-    since: Instant,
+    /// When the present turn began.
+    turn: Instant,
+    /// What a CPU had done for this thread when the present spell began.
+    since: Duration,
     passed: u64,
     expired: u64,
 }
 
 impl Pace {
-    /// Longer than this nobody works without a rest.
-    const SPELL: Duration = Duration::from_micros(500);
+    /// So long somebody who wants this CPU, too, waits for it at most.
+    const TURN: Duration = Duration::from_micros(500);
+    /// Longer than this nobody works without a rest. Each spell begins with caches that have forgotten where the table lies: in spells of
+    /// half a millisecond a walk through eight million entries takes half as long again.
+    const SPELL: Duration = Duration::from_millis(50);
     /// How many times as long as the work the rest is. What deletes much rests less: somebody may wait for the room.
     const LONGEST_REST: u32 = 9;
 
-    fn begin() -> Self {
-        Self { since: Instant::now(), passed: 0, expired: 0 }
+    fn begin() -> anyhow::Result<Self> {
+        Ok(Self { turn: Instant::now(), since: cpu_time()?, passed: 0, expired: 0 })
     }
 
-    fn is_due(&self) -> bool {
-        self.since.elapsed() >= Self::SPELL
+    /// Lets others have their turn, or rests, if it is time. What others do meanwhile is no work of this thread.
+    fn keep(&mut self, report: impl Fn() -> anyhow::Result<SweepReport>) -> anyhow::Result<()> {
+        if self.turn.elapsed() < Self::TURN {
+            return Ok(());
+        }
+        let worked = cpu_time()?.saturating_sub(self.since);
+        if worked < Self::SPELL {
+            thread::yield_now();
+        } else {
+            let report = report()?;
+            let (passed, expired) = (report.passed - self.passed, report.expired - self.expired);
+            thread::sleep(worked * Self::rest(passed, expired));
+            (self.since, self.passed, self.expired) = (cpu_time()?, report.passed, report.expired);
+        }
+        self.turn = Instant::now();
+        Ok(())
     }
 
-    fn rest(&mut self, report: &SweepReport) {
-        let (passed, expired) = (report.passed - self.passed, report.expired - self.expired);
+    /// How many times as long to rest after so many entries have been passed, and so many of them deleted.
+    fn rest(passed: u64, expired: u64) -> u32 {
         let kept = passed.saturating_sub(expired);
-        let times = u64::from(Self::LONGEST_REST) * kept / passed.max(1);
-        thread::sleep(self.since.elapsed() * times.max(1) as u32);
-        *self = Self { since: Instant::now(), passed: report.passed, expired: report.expired };
+        (u64::from(Self::LONGEST_REST) * kept / passed.max(1)).max(1) as u32
     }
 }
 
@@ -289,6 +306,12 @@ mod tests {
         for (counted, live) in cases.map(|(counted, live)| (word(counted.0, counted.1), word(live.0, live.1))) {
             assert_eq!(live.wrapping_add(Drift::between(counted, live).word()), counted);
         }
+    }
+
+    #[test]
+    fn what_deletes_much_rests_less() {
+        let rests = [(1000, 0), (1000, 500), (1000, 1000), (0, 0), (1, 2)].map(|(passed, expired)| Pace::rest(passed, expired));
+        assert_eq!(rests, [9, 4, 1, 1, 1]);
     }
 
     #[test]

@@ -9,6 +9,7 @@ use anyhow::Context as _;
 use aya::maps::{Array, MapData};
 use lb_common::{
     Plain,
+    call::CallKey,
     family::{Address, Ipv4, Ipv6},
     server::Server,
     template::{Choice, Scope, Template, TemplateKey},
@@ -24,7 +25,7 @@ use super::{
     system::{for_each_entry, for_entries, take},
     way::{address, server_address},
 };
-use crate::director::model::{ConnectionView, Family, ServiceId};
+use crate::director::model::{ConnectionView, EngineData, Family, ServiceId};
 
 /// Seconds that a template is said to have left while its time is over, and the next sweep will give it more for the sake of
 /// its connections.
@@ -37,6 +38,8 @@ const LEFT_BEHIND: u16 = u16::MAX;
 pub struct Templates {
     ipv4: MapData,
     ipv6: MapData,
+    calls_ipv4: MapData,
+    calls_ipv6: MapData,
     counts: Words,
     scopes: Array<MapData, Scope>,
     /// What stands there, but for what is empty.
@@ -56,6 +59,8 @@ impl Templates {
         Ok(Self {
             ipv4: pins.data("TEMPLATES_V4")?,
             ipv6: pins.data("TEMPLATES_V6")?,
+            calls_ipv4: pins.data("CALLS_V4")?,
+            calls_ipv6: pins.data("CALLS_V6")?,
             counts: Words::open(&pins.map("PERSISTED"))?,
             scopes: pins.typed("SCOPES")?,
             known,
@@ -88,17 +93,16 @@ impl Templates {
 
     /// Deletes the templates of a service, or all.
     pub fn flush(&self, service: Option<&ServiceId>) -> anyhow::Result<()> {
-        self.flush_table::<Ipv4>(&self.ipv4, service)?;
-        self.flush_table::<Ipv6>(&self.ipv6, service)
+        self.flush_table::<TemplateKey<Ipv4>>(&self.ipv4, service)?;
+        self.flush_table::<TemplateKey<Ipv6>>(&self.ipv6, service)?;
+        self.flush_table::<CallKey<Ipv4>>(&self.calls_ipv4, service)?;
+        self.flush_table::<CallKey<Ipv6>>(&self.calls_ipv6, service)
     }
 
-    fn flush_table<A: Address>(&self, table: &MapData, service: Option<&ServiceId>) -> anyhow::Result<()>
-    where
-        TemplateKey<A>: Plain,
-    {
+    fn flush_table<K: Key>(&self, table: &MapData, service: Option<&ServiceId>) -> anyhow::Result<()> {
         let mut keys = Vec::new();
-        for_each_entry(table, |key: &TemplateKey<A>, _: &Template| {
-            if service.is_none_or(|service| belongs(key, service)) {
+        for_each_entry(table, |key: &K, _: &Template| {
+            if service.is_none_or(|service| belongs(key.whom(), service)) {
                 keys.push(*key);
             }
         })
@@ -118,18 +122,56 @@ const fn is_ipv6<A>() -> bool {
     size_of::<A>() == size_of::<Ipv6>()
 }
 
+/// A key of templates.
+pub trait Key: Plain + Copy {
+    /// The type of an address.
+    type Address: Address;
+
+    /// Whom it is for.
+    fn whom(&self) -> &TemplateKey<Self::Address>;
+
+    /// The call that it is for, if it is for one.
+    fn call(&self) -> Option<EngineData> {
+        None
+    }
+}
+
+impl<A: Address> Key for TemplateKey<A>
+where
+    Self: Plain,
+{
+    type Address = A;
+
+    fn whom(&self) -> &TemplateKey<A> {
+        self
+    }
+}
+
+impl<A: Address> Key for CallKey<A>
+where
+    Self: Plain,
+{
+    type Address = A;
+
+    fn whom(&self) -> &TemplateKey<A> {
+        &self.whom
+    }
+
+    fn call(&self) -> Option<EngineData> {
+        Some(EngineData { name: "sip".to_owned(), data: String::from_utf8_lossy(self.call.text()).into_owned() })
+    }
+}
+
 /// Shows all templates of a table that are not over. `server` tells the entry of a real server.
-pub fn show<A: Address>(
+pub fn show<K: Key>(
     table: &MapData,
     clock: Clock,
     server: &mut dyn FnMut(u32) -> Option<Server>,
     visit: Visit<'_>,
-) -> anyhow::Result<ControlFlow<()>>
-where
-    TemplateKey<A>: Plain,
-{
+) -> anyhow::Result<ControlFlow<()>> {
     const NEXT: ControlFlow<()> = ControlFlow::Continue(());
-    for_entries(table, |key: &TemplateKey<A>, template: &Template| {
+    for_entries(table, |place: &K, template: &Template| {
+        let key = place.whom();
         let choice = Choice::from_word(template.choice);
         let respite = (template.held != 0).then_some(RESPITE);
         let Some(expires) = clock.left(choice, template.timeout).or(respite) else { return NEXT };
@@ -138,9 +180,9 @@ where
             protocol: protocol_name(key.protocol).to_owned(),
             expires,
             state: if template.assured != 0 { "ASSURED" } else { "NONE" }.to_owned(),
-            client: address(key.client.words(), is_ipv6::<A>()),
+            client: address(key.client.words(), is_ipv6::<K::Address>()),
             client_port: 0,
-            vip: address(key.vip.words(), is_ipv6::<A>()),
+            vip: address(key.vip.words(), is_ipv6::<K::Address>()),
             vip_port: if key.is_left_behind() { LEFT_BEHIND } else { u16::from_be(key.port) },
             server: server_address(&entry),
             server_port: match (key.port, entry.port) {
@@ -150,7 +192,7 @@ where
             },
             active: false,
             template: true,
-            engine: None,
+            engine: place.call(),
         })
     })
     .context("the templates cannot be read")

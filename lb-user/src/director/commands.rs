@@ -520,7 +520,7 @@ pub(super) fn scheduler(id: &ServiceId, config: &ServiceConfig) -> Result<Schedu
     }
     rules::engine(config)?;
     rules::service(id, config)?;
-    rules::service_supported(id, config)?;
+    rules::service_supported(id)?;
     scheduler
 }
 

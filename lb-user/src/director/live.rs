@@ -11,11 +11,17 @@
 //!
 //! ```text
 //! packet path   cursor + 1, insert the connection, counter + 1
-//! here          cursor = 7, counters, cursor = 8: again; counters, cursor = 8: the forecast begins at 8
+//! here          cursor = 7, counters, cursor = 8: again; cursor = 8, rest, counters, cursor = 8: the forecast begins at 8
 //! ```
 //!
-//! That leaves the packet that has moved the cursor and not yet the counter: about a microsecond, in which its connection
-//! is missed. The counter's change is seen by the next refresh.
+//! A packet that has moved the cursor has not yet moved the counter, for less than a microsecond. So where the cursor has moved,
+//! counters are read a microsecond after it. Where it moves faster than that, a connection may be missed once: the counter's change is
+//! seen by the next refresh.
+
+use std::{
+    hint,
+    time::{Duration, Instant},
+};
 
 use tracing::warn;
 
@@ -30,7 +36,10 @@ const AHEAD: [u32; 2] = [32, 8192];
 const RESERVE: u32 = 8;
 
 /// How often counters are read while the cursor moves, before what was read has to do.
-const ATTEMPTS: u32 = 3;
+const ATTEMPTS: u32 = 16;
+
+/// How long after the cursor a packet moves its counter, at the most.
+const SETTLED: Duration = Duration::from_micros(1);
 
 impl Service {
     /// Whether connections can make its schedule untrue.
@@ -42,7 +51,14 @@ impl Service {
     fn read(&mut self, datapath: &impl Datapath) -> (u32, bool) {
         let (mut cursor, mut changed) = (datapath.cursor(self.index), false);
         self.servers.iter_mut().for_each(|server| server.peak = 0);
+        let mut moves = cursor != self.base;
         for _ in 0..ATTEMPTS {
+            if moves {
+                let since = Instant::now();
+                while since.elapsed() < SETTLED {
+                    hint::spin_loop();
+                }
+            }
             for server in self.servers.iter_mut() {
                 let live = datapath.counters(server.index);
                 changed |= live != server.live;
@@ -52,7 +68,8 @@ impl Service {
                 }
             }
             let before = std::mem::replace(&mut cursor, datapath.cursor(self.index));
-            if before == cursor {
+            moves = before != cursor;
+            if !moves {
                 break;
             }
         }

@@ -830,6 +830,26 @@ pub enum Hook {
     Xdp,
 }
 
+/// When the tables of connections take the memory for their entries.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum TableMemory {
+    /// All at once, when they are made: a new connection costs no allocation, and never fails for want of memory.
+    #[default]
+    AtStart,
+    /// With each connection, and give it back after it: what is not used costs nothing, a new connection more.
+    OnDemand,
+}
+
+impl fmt::Display for TableMemory {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::AtStart => "at the start",
+            Self::OnDemand => "on demand",
+        })
+    }
+}
+
 /// An interface that the datapath is attached to.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct InterfaceView {
@@ -897,6 +917,9 @@ pub struct Status {
     pub connections: u64,
     /// Capacity of each connection table.
     pub max_connections: u32,
+    /// When these take the memory for their entries.
+    #[serde(default)]
+    pub memory: TableMemory,
     /// Flood mode.
     #[serde(default)]
     pub flood: FloodView,

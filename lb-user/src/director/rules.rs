@@ -18,7 +18,7 @@ use crate::scheduler::Unknown;
 /// The largest weight and threshold: IPVS keeps them as signed numbers.
 const LARGEST: u32 = i32::MAX as u32;
 
-/// Persistence engines of IPVS; bpfvs has none.
+/// The persistence engines.
 const ENGINES: &[&str] = &["sip"];
 
 /// The longest life of a template in seconds: 31 days, as with `ipvsadm`.
@@ -39,27 +39,18 @@ pub(super) fn engine(config: &ServiceConfig) -> Result<(), Refusal> {
     match &config.engine {
         Some(name) if !ENGINES.contains(&name.as_str()) => refuse(
             RefusalKind::SchedulerNotFound,
-            format!("the persistence engine {name} cannot be used: there is none of this name; leave it out"),
+            format!("the persistence engine {name} cannot be used: there is none of this name; use sip, or leave it out"),
         ),
         _ => Ok(()),
     }
 }
 
 /// What this version cannot do for a service.
-pub(super) fn service_supported(service: &ServiceId, config: &ServiceConfig) -> Result<(), Refusal> {
+pub(super) fn service_supported(service: &ServiceId) -> Result<(), Refusal> {
     if let ServiceId::Mark { mark: 0, .. } = service {
         return refuse(
             RefusalKind::Invalid,
             format!("the service {service} cannot be set up: 0 stands for no mark; name a mark from 1 on"),
-        );
-    }
-    if config.engine.is_some() {
-        return refuse(
-            RefusalKind::Unsupported,
-            format!(
-                "the service {service} cannot be set up: bpfvs does not read SIP, so it cannot keep calls together by their Call-ID; \
-                 leave the engine out (`--pe sip`) and keep clients together by their addresses (`-p`)"
-            ),
         );
     }
     Ok(())

@@ -103,7 +103,8 @@ impl Service {
             flags: self.scheduler.service_flags()
                 | set(self.config.one_packet, flags::ONE_PACKET)
                 | set(persistence > 0 && self.id.spans_ports(), flags::ANY_PORT)
-                | set(persistence > 0 && self.id.is_ftp(), flags::FTP),
+                | set(persistence > 0 && self.id.is_ftp(), flags::FTP)
+                | set(persistence > 0 && self.config.engine.is_some(), flags::SIP),
             prefix,
             zero: 0,
             mark: self.id.mark(),

@@ -157,10 +157,6 @@ fn ipvs_refusals_in_the_order_of_ipvs() {
             SchedulerNotFound,
         ),
         (
-            Command::AddService { service: other, config: ServiceConfig { engine: Some("sip".to_owned()), ..scheduled("rr") } },
-            Unsupported,
-        ),
-        (
             Command::AddService {
                 service: ServiceId::Address { protocol: Protocol::Tcp, address: [10, 0, 0, 200].into(), port: 81 },
                 config: ServiceConfig { one_packet: true, ..scheduled("rr") },
@@ -658,6 +654,17 @@ fn a_service_may_become_persistent() {
     assert_eq!((entry.persistence, director.datapath().scopes[&0]), (300, Scope::of(&entry)));
     accept(&mut director, &[Command::EditService { service: service(), config: scheduled("rr") }]);
     assert_eq!(director.datapath().scopes[&0], Scope::default());
+}
+
+#[test]
+fn a_persistence_engine_works_with_persistence_only() {
+    let mut director = with_servers("rr", &[1]);
+    for (config, expected) in [(persistent(300, u32::MAX), flags::SIP), (scheduled("rr"), 0)] {
+        let config = ServiceConfig { engine: Some("sip".to_owned()), ..config };
+        accept(&mut director, &[Command::EditService { service: service(), config }]);
+        let entry = *director.datapath().services.values().next().expect("it is there");
+        assert_eq!(entry.flags & flags::SIP, expected);
+    }
 }
 
 #[test]

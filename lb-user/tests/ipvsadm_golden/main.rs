@@ -33,7 +33,7 @@ const LAST: u32 = 63;
 
 /// Lines whose answer is another one here. No line: the whole case cannot be run.
 const EXCEPTIONS: [(&str, &[&str], &str); 1] =
-    [("55-sync-daemon", &[], "it makes a network interface; tests/tests/golden.rs runs it")];
+    [("55-sync-daemon", &[], "it makes a network interface; tests/tests/golden runs it")];
 
 fn main() -> ExitCode {
     let mut arguments = env::args_os();

@@ -62,6 +62,9 @@ struct Options {
     /// Only cases whose line begins with this, as in `xdp IPv4`; `steps`, `crowds`, `picks`, `staleness` and `weight` are more.
     #[arg(long, value_name = "TEXT", default_value = "")]
     only: String,
+    /// Only with so many flows in the tables; powers of two.
+    #[arg(long, value_name = "NUMBER", value_delimiter = ',')]
+    flows: Vec<u64>,
     /// The CPU to measure on; without it the last one.
     #[arg(long, value_name = "NUMBER")]
     cpu: Option<usize>,
@@ -79,7 +82,11 @@ impl Options {
     /// The cases to measure, in an order in which tables have to be filled anew seldom.
     fn cases(&self) -> Vec<Case> {
         let mut cases = Vec::new();
-        let mut sizes = if self.quick { vec![1, 1 << 16] } else { vec![1, 1 << 10, 1 << 16, 1 << 17, MILLION] };
+        let mut sizes = match self {
+            Self { flows, .. } if !flows.is_empty() => flows.clone(),
+            Self { quick: true, .. } => vec![1, 1 << 16],
+            _ => vec![1, 1 << 10, 1 << 16, 1 << 17, MILLION],
+        };
         if self.large {
             sizes.extend([1 << 22, 1 << 23]);
         }

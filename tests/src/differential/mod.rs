@@ -20,6 +20,7 @@
 //! | a script becomes frames, and frames become answers | [`player`] |
 //! | whether two directors agree, and how they do not | [`verdict`] |
 //! | clients of persistent services that come back | [`persistence`] |
+//! | SIP messages that those send | [`sip`] |
 //! | what monitoring reads | [`proc`] |
 //!
 //! IPVS's side is the program `kernel_ipvs` of this package, which makes up the same scripts in the guest.
@@ -28,5 +29,6 @@ pub mod persistence;
 pub mod player;
 pub mod proc;
 pub mod script;
+pub mod sip;
 pub mod verdict;
 pub mod wire;

@@ -22,9 +22,12 @@ use aya_ebpf::{
     programs::XdpContext,
 };
 use lb_common::{
-    connection::{ConnectionKey, flags},
+    connection::flags,
     filter,
-    packet::{Bytes as _, Ipv4Header, Network as _, Plain, V4, ethernet, transport::Ports},
+    packet::{
+        Bytes as _, Ipv4Header, Network as _, Plain, V4, ethernet,
+        transport::{self, Ports},
+    },
     reason::Reason,
     server::Status,
     statistics::Statistics,
@@ -61,23 +64,22 @@ fn walk<const STEPS: u32>(frame: &mut XdpFrame) -> Result<(), Reason> {
     if ethernet::parse_plain(frame)? != ethernet::IPV4 {
         return Err(Reason::NotIp);
     }
-    let Plain { header, protocol, segment } = V4::plain(frame, ethernet::HEADER).ok_or(Reason::NotIp)?;
+    let Plain { key, length, event } = V4::plain(frame, ethernet::HEADER).ok_or(Reason::NotIp)?;
     if STEPS == PARSE {
         // So that all of it is really read.
-        let word = header.source ^ header.destination ^ ports(segment.ports) ^ u32::from(protocol) ^ header.length as u32;
+        let word = key.client ^ key.vip ^ ports(key.ports) ^ key.protocol ^ length as u32;
         return if word == 0 { Err(Reason::NotIp) } else { Ok(()) };
     }
-    let (word, bit) = filter::position(&header.destination);
+    let (word, bit) = filter::position(&key.vip);
     // SAFETY: within the array by the mask.
     let word = unsafe { STEP_FILTER.0.get().cast::<u64>().add((word & (filter::WORDS - 1)) as usize).read_volatile() };
     if word & bit != 0 {
         return Err(Reason::NotOurs);
     }
     if STEPS == FILTER {
-        let word = header.source ^ ports(segment.ports) ^ u32::from(protocol) ^ header.length as u32;
+        let word = key.client ^ ports(key.ports) ^ key.protocol ^ length as u32;
         return if word == 0 { Err(Reason::NotIp) } else { Ok(()) };
     }
-    let key = ConnectionKey { client: header.source, vip: header.destination, ports: segment.ports, protocol: protocol.into() };
     let known = FLOOR_V4.get_ptr_mut(&key).ok_or(Reason::NoConnection)?;
     if STEPS == CONNECTION {
         return Ok(());
@@ -86,7 +88,7 @@ fn walk<const STEPS: u32>(frame: &mut XdpFrame) -> Result<(), Reason> {
     let server = unsafe {
         let now = bpf_jiffies64() as u32;
         let idle = now.wrapping_sub((*known).last_seen);
-        if (*known).flags & flags::SETTLED == 0 || !segment.is_quiet() || idle >= STEP_TICKS.load() {
+        if (*known).flags & flags::SETTLED == 0 || !transport::is_quiet(event) || idle >= STEP_TICKS.load() {
             (*known).flags = flags::SETTLED;
             (*known).last_seen = now;
         }
@@ -106,14 +108,14 @@ fn walk<const STEPS: u32>(frame: &mut XdpFrame) -> Result<(), Reason> {
         // SAFETY: this CPU's own element.
         unsafe {
             (*statistics).packets_in += 1;
-            (*statistics).bytes_in += header.length as u64;
+            (*statistics).bytes_in += length as u64;
         }
     }
     if STEPS == STATISTICS {
         return Ok(());
     }
     let lives: u32 = frame.read(ethernet::HEADER + Ipv4Header::TTL).ok_or(Reason::Malformed)?;
-    if lives & 0xff <= 1 || header.length > entry.hop.mtu as usize {
+    if lives & 0xff <= 1 || length > entry.hop.mtu as usize {
         return Err(Reason::TtlExpired);
     }
     let carry = if lives >= 0xfffe_0000 { 0x1_0000 } else { 0 };
