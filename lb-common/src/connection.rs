@@ -40,8 +40,9 @@ pub struct Connection {
     pub flags: u8,
     /// 1 if it is counted as half-open ([`crate::flood`]).
     pub half_open: u8,
-    /// Always zero.
-    pub zero: u8,
+    /// If a template chose the real server, the [`prefix`](crate::service::Service::prefix) by which that was found. 0: what the service
+    /// has now.
+    pub prefix: u8,
 }
 
 impl Connection {

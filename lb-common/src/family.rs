@@ -27,6 +27,9 @@ pub trait Address: Eq + Plain {
     #[must_use]
     fn network(&self, netmask: u32) -> Self;
 
+    /// The netmask of a prefix, as [`network`](Self::network) takes it. The length is at least 1.
+    fn netmask(prefix: u8) -> u32;
+
     /// What a checksum over the words of this address adds up: not folded.
     fn sum(&self) -> u64;
 }
@@ -80,6 +83,11 @@ impl Address for Ipv4 {
     }
 
     #[inline(always)]
+    fn netmask(prefix: u8) -> u32 {
+        (u32::MAX << ((32 - u32::from(prefix)) & 31)).to_be()
+    }
+
+    #[inline(always)]
     fn sum(&self) -> u64 {
         u64::from(*self)
     }
@@ -122,6 +130,11 @@ impl Address for Ipv6 {
     }
 
     #[inline(always)]
+    fn netmask(prefix: u8) -> u32 {
+        prefix.into()
+    }
+
+    #[inline(always)]
     fn sum(&self) -> u64 {
         self[0].sum() + self[1].sum() + self[2].sum() + self[3].sum()
     }
@@ -143,6 +156,13 @@ mod tests {
             [([255, 255, 255, 0], [192, 0, 2, 0]), ([255, 0, 255, 0], [192, 0, 2, 0]), ([0, 0, 0, 255], [0, 0, 0, 77])]
         {
             assert_eq!(address.network(u32::from_ne_bytes(mask)), u32::from_ne_bytes(network));
+        }
+    }
+
+    #[test]
+    fn prefixes_are_netmasks() {
+        for prefix in 1..=32 {
+            assert_eq!(Ipv4::netmask(prefix).to_le_bytes(), (u32::MAX << (32 - prefix)).to_be_bytes(), "{prefix}");
         }
     }
 

@@ -257,14 +257,14 @@ pub fn read<K: Key, M: Memory<K>>(memory: &M, found: &Found<M::Line>) -> Option<
         state: (standing >> 32) as u8,
         flags: (standing >> 40) as u8,
         half_open: (standing >> 48) as u8,
-        zero: 0,
+        prefix: (standing >> 56) as u8,
     })
 }
 
 /// Leg and standing, as they stand in a slot.
 #[inline(always)]
 const fn words(connection: &Connection) -> [u64; 2] {
-    let bytes = u32::from_le_bytes([connection.state, connection.flags, connection.half_open, 0]);
+    let bytes = u32::from_le_bytes([connection.state, connection.flags, connection.half_open, connection.prefix]);
     let standing = connection.last_seen as u64 | (bytes as u64) << 32;
     [connection.leg().0, standing]
 }

@@ -72,7 +72,7 @@ pub const fn connection(number: u32, other: u32) -> Connection {
         state: server as u8,
         flags: !server as u8,
         half_open: 1,
-        zero: 0,
+        prefix: 0,
     }
 }
 

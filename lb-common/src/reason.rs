@@ -91,6 +91,8 @@ reasons! {
     TooBig = "too-big", Answered, "larger than the way to the real server allows";
     /// The time to live ended here.
     TtlExpired = "ttl-expired", Answered, "the time to live ended here";
+    /// The firewall has still to say whether the packet has a mark: see [`crate::mark`].
+    Unmarked = "unmarked", Passed, "left to the firewall: a new connection, which it may give the mark of another service";
     /// The real server has still to be told who the client is, and the packet has no room for it.
     Unnamed = "unnamed", Dropped, "no room for the client's address, which the FULLNAT server has still to be told";
     /// XDP left it to tc, because only the kernel's neighbour code can send it now.

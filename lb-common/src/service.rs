@@ -36,8 +36,10 @@ pub struct Service {
     pub mode: u8,
     /// Bits of [`flags`].
     pub flags: u8,
+    /// Length of the prefix by which persistence takes clients for one; 0 if the netmask is none, or has holes.
+    pub prefix: u8,
     /// Always zero.
-    pub zero: u16,
+    pub zero: u8,
     /// The firewall mark that names the service; 0: none.
     pub mark: u32,
     /// Seconds that a client stays with its real server; 0: not at all.

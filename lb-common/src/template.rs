@@ -33,8 +33,30 @@ pub struct TemplateKey<A> {
     pub port: u16,
     /// The IP protocol; 0 if it does not matter.
     pub protocol: u8,
-    /// Always zero: map keys are compared as bytes.
+    /// Zero: map keys are compared as bytes. Not zero for one that was [left behind](Self::left_behind).
     pub zero: u8,
+}
+
+impl<A> TemplateKey<A> {
+    /// Of one real server so many templates can be left behind that have a key in common.
+    pub const LEFT_BEHIND: u8 = 4;
+
+    /// The key of what a template was before it was given another real server, because it led nowhere. IPVS remembers such until their
+    /// time is over, and so do we: they lead nobody, since no packet has this key. Of several they are told apart by a number, from 1
+    /// on.
+    #[inline(always)]
+    #[must_use]
+    pub const fn left_behind(self, server: u32, number: u8) -> Self
+    where
+        A: Copy,
+    {
+        Self { port: server as u16, zero: number | (server >> 16 << 7) as u8, ..self }
+    }
+
+    /// Whether it is such a key.
+    pub const fn is_left_behind(&self) -> bool {
+        self.zero != 0
+    }
 }
 
 /// Where a client's new connections go, and until when.
@@ -138,6 +160,13 @@ impl Scope {
         Self { netmask: service.netmask, mark: service.mark, flags, zero: 0 }
     }
 
+    /// The same for a connection that found its template by a prefix, which may have been another then; 0: it was not.
+    #[inline(always)]
+    #[must_use]
+    pub fn at<A: Address>(self, prefix: u8) -> Self {
+        if prefix == 0 { self } else { Self { netmask: A::netmask(prefix), ..self } }
+    }
+
     /// The key of the template that controls a connection.
     #[inline(always)]
     pub fn key<A: Address>(&self, connection: &ConnectionKey<A>) -> TemplateKey<A> {
@@ -187,10 +216,24 @@ mod tests {
         assert_eq!(any_port.key(&connection(80)), any_port.key(&connection(81)));
         assert_eq!(any_port.key(&connection(80)).protocol, protocol::TCP);
 
+        let edited = Scope { netmask: u32::MAX, ..Scope::of(&service) };
+        assert_ne!(edited.key(&connection(80)), one_port);
+        assert_eq!(edited.at::<Ipv4>(24).key(&connection(80)), one_port);
+        assert_eq!(edited.at::<Ipv4>(0), edited);
+
         let mark = Scope::of(&Service { mark: 10, ..service });
         let other = ConnectionKey { vip: 1, protocol: protocol::UDP.into(), ..connection(53) };
         assert_eq!(mark.key(&connection(80)), mark.key(&other));
         assert_eq!(mark.key(&other).vip, ipv4([0, 0, 0, 10].into()));
+    }
+
+    #[test]
+    fn no_packet_has_the_key_of_what_is_left_behind() {
+        let key = Scope::of(&Service::default()).key(&connection(80));
+        let [one, other] = [7, 0x1_0007].map(|server| key.left_behind(server, 1));
+        assert!(!key.is_left_behind() && one.is_left_behind() && other.is_left_behind());
+        assert_ne!(one, other);
+        assert_ne!(one, key.left_behind(7, TemplateKey::<Ipv4>::LEFT_BEHIND));
     }
 
     #[test]

@@ -9,12 +9,12 @@ use lb_common::{
     family::Address,
     filter::{self, exceptions},
     mark::{BITS_BEFORE_ADDRESS, Destination},
-    packet::protocol,
+    packet::{Fragment, ethernet, protocol},
     service::{Service, ServiceKey, flags},
 };
 use lb_ebpf::packet::Packet;
 
-use crate::maps::{FILTER, Family, SOURCES};
+use crate::maps::{AFTER_MARKS, FILTER, Family, SOURCES};
 
 /// Whether a packet may be for a virtual address, by its destination.
 #[inline(always)]
@@ -36,6 +36,41 @@ pub fn is_excepted<P: Packet, F: Family>(packet: &P) -> bool {
 pub fn may_be_reply<A: Address>(source: &A) -> bool {
     let (word, bit) = filter::position(source);
     SOURCES.word(word) & bit != 0
+}
+
+/// Where a packet comes from, as far as marks go by it: its mark, and the device that it came in by, in one word.
+#[derive(Clone, Copy)]
+pub struct Origin(u64);
+
+impl Origin {
+    /// A fragment has no device. It waits for no mark: the kernel's routing rules do not see ports in fragments, and it would not come
+    /// back.
+    #[inline(always)]
+    pub fn of<P: Packet>(packet: &P, fragment: Fragment) -> Self {
+        let interface = if fragment == Fragment::Whole { packet.interface() } else { 0 };
+        Self(u64::from(interface) << 32 | u64::from(packet.mark()))
+    }
+
+    /// The firewall mark.
+    #[inline(always)]
+    pub const fn mark(self) -> u32 {
+        self.0 as u32
+    }
+
+    #[inline(always)]
+    const fn interface(self) -> u32 {
+        (self.0 >> 32) as u32
+    }
+}
+
+/// Whether a new connection of this service must not begin here, because a firewall may give its packet a mark that names another: it
+/// comes back when that has been asked.
+#[inline(always)]
+pub fn waits<F: Family>(service: *const Service, origin: Origin) -> bool {
+    let interface = origin.interface();
+    let after_marks = AFTER_MARKS.get(u32::from(F::ETHERTYPE == ethernet::IPV6)).copied().unwrap_or(0);
+    // SAFETY: an element of the map.
+    after_marks != 0 && after_marks != interface && interface != 0 && unsafe { (*service).mark == 0 }
 }
 
 /// The service of a new connection, whose first packet has this firewall mark.

@@ -207,7 +207,7 @@ fn plain<P: Packet, F: Family>(packet: &mut P) -> Result<Outcome, Reason> {
             () => Err(Reason::NotOurs),
         };
     }
-    let leg = track::connection::<P, F>(packet, key, event);
+    let leg = track::connection::<P, F>(packet, key, event, Fragment::Whole);
     let header = IpHeader { source: &key.client, destination: &key.vip, offset: link.payload, length };
     Ok(deliver::<P, F>(packet, &link, &header, Some(key), true, leg))
 }

@@ -119,6 +119,11 @@ static SERVICES_V4: HashMap<ServiceKey<Ipv4>, Service> = HashMap::with_max_entri
 #[map]
 static SERVICES_V6: HashMap<ServiceKey<Ipv6>, Service> = HashMap::with_max_entries(SERVICE_KEY_COUNT, BPF_F_NO_PREALLOC);
 
+/// For IPv4 and IPv6, the device at which packets have all marks that a firewall gives them, if new connections wait for those; 0: none
+/// waits. Userspace writes, new connections of services by address read.
+#[map]
+pub static AFTER_MARKS: Array<u32> = Array::with_max_entries(2, 0);
+
 /// The marks of packets to networks, and to all ports of an address. Userspace writes, new connections read if the filter's
 /// last word says so.
 #[map]

@@ -283,7 +283,7 @@ fn move_on<F: Family>(key: &ConnectionKey<F::Address>, known: *mut Reply<F::Addr
         let now = track::move_on(connection, protocol, Direction::Output, event as u8, side);
         let answers = protocol == protocol::UDP && before.flags & connection_flags::CONTROLLED != 0;
         if answers || track::establishes(&before, &*connection, protocol) {
-            template::assure::<F>(&(*known).connection(key.protocol), before.server);
+            template::assure::<F>(&(*known).connection(key.protocol), before.server, before.prefix.into());
         }
         if answers {
             template::assure_call::<F>(&(*known).connection(key.protocol), before.server);

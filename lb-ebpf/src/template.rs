@@ -8,6 +8,8 @@
 //! template not usable       pick, compare and swap;  if changed by now: the server that stands there
 //! ```
 //!
+//! What a template was before it led elsewhere is left behind under another key, for those who look, until its time is over.
+//!
 //! Every change of a template's choice is one atomic step, and who comes second takes what it finds. So two first connections
 //! of a client, at the same moment on two CPUs, go to one server. The sweep marks a template in the same way before it deletes
 //! it; whoever meets that mark drops the packet, rather than make a connection that no template knows of.
@@ -35,7 +37,7 @@ use crate::{
     maps::{ARRIVALS, CONFIG, Family, HZ, PERSISTED, SCOPES, SERVERS},
     newcomers, pick,
     table::EEXIST,
-    track::{self, CONTROLLED, FLOODED, ONCE, jiffies},
+    track::{self, CONTROLLED, FLOODED, ONCE, PREFIX_SHIFT, jiffies},
 };
 
 /// A new connection of a persistent service.
@@ -43,6 +45,8 @@ use crate::{
 pub struct Arrival {
     /// A template for a client that has none.
     fresh: Template,
+    /// What a template was that leads nowhere.
+    left: Template,
     service: Service,
     /// The [`ConnectionKey`], of either family.
     connection: [u32; 10],
@@ -62,6 +66,8 @@ pub trait Kind<F: Family> {
     type Key: 'static;
     /// What their table is to the sweep, for IPv4 and IPv6.
     const TABLES: [SweptTable; 2];
+    /// Whether what leads nowhere is left behind.
+    const LEAVES_BEHIND: bool;
 
     fn table() -> &'static HashMap<Self::Key, Template>;
 }
@@ -72,6 +78,7 @@ pub struct OfClients;
 impl<F: Family> Kind<F> for OfClients {
     type Key = TemplateKey<F::Address>;
     const TABLES: [SweptTable; 2] = [SweptTable::TemplatesV4, SweptTable::TemplatesV6];
+    const LEAVES_BEHIND: bool = true;
 
     #[inline(always)]
     fn table() -> &'static HashMap<Self::Key, Template> {
@@ -85,6 +92,7 @@ pub struct OfCalls;
 impl<F: Family> Kind<F> for OfCalls {
     type Key = CallKey<F::Address>;
     const TABLES: [SweptTable; 2] = [SweptTable::CallsV4, SweptTable::CallsV6];
+    const LEAVES_BEHIND: bool = false;
 
     #[inline(always)]
     fn table() -> &'static HashMap<Self::Key, Template> {
@@ -242,7 +250,9 @@ fn key<F: Family>(arrival: *mut Arrival) -> *mut TemplateKey<F::Address> {
 /// Where a template leads, or the scheduler.
 #[inline(always)]
 fn lead<F: Family, K: Kind<F>>(arrival: *mut Arrival, key: *const K::Key) -> u32 {
-    let kind = if Arrival::is_once::<F>(arrival) { ONCE } else { CONTROLLED };
+    // SAFETY: an element of the map.
+    let prefix = u32::from(unsafe { (*arrival).service.prefix }) << PREFIX_SHIFT;
+    let kind = prefix | if Arrival::is_once::<F>(arrival) { ONCE } else { CONTROLLED };
     // SAFETY: elements of maps. A template may become another one under our hands, but it stays memory. An arrival is
     // this CPU's own.
     let choice = unsafe {
@@ -279,10 +289,14 @@ unsafe fn return_to<F: Family, K: Kind<F>>(arrival: *mut Arrival, key: *const K:
         if choice.server == Choice::OVER {
             return Ok(Choice::OVER);
         }
-        let is_usable = is_usable(&*known, choice, now);
+        let is_alive = (*known).held != 0 || choice.idle(now) < (*known).timeout;
+        let is_usable = is_alive && leads_somewhere(choice.server);
         let server = if is_usable { choice.server } else { pick::<F>(arrival).unwrap_or(NOBODY) };
         if server == NOBODY {
             // As in IPVS, the client is free even if its old server comes back.
+            if is_alive {
+                leave_behind::<F, K>(arrival, known, choice);
+            }
             end::<F, K>(key, known, word);
             return Err(NOBODY);
         }
@@ -294,6 +308,9 @@ unsafe fn return_to<F: Family, K: Kind<F>>(arrival: *mut Arrival, key: *const K:
             }
         }
         if !is_usable {
+            if is_alive {
+                leave_behind::<F, K>(arrival, known, choice);
+            }
             (*known).timeout = timeout(arrival);
             (*known).assured = 0;
             count(choice.server, LESS);
@@ -306,6 +323,40 @@ unsafe fn return_to<F: Family, K: Kind<F>>(arrival: *mut Arrival, key: *const K:
             (*known).assured = 1;
         }
         Ok(server)
+    }
+}
+
+/// Puts a copy of a template aside that leads nowhere.
+///
+/// # Safety
+/// As above.
+#[inline(always)]
+unsafe fn leave_behind<F: Family, K: Kind<F>>(arrival: *mut Arrival, known: *const Template, choice: Choice) {
+    if !K::LEAVES_BEHIND {
+        return;
+    }
+    // SAFETY: the caller's promise; the arrival is this CPU's own.
+    unsafe {
+        let (key, left) = (Arrival::key::<F>(arrival), &raw mut (*arrival).left);
+        (*left).choice = choice.word();
+        (*left).timeout = (*known).timeout;
+        (*left).assured = (*known).assured;
+        (*left).held = (*known).held;
+        let port = (*key).port;
+        for number in 1..=TemplateKey::<F::Address>::LEFT_BEHIND {
+            key.write((*key).left_behind(choice.server, number));
+            match F::templates().insert(&*key, &*left, 1 /* BPF_NOEXIST */) {
+                Ok(()) => {
+                    count(choice.server, MORE);
+                    break;
+                }
+                Err(EEXIST) => {}
+                // Nobody will miss it who does not look.
+                Err(_) => break,
+            }
+        }
+        (*key).port = port;
+        (*key).zero = 0;
     }
 }
 
@@ -370,15 +421,15 @@ fn timeout(arrival: *const Arrival) -> u32 {
     unsafe { (*arrival).service.persistence.wrapping_mul(HZ.load()) }
 }
 
-/// Whether new connections go where the template says.
+/// Whether new connections go to the real server that a template names.
 #[inline(always)]
-fn is_usable(template: &Template, choice: Choice, now: u32) -> bool {
+fn leads_somewhere(server: u32) -> bool {
     const FREE: u8 = Status::Free as u8;
     const REMOVED: u8 = Status::Removed as u8;
-    let removed = SERVERS.get(choice.server).is_none_or(|server| matches!(server.status, FREE | REMOVED));
+    let removed = SERVERS.get(server).is_none_or(|server| matches!(server.status, FREE | REMOVED));
     let passed_over = CONFIG.get(0).is_some_and(|config| config.flags & settings::EXPIRE_QUIESCENT != 0)
-        && SCOPES.get(choice.server).is_some_and(|scope| scope.flags & scope_flags::QUIESCENT != 0);
-    !removed && !passed_over && (template.held != 0 || choice.idle(now) < template.timeout)
+        && SCOPES.get(server).is_some_and(|scope| scope.flags & scope_flags::QUIESCENT != 0);
+    !removed && !passed_over
 }
 
 const MORE: u64 = 1;
@@ -393,10 +444,23 @@ fn count(server: u32, change: u64) {
     }
 }
 
-/// The template that chose a connection's real server, if it still leads there.
+/// The template that chose a connection's real server: the client's, if it still leads there, or else the one that was left behind
+/// last, as far as that can be told.
 #[inline(always)]
-fn of<F: Family>(key: &ConnectionKey<F::Address>, server: u32) -> Option<*mut Template> {
-    leading_to(F::templates().get_ptr_mut(&SCOPES.get(server)?.key(key))?, server)
+fn of<F: Family>(key: &ConnectionKey<F::Address>, server: u32, prefix: u8) -> Option<*mut Template> {
+    let mut key = SCOPES.get(server)?.at::<F::Address>(prefix).key(key);
+    if let Some(known) = F::templates().get_ptr_mut(&key)
+        && let Some(known) = leading_to(known, server)
+    {
+        return Some(known);
+    }
+    for number in (1..=TemplateKey::<F::Address>::LEFT_BEHIND).rev() {
+        key = key.left_behind(server, number);
+        if let Some(known) = F::templates().get_ptr_mut(&key) {
+            return Some(known);
+        }
+    }
+    None
 }
 
 /// The same of a connection's call.
@@ -417,8 +481,8 @@ fn leading_to(known: *mut Template, server: u32) -> Option<*mut Template> {
 
 /// Notes that a connection was established, or a datagram answered.
 #[inline(never)]
-pub fn assure<F: Family>(key: &ConnectionKey<F::Address>, server: u32) {
-    if let Some(known) = of::<F>(key, server) {
+pub fn assure<F: Family>(key: &ConnectionKey<F::Address>, server: u32, prefix: u32) {
+    if let Some(known) = of::<F>(key, server, prefix as u8) {
         // SAFETY: an element of the map.
         unsafe { (*known).assured = 1 };
     }
@@ -437,7 +501,7 @@ pub fn assure_call<F: Family>(key: &ConnectionKey<F::Address>, server: u32) {
 #[inline(always)]
 pub fn meet<F: Family>(key: &ConnectionKey<F::Address>, connection: &Connection) {
     if connection.flags & flags::CONTROLLED != 0
-        && let Some(known) = of::<F>(key, connection.server)
+        && let Some(known) = of::<F>(key, connection.server, connection.prefix)
     {
         // SAFETY: an element of the map.
         unsafe { (*known).met = 1 };

@@ -27,7 +27,9 @@ use lb_common::{
 use lb_ebpf::packet::{Packet, REACH, merged};
 
 use crate::{
-    account, atomic, bell, classify, flood, local,
+    account, atomic, bell,
+    classify::{self, Origin},
+    flood, local,
     maps::{CONFIG, COUNTERS, Family, HZ, PEAKS, SCOPES, SERVERS},
     pick, reply,
     table::Refusal,
@@ -46,7 +48,12 @@ pub fn jiffies() -> u32 {
 
 /// Finds or makes the packet's connection, and moves its state on. Returns where its packets go.
 #[inline(always)]
-pub fn connection<P: Packet, F: Family>(packet: &P, key: &ConnectionKey<F::Address>, event: u8) -> Result<Leg, Reason> {
+pub fn connection<P: Packet, F: Family>(
+    packet: &P,
+    key: &ConnectionKey<F::Address>,
+    event: u8,
+    fragment: Fragment,
+) -> Result<Leg, Reason> {
     if let Some(known) = F::connections().find(key) {
         // First of all: what is read before a call has to be put aside for it.
         let now = jiffies();
@@ -65,7 +72,7 @@ pub fn connection<P: Packet, F: Family>(packet: &P, key: &ConnectionKey<F::Addre
             masqueraded => reply::forget::<F>(key, Leg(masqueraded)),
         }
     }
-    let picked = schedule::<F>(key, event, packet.mark())?;
+    let picked = schedule::<F>(key, event, Origin::of(packet, fragment))?;
     let local = local::of_new::<F>(key, picked & !BITS)?;
     match begin::<F>(key, event, Leg::new(picked, local)) {
         NO_SERVER => Err(Reason::NoServer),
@@ -94,8 +101,10 @@ pub const CONTROLLED: u32 = 1 << 30;
 pub const ONCE: u32 = 1 << 29;
 /// The same: it was picked in flood mode.
 pub const FLOODED: u32 = 1 << 27;
+/// From the prefix by which its template was found to its place in what [`begin`] takes.
+pub const PREFIX_SHIFT: u32 = 18;
 /// All of them.
-const BITS: u32 = CONTROLLED | ONCE | FLOODED;
+const BITS: u32 = CONTROLLED | ONCE | FLOODED | 0xff << PREFIX_SHIFT;
 /// In the place of a picked server: its template knows it.
 const PERSISTENT: u32 = 1 << 28;
 /// Answer of [`begin`]: no real server takes the connection.
@@ -235,7 +244,7 @@ fn attend<F: Family>(key: &ConnectionKey<F::Address>, connection: *mut Connectio
         move_on(connection, protocol, from_client(known.flags), event, SIDE);
         // SAFETY: as above.
         if establishes(&known, unsafe { &*connection }, protocol) {
-            template::assure::<F>(key, known.server);
+            template::assure::<F>(key, known.server, known.prefix.into());
         }
     }
     let names = known.flags & flags::UNNAMED != 0 && event & (tcp::flags::SYN | tcp::flags::RST) == 0;
@@ -392,20 +401,23 @@ pub fn forget(connection: &Connection) {
 /// Finds a real server for a packet without a connection: its index, with bits for [`begin`], or
 /// [`NOBODY`].
 #[inline(always)]
-fn schedule<F: Family>(key: &ConnectionKey<F::Address>, event: u8, mark: u32) -> Result<u32, Reason> {
-    let picked = pick_for::<F>(key, event, mark)?;
+fn schedule<F: Family>(key: &ConnectionKey<F::Address>, event: u8, origin: Origin) -> Result<u32, Reason> {
+    let picked = pick_for::<F>(key, event, origin)?;
     // For the sake of the stack, not by that one.
     if picked == PERSISTENT { template::choose::<F>() } else { Ok(picked) }
 }
 
 /// Finds the service for a packet without a connection, and picks a real server, or [`NOBODY`].
 #[inline(never)]
-fn pick_for<F: Family>(key: &ConnectionKey<F::Address>, event: u8, mark: u32) -> Result<u32, Reason> {
+fn pick_for<F: Family>(key: &ConnectionKey<F::Address>, event: u8, origin: Origin) -> Result<u32, Reason> {
     let protocol = key.protocol as u8;
-    let service = classify::service::<F>(key, mark).ok_or(Reason::NoService)?;
+    let service = classify::service::<F>(key, origin.mark()).ok_or(Reason::NoService)?;
     let admission = flood::admission(protocol, event);
     if admission == flood::LEFT || key.ports.source() == FTP_DATA.to_be() {
         return Err(Reason::NoConnection);
+    }
+    if admission == flood::SCHEDULED && classify::waits::<F>(service, origin) {
+        return Err(Reason::Unmarked);
     }
     // SAFETY: an element of the map.
     let (persistence, flags) = unsafe { ((*service).persistence, (*service).flags) };
@@ -469,7 +481,8 @@ fn begin<F: Family>(key: &ConnectionKey<F::Address>, event: u8, to: Leg) -> u64 
         return to.0;
     }
     let Standing { state, flags, half_open } = Standing::of_new(protocol, from_client(side), event, side, picked & FLOODED);
-    let connection = Connection { server, local, last_seen: jiffies(), state, flags, half_open, zero: 0 };
+    let connection =
+        Connection { server, local, last_seen: jiffies(), state, flags, half_open, prefix: (picked >> PREFIX_SHIFT) as u8 };
     let insert = || F::connections().insert(key, &connection);
     let inserted = match insert() {
         Err(Refusal::Exists) if make_way::<F>(key, server) => insert(),
@@ -530,7 +543,7 @@ pub fn anything<P: Packet, F: Family>(
     }
     let segment = transport::parse(packet, offset, protocol, header.offset + header.length)?;
     let key = ConnectionKey { client: header.source, vip: header.destination, ports: segment.ports, protocol: u32::from(protocol) };
-    let leg = connection::<P, F>(packet, &key, segment.event)?;
+    let leg = connection::<P, F>(packet, &key, segment.event, fragment)?;
     if fragment == Fragment::First {
         remember_first_fragment::<P, F>(packet.context(), header.offset as u32, segment.ports);
     }

@@ -641,7 +641,7 @@ fn connections_are_listed() {
             state,
             flags,
             half_open: 0,
-            zero: 0,
+            prefix: 0,
         };
         for client in 0..10_000_u32 {
             let key = ConnectionKey {

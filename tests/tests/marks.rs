@@ -2,7 +2,8 @@
 //! keep to the fast path.
 
 use std::{
-    net::{IpAddr, SocketAddr},
+    io::{BufRead as _, BufReader, Write as _},
+    net::{IpAddr, SocketAddr, TcpStream},
     time::Duration,
 };
 
@@ -192,6 +193,174 @@ fn marked_packets_go_through_tunnels() -> Result<()> {
     answers_alternate(&balanced, "tunnels")
 }
 
+/// A connection to a web server that stays open.
+struct Visit(BufReader<TcpStream>);
+
+impl Visit {
+    fn begin(client: &Namespace, address: IpAddr, port: u16) -> Result<Self> {
+        let stream = client.enter(|| TcpStream::connect_timeout(&SocketAddr::new(address, port), wait::SOON))?;
+        stream.set_read_timeout(Some(wait::SOON))?;
+        Ok(Self(BufReader::new(stream)))
+    }
+
+    /// Who answers now.
+    fn ask(&mut self) -> Result<String> {
+        self.0.get_mut().write_all(b"GET / HTTP/1.1\r\nHost: vip\r\n\r\n")?;
+        let mut header = String::new();
+        while !header.ends_with("\r\n\r\n") {
+            ensure!(self.0.read_line(&mut header)? > 0, "the server has hung up after {header:?}");
+        }
+        let mut answer = String::new();
+        self.0.read_line(&mut answer)?;
+        Ok(answer.trim_end().to_owned())
+    }
+}
+
+/// Services by address for ports 80 and 8080, whose one real server is rs2.
+fn add_services_by_address(balanced: &Balanced, method: &str) -> Result<()> {
+    for (family, port) in Family::ALL.into_iter().flat_map(|family| [(family, 80), (family, 8080)]) {
+        let (vip, server) = (host(balanced.lab.vip.of(family)), host(balanced.lab.server_addresses[1].of(family)));
+        balanced.bpfvs.ipvsadm(&format!("-A -t {vip}:{port} -s rr"))?;
+        balanced.bpfvs.ipvsadm(&format!("-a -t {vip}:{port} -r {server}:{port} {method}"))?;
+    }
+    balanced.bpfvs.wait_for_servers()
+}
+
+/// A service for mark 10, whose one real server is rs1.
+fn add_service_by_mark(balanced: &Balanced, method: &str) -> Result<()> {
+    for family in Family::ALL {
+        balanced.bpfvs.ipvsadm(&format!("-A {} -s rr", option(family)))?;
+        let server = balanced.lab.server_addresses[0].of(family);
+        balanced.bpfvs.ipvsadm(&format!("-a {} -r {} {method}", option(family), bare(server)))?;
+    }
+    balanced.bpfvs.wait_for_servers()
+}
+
+/// Who answers several times on a port, for both families.
+fn all_answer(balanced: &Balanced, port: u16, name: &str, what: &str) -> Result<()> {
+    for family in Family::ALL {
+        for _ in 0..3 {
+            let got = answer(&balanced.lab.client, balanced.lab.vip.of(family), port)
+                .with_context(|| format!("{what}, {family:?}, port {port}"))?;
+            ensure!(got == name, "{what}, {family:?}, port {port}: {got} instead of {name}");
+        }
+    }
+    Ok(())
+}
+
+fn the_firewalls_marks_go_before_addresses(hook: &str) -> Result<()> {
+    needs!(root, "nginx", "curl", "nft", "iptables-nft", "iptables-legacy");
+    needs_bpfvs!();
+    let lab = Lab::new(Layout::OneSegment, 2)?;
+    let _pass = if hook == "xdp" { Some(lab.prepare_for_xdp()?) } else { None };
+    let balanced = Balanced::in_lab(lab, &["--hook", hook])?;
+    let (director, client) = (&balanced.lab.director, &balanced.lab.client);
+    let before = traces(director)?;
+    let begin = |port| -> Result<Vec<Visit>> {
+        let vips = Family::ALL.map(|family| balanced.lab.vip.of(family));
+        vips.into_iter().map(|vip| Visit::begin(client, vip, port)).collect()
+    };
+    let go_on = |visits: &mut Vec<Visit>, what: &str| -> Result<()> {
+        for visit in visits {
+            let name = visit.ask().context(what.to_owned())?;
+            ensure!(name == "rs2", "{what}: {name}");
+        }
+        Ok(())
+    };
+    add_services_by_address(&balanced, "-g")?;
+    let mut visits = begin(80)?;
+    go_on(&mut visits, "before there are marks")?;
+    add_service_by_mark(&balanced, "-g")?;
+    for firewall in [Firewall::IptablesNft, Firewall::IptablesLegacy, Firewall::Nft] {
+        all_answer(&balanced, 80, "rs2", &format!("before the marks of {firewall:?}"))?;
+        for family in Family::ALL {
+            firewall.mark(director, balanced.lab.vip.of(family), "80,443")?;
+        }
+        all_answer(&balanced, 80, "rs1", &format!("marked by {firewall:?}"))?;
+        all_answer(&balanced, 8080, "rs2", &format!("not marked by {firewall:?}"))?;
+        firewall.forget(director)?;
+    }
+    // A mark that names no service changes nothing.
+    director.run("nft", "add table inet other".split(' '))?;
+    director.run("nft", ["add chain inet other prerouting { type filter hook prerouting priority mangle; meta mark set 99; }"])?;
+    all_answer(&balanced, 80, "rs2", "with a mark of no service")?;
+    director.run("nft", ["flush", "ruleset"])?;
+    for family in Family::ALL {
+        Firewall::Nft.mark(director, balanced.lab.vip.of(family), "80,443")?;
+    }
+    go_on(&mut visits, "established ones stay")?;
+    visits.extend(begin(8080)?);
+    go_on(&mut visits, "and so do those that came by the detour")?;
+    // A rule of our own says what the mark means: nothing has to wait.
+    let vips = Family::ALL.map(|family| balanced.lab.vip.of(family).to_string());
+    let rules = |word| {
+        vips.iter().try_for_each(|vip| balanced.bpfvs.succeed(&["mark", word, "10", "--dst", vip, "--ports", "80"]).map(drop))
+    };
+    rules("add")?;
+    let packets = || Ok::<_, anyhow::Error>(director.packets("bpfvs-mark1")?.received);
+    let count = packets()?;
+    all_answer(&balanced, 80, "rs1", "marked by ourselves")?;
+    all_answer(&balanced, 8080, "rs2", "not marked by ourselves")?;
+    ensure!(packets()? == count, "there is a detour all the same");
+    rules("delete")?;
+    all_answer(&balanced, 80, "rs1", "marked by nft again")?;
+    // Without forwarding no mark would come back.
+    director.sysctl(&[("net.ipv4.ip_forward", "0"), ("net.ipv6.conf.all.forwarding", "0")])?;
+    wait::until("connections to begin where they come in", wait::SOON, || {
+        Family::ALL.into_iter().all(|family| answer(client, balanced.lab.vip.of(family), 8080).is_ok_and(|name| name == "rs2"))
+    })?;
+    director.sysctl(&[("net.ipv4.ip_forward", "1"), ("net.ipv6.conf.all.forwarding", "1")])?;
+    wait::until("marks to count again", wait::SOON, || {
+        Family::ALL.into_iter().all(|family| answer(client, balanced.lab.vip.of(family), 80).is_ok_and(|name| name == "rs1"))
+    })?;
+    for family in Family::ALL {
+        balanced.bpfvs.ipvsadm(&format!("-D {}", option(family)))?;
+    }
+    all_answer(&balanced, 80, "rs2", "at once without the mark's service")?;
+    go_on(&mut visits, "established ones stay to the end")?;
+    wait::until("the detour to go without a trace", wait::SOON, || traces(director).is_ok_and(|now| now == before))
+        .with_context(|| format!("before:\n{before}\nnow:\n{}", traces(director).unwrap_or_default()))
+}
+
+#[test]
+fn the_firewalls_marks_go_before_addresses_by_tc() -> Result<()> {
+    the_firewalls_marks_go_before_addresses("tc")
+}
+
+#[test]
+fn the_firewalls_marks_go_before_addresses_by_xdp() -> Result<()> {
+    the_firewalls_marks_go_before_addresses("xdp")
+}
+
+/// So it is for tunnels, for masquerading, and if the virtual address is not the director's own.
+#[test]
+fn the_firewalls_marks_go_before_addresses_by_every_way() -> Result<()> {
+    needs!(root, "nginx", "curl", "nft");
+    needs_bpfvs!();
+    for (layout, method, own) in [
+        (Layout::Tunnel, "-i", true),
+        (Layout::Masquerade, "-m", true),
+        (Layout::SeveralSegments, "-g", true),
+        (Layout::SeveralSegments, "-g", false),
+    ] {
+        let what = format!("{layout:?}, {method}, own: {own}");
+        let balanced = Balanced::new(layout, 2, &[])?;
+        if !own {
+            let (vip, device) = (balanced.lab.vip, "lo");
+            balanced.lab.director.ip(&format!("addr del {}/32 dev {device}\naddr del {}/128 dev {device}", vip.ipv4, vip.ipv6))?;
+        }
+        add_services_by_address(&balanced, method)?;
+        add_service_by_mark(&balanced, method)?;
+        all_answer(&balanced, 80, "rs2", &format!("{what}, without marks"))?;
+        for family in Family::ALL {
+            Firewall::Nft.mark(&balanced.lab.director, balanced.lab.vip.of(family), "80,443")?;
+        }
+        all_answer(&balanced, 80, "rs1", &format!("{what}, marked"))?;
+        all_answer(&balanced, 8080, "rs2", &format!("{what}, not marked"))?;
+    }
+    Ok(())
+}
+
 /// Whoever takes a part of the mark device away gets it back; the next daemon adopts it, and a killed one's is removed.
 #[test]
 fn the_mark_device_is_guarded() -> Result<()> {
@@ -203,6 +372,10 @@ fn the_mark_device_is_guarded() -> Result<()> {
         Firewall::Nft.mark(&balanced.lab.director, balanced.lab.vip.of(family), "80,8080")?;
     }
     add_services(&balanced, "-g")?;
+    // Services by address wait for marks, and have rules and routes for that.
+    for family in Family::ALL {
+        balanced.bpfvs.ipvsadm(&format!("-A -t {}:9000 -s rr", host(balanced.lab.vip.of(family))))?;
+    }
     answers_alternate(&balanced, "at first")?;
     let whole = traces(&balanced.lab.director)?;
     for damage in [
@@ -214,6 +387,10 @@ fn the_mark_device_is_guarded() -> Result<()> {
         "address flush dev bpfvs-mark0",
         "route flush table 26214",
         "-6 route flush table 26214",
+        "rule del ipproto tcp dport 9000",
+        "-6 rule del iif lo",
+        "route flush table 2621409000",
+        "-6 route flush table 2621409000",
     ] {
         balanced.lab.director.run("ip", damage.split(' '))?;
         wait::until(&format!("`ip {damage}` to be mended"), wait::SOON, || {
@@ -229,7 +406,7 @@ fn the_mark_device_is_guarded() -> Result<()> {
     answers_alternate(&balanced, "with the next daemon")?;
     ensure!(traces(&balanced.lab.director)? == whole, "the next daemon changes nothing");
     let status = balanced.bpfvs.get("/v1/status")?;
-    ensure!(status["mark_device"] == "at work", "{status:#}");
+    ensure!(status["mark_device"].as_str().is_some_and(|text| text.starts_with("at work; ")), "{status:#}");
     balanced.bpfvs.stop_and_detach()?;
     ensure!(traces(&balanced.lab.director)? == before, "traces stay:\n{}\nbefore:\n{before}", traces(&balanced.lab.director)?);
     Ok(())
@@ -410,6 +587,12 @@ fn a_mark_goes_before_a_port() -> Result<()> {
         bench.bpfvs.succeed(&["server", "add", mark, by_mark])?;
         bench.bpfvs.wait_for_servers()?;
 
+        // As long as only a firewall can give the mark, nobody else takes what it has not seen.
+        waits_for_marks(&mut trial, vip)?;
+        let elsewhere = if family == Family::Ipv4 { "192.0.2.99" } else { "2001:db8::99" };
+        let ours = ["--dst", elsewhere, "--proto", "udp", "--ports", "9"];
+        bench.bpfvs.succeed(&[&["mark", "add", "10"], &ours[..]].concat())?;
+
         // Marks that are on the packet.
         ensure!(trial.marked_syn(vip, 10)? == Some(0), "{family:?}: the mark goes first");
         ensure!(trial.marked_syn(vip, 11)? == Some(1), "{family:?}: another mark is none");
@@ -455,7 +638,35 @@ fn a_mark_goes_before_a_port() -> Result<()> {
         bench.bpfvs.succeed(&["service", "remove", mark])?;
         ensure!(trial.syn(Hook::Xdp, vip)? == Some(1));
         bench.bpfvs.succeed(&["mark", "delete", "10", "--dst", addresses.vip, "--ports", "80"])?;
+        bench.bpfvs.succeed(&[&["mark", "delete", "10"], &ours[..]].concat())?;
     }
+    Ok(())
+}
+
+/// Of the packets to a service by address, those that begin something go to the firewall first: each of them, whole as it is, and in
+/// peace.
+fn waits_for_marks(trial: &mut Trial<'_>, vip: SocketAddr) -> Result<()> {
+    let (bench, family) = (trial.bench, trial.family);
+    for hook in Hook::ALL {
+        let before = bench.bpfvs.reason("unmarked")?;
+        for _ in 0..3 {
+            ensure!(trial.syn(hook, vip)?.is_none(), "{family:?}, {hook:?}: nobody has seen whether it has a mark");
+        }
+        ensure!(bench.bpfvs.reason("unmarked")? == before + 3, "{family:?}, {hook:?}: it was not counted");
+        // The kernel's routing rules see no ports in fragments, so these would not come back.
+        let client = trial.client()?;
+        let fragments = Frame { payload: vec![7; 64], ..Frame::tcp(client, vip, SYN) }.fragments(40);
+        let run = bench.director.enter(|| bench.pinned.run(hook, &fragments[0]))?;
+        ensure!(trial.who(run.verdict, client, vip.port())? == Some(1), "{family:?}, {hook:?}: a fragment waits");
+        // In a flood, the way through the kernel would be too long. (Afterwards there is none any more, so that this one is over at once.)
+        bench.bpfvs.succeed(&["sysctl", "-w", "secure_tcp=3"])?;
+        let frame = Frame::tcp(trial.client()?, vip, SYN).build();
+        let run = bench.director.enter(|| bench.pinned.run(hook, &frame))?;
+        ensure!(run.verdict == Verdict::Send, "{family:?}, {hook:?}: {:?} in flood mode", run.verdict);
+        bench.bpfvs.succeed(&["sysctl", "-w", "secure_tcp=0"])?;
+    }
+    ensure!(trial.marked_syn(vip, 11)?.is_none(), "{family:?}: a mark that names no service may still become another");
+    ensure!(trial.marked_syn(vip, 10)? == Some(0), "{family:?}: but this one is known");
     Ok(())
 }
 

@@ -274,6 +274,12 @@ fn weight_thresholds_and_removal() -> Result<()> {
         ensure!(open(1)? == Some(other), "{family:?}: it stayed, with expire_quiescent_template");
         bench.pinned.set_flags(0)?;
         ensure!(open(1)? == Some(other), "{family:?}: it did not stay where it went then");
+        // IPVS still lists the way that leads nowhere.
+        let old: Vec<_> = templates(&bench)?.into_iter().filter(|(line, _)| line.contains(":65535 ")).collect();
+        ensure!(old.len() == 1 && old[0].0.trim_end().ends_with(":65535") && (1..=300).contains(&old[0].1), "{family:?}: {old:?}");
+        let listed = bench.bpfvs.ipvsadm("-Ln --persistent-conn")?;
+        let counts: Vec<_> = listed.lines().filter(|line| line.contains("->")).skip(1).map(persistent).collect();
+        ensure!(counts.iter().flatten().filter_map(|count| count.parse::<u32>().ok()).sum::<u32>() == 6, "{family:?}: {listed}");
 
         // A real server that is removed loses its clients; those that come meanwhile stay where they went.
         bench.bpfvs.ipvsadm(&format!("-e {} -g -w 1", service.server(at)))?;

@@ -94,8 +94,11 @@ impl Instance for KernelDatapath {
 
     fn mark_device(&self) -> String {
         match Self::mark_device(self) {
-            MarkDevice { present: false, obstacle: None } => "not needed".to_owned(),
-            MarkDevice { present: true, obstacle: None } => "at work".to_owned(),
+            MarkDevice { present: false, obstacle: None, .. } => "not needed".to_owned(),
+            MarkDevice { detour: true, obstacle: None, .. } => {
+                "at work; new connections of services by address take the detour over it, too".to_owned()
+            }
+            MarkDevice { obstacle: None, .. } => "at work".to_owned(),
             MarkDevice { obstacle: Some(obstacle), .. } => obstacle,
         }
     }

@@ -39,6 +39,7 @@ use super::{
     bell::Bell,
     capacity::Tables,
     connections::{Clock, Connections},
+    detour::{Demand, Detours},
     devices::Devices,
     flood::Flood,
     hz, kernel_error,
@@ -47,7 +48,7 @@ use super::{
     locality::{Destinations, Standings},
     locals::Locals,
     maps::{Found, Pins, inspect},
-    mark_device::{self, MarkDevice, Marks},
+    mark_device::{self, Guard, MarkDevice},
     programs::Programs,
     reasons::Reasons,
     resolve::{Order, Resolver, lock},
@@ -112,6 +113,8 @@ pub struct KernelDatapath {
     servers: Arc<Mutex<Servers>>,
     attachments: Arc<Mutex<Attachments>>,
     mark_device: Arc<Mutex<MarkDevice>>,
+    /// What that is for.
+    demand: Arc<Mutex<Demand>>,
     sweeper: Arc<Mutex<Sweeper>>,
     /// What the last sweep, or the present one, says. Not the sweeper's, because nobody may wait for that.
     swept_report: Arc<Array<MapData, SweepReport>>,
@@ -174,6 +177,10 @@ impl KernelDatapath {
                  `bpfvs stop --detach` and a new start change it, and lose all connections"
             );
         }
+        let mut demand = Demand::default();
+        for (id, _) in services.iter() {
+            demand.add(id);
+        }
         let words = |name| Words::open(&pins.map(name));
         let (orders, received) = mpsc::unbounded_channel();
         let (answers, answered) = watch::channel(0);
@@ -201,6 +208,7 @@ impl KernelDatapath {
                 &options.interfaces,
             ))),
             mark_device: Arc::default(),
+            demand: Arc::new(Mutex::new(demand)),
             sweeper: Arc::new(Mutex::new(Sweeper::open(&pins)?)),
             swept_report: Arc::new(pins.typed("SWEEP")?),
             teller: Arc::new(Mutex::new(Teller::open(&pins)?)),
@@ -222,10 +230,12 @@ impl KernelDatapath {
         self.bell = Some(Bell::open(&self.pins)?);
         let devices = Devices::open(&self.pins)?;
         let (servers, attachments) = (Arc::clone(&self.servers), Arc::clone(&self.attachments));
-        let resolver = Resolver::start(orders, answered, servers, attachments, devices, Arc::clone(&self.mark_device)).await?;
+        let (device, demand) = (Arc::clone(&self.mark_device), Arc::clone(&self.demand));
+        let guard = Guard { device, demand, detours: Detours::open(&self.pins)? };
+        let resolver = Resolver::start(orders, answered, servers, attachments, devices, guard).await?;
         tokio::spawn(resolver.run());
-        // Even if there are none: the last daemon may not have come to take the mark device away.
-        self.order(Order::Marks(self.services.marks()));
+        // Even if nobody needs it: the last daemon may not have come to take the mark device away.
+        self.order(Order::KeepMarkDevice);
         Ok(())
     }
 
@@ -414,11 +424,11 @@ impl KernelDatapath {
         }
     }
 
-    /// Tells the resolver which marks name services, if that has changed.
-    fn follow_marks(&mut self, before: &Marks) {
-        let marks = self.services.marks();
-        if marks != *before {
-            self.order(Order::Marks(marks));
+    /// Changes what the mark device is for; the resolver is told if that matters to it.
+    fn demand(&mut self, change: impl FnOnce(&mut Demand) -> bool) {
+        let matters = change(&mut lock(&self.demand));
+        if matters {
+            self.order(Order::KeepMarkDevice);
         }
     }
 }
@@ -438,30 +448,25 @@ impl Datapath for KernelDatapath {
                 .read_sip()
                 .map_err(|error| kernel_error("the programs for SIP cannot be loaded".to_owned(), format!("{error:#}")))?;
         }
-        if id.mark() == 0 {
-            return self.services.set(id, service);
-        }
-        let before = self.services.marks();
         self.services.set(id, service)?;
-        self.follow_marks(&before);
+        self.demand(|demand| demand.add(id));
         Ok(())
     }
 
     fn remove_service(&mut self, id: &ServiceId) -> Result<(), Error> {
-        let before = if id.mark() == 0 { None } else { Some(self.services.marks()) };
         if let Some(service) = self.services.remove(id)?
             && !self.services.has_index(service.id)
         {
             self.runs.withdraw(service.id);
         }
-        if let Some(before) = before {
-            self.follow_marks(&before);
-        }
+        self.demand(|demand| demand.remove(id));
         Ok(())
     }
 
     fn set_mark_rules(&mut self, rules: &[MarkRule]) -> Result<(), Error> {
-        self.services.set_rules(rules)
+        self.services.set_rules(rules)?;
+        self.demand(|demand| demand.set_rules(rules));
+        Ok(())
     }
 
     fn publish(&mut self, service: u32, run: &Run) -> Result<(), Error> {

@@ -11,7 +11,7 @@
 //! | how large the tables are | [`capacity`] |
 //! | the programs, and the interfaces that they run on | [`programs`], [`attach`], [`links`] |
 //! | services, schedules, filters | [`services`], [`runs`], [`filter`] |
-//! | how marked packets come back | [`mark_device`] |
+//! | how marked packets come back, and those that may be marked | [`mark_device`], [`detour`] |
 //! | what replies leave by | [`devices`] |
 //! | destinations of lblc and lblcr | [`locality`] |
 //! | templates of persistent services | [`templates`] |
@@ -25,6 +25,7 @@ pub mod attach;
 pub mod bell;
 pub mod capacity;
 pub mod connections;
+pub mod detour;
 pub mod devices;
 pub mod filter;
 pub mod flood;

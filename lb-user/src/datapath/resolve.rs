@@ -46,13 +46,15 @@ use tokio::{
 
 use super::{
     attach::Attachments,
+    detour::Demand,
     devices::Devices,
     links::{self, Link, Links},
-    mark_device::{self, MarkDevice, Marks},
+    mark_device::{self, ENTRANCE, Guard, MarkDevice, Marks},
     path_mtu::{self, Report, Reports},
     servers::Servers,
     way::{Hop, Way},
 };
+use crate::director::model::Family;
 
 /// How many orders are carried out before events are heard again.
 const ORDERS: usize = 256;
@@ -71,8 +73,8 @@ const RECEIVE_BUFFER: usize = 4 << 20;
 pub enum Order {
     /// A server has come to this address, or has left it.
     Look(IpAddr),
-    /// These marks name services now: the mark device is for them.
-    Marks(Marks),
+    /// What the mark device is for has changed.
+    KeepMarkDevice,
     /// The datapath goes away: let go of all neighbours, and of the mark device.
     Release(oneshot::Sender<()>),
 }
@@ -112,8 +114,9 @@ pub struct Resolver {
     links: Links,
     routes: HashMap<IpAddr, Route>,
     neighbours: HashMap<NeighbourKey, Neighbour>,
-    marks: Marks,
-    mark_device: Arc<Mutex<MarkDevice>>,
+    guard: Guard,
+    /// When to see next whether this host forwards, which no event tells.
+    next_look: Instant,
     reports: Reports,
     /// What routers reported: the MTU, and until when it counts.
     narrow: HashMap<IpAddr, (u32, Instant)>,
@@ -129,7 +132,7 @@ impl Resolver {
         servers: Arc<Mutex<Servers>>,
         attachments: Arc<Mutex<Attachments>>,
         mut devices: Devices,
-        mark_device: Arc<Mutex<MarkDevice>>,
+        guard: Guard,
     ) -> anyhow::Result<Self> {
         let (connection, handle, _) = new_connection().context("a netlink socket cannot be opened")?;
         tokio::spawn(connection);
@@ -163,8 +166,8 @@ impl Resolver {
             links,
             routes: HashMap::new(),
             neighbours: HashMap::new(),
-            marks: Marks::new(),
-            mark_device,
+            guard,
+            next_look: Instant::now(),
             reports: Reports::listen(),
             narrow: HashMap::new(),
         })
@@ -189,6 +192,11 @@ impl Resolver {
                 }
                 () = sleep_until(wider.unwrap_or_else(Instant::now)), if wider.is_some() => {
                     self.widen();
+                    false
+                }
+                () = sleep_until(self.next_look), if lock(&self.guard.device).present => {
+                    self.next_look = Instant::now() + RETRY;
+                    self.look_at_forwarding().await;
                     false
                 }
                 report = self.reports.next() => {
@@ -246,7 +254,7 @@ impl Resolver {
     /// Carries orders out. Says whether all was understood; nothing if the last order was to let go.
     async fn obey(&mut self, orders: impl Iterator<Item = Order>) -> Option<bool> {
         let mut understood = true;
-        let mut asked = 0;
+        let (mut asked, mut keep_mark_device) = (0, false);
         // Thousands of services may have the same real servers, and come at one go.
         let mut looked = HashSet::new();
         for order in orders {
@@ -257,14 +265,13 @@ impl Resolver {
                     }
                     asked += 1;
                 }
-                Order::Marks(marks) => {
-                    self.marks = marks;
-                    understood &= self.keep_mark_device().await;
+                Order::KeepMarkDevice => {
+                    keep_mark_device = true;
                     asked += 1;
                 }
                 Order::Release(done) => {
                     self.release_all().await;
-                    self.marks.clear();
+                    *lock(&self.guard.demand) = Demand::default();
                     self.keep_mark_device().await;
                     // Nobody may wait for it any more.
                     let _ = done.send(());
@@ -273,6 +280,10 @@ impl Resolver {
             }
         }
         self.teach(looked);
+        // Once for all: thousands of services may come at one go.
+        if keep_mark_device {
+            understood &= self.keep_mark_device().await;
+        }
         self.answered.send_modify(|count| *count += asked);
         Some(understood)
     }
@@ -295,9 +306,15 @@ impl Resolver {
                 false
             }
             NetlinkPayload::InnerMessage(M::DelNeighbour(message)) => self.neighbour_changed(&message, true),
-            NetlinkPayload::InnerMessage(
-                M::NewAddress(_) | M::DelAddress(_) | M::NewRoute(_) | M::DelRoute(_) | M::NewRule(_) | M::DelRule(_),
-            ) => true,
+            NetlinkPayload::InnerMessage(M::DelRoute(message)) => {
+                self.guard.detours.route_vanished(&message);
+                true
+            }
+            NetlinkPayload::InnerMessage(M::DelAddress(message)) => {
+                self.forget_routes(message.header.index);
+                true
+            }
+            NetlinkPayload::InnerMessage(M::NewAddress(_) | M::NewRoute(_) | M::NewRule(_) | M::DelRule(_)) => true,
             _ => false,
         }
     }
@@ -308,6 +325,7 @@ impl Resolver {
         let old = self.links.insert(index, link);
         let changed = old.as_ref() != self.links.get(&index);
         if changed {
+            self.forget_routes(index);
             self.learn_devices();
         }
         changed
@@ -315,11 +333,19 @@ impl Resolver {
 
     fn link_vanished(&mut self, index: u32) -> bool {
         lock(&self.attachments).gone(index);
+        self.forget_routes(index);
         let known = self.links.remove(&index).is_some();
         if known {
             self.learn_devices();
         }
         known
+    }
+
+    /// The routes into the mark device go without a word if its entrance goes or goes down, or loses its address.
+    fn forget_routes(&mut self, index: u32) {
+        if self.links.get(&index).is_some_and(|link| link.name == ENTRANCE) {
+            self.guard.detours.forget_routes();
+        }
     }
 
     fn learn_devices(&mut self) {
@@ -330,6 +356,7 @@ impl Resolver {
 
     /// Asks for all devices and all neighbours again.
     async fn resynchronize(&mut self) {
+        self.guard.detours.forget_routes();
         match links::list(&self.handle).await {
             Ok(links) => {
                 let gone: Vec<_> = self.links.keys().filter(|index| !links.contains_key(index)).copied().collect();
@@ -354,7 +381,7 @@ impl Resolver {
     /// Asks for every way anew. `false` if netlink failed and it should be tried again.
     async fn look_at_all(&mut self) -> bool {
         let addresses = lock(&self.servers).addresses();
-        let mut understood = self.marks.is_empty() || self.keep_mark_device().await;
+        let mut understood = !lock(&self.guard.device).present || self.keep_mark_device().await;
         for address in &addresses {
             understood &= self.look(*address).await;
         }
@@ -365,29 +392,73 @@ impl Resolver {
     /// Sees that the mark device is there as long as there are mark services, and gone afterwards. `false` if it should be
     /// tried again.
     async fn keep_mark_device(&mut self) -> bool {
-        let outcome = self.try_to_keep_mark_device().await;
+        let marks = lock(&self.guard.demand).marks().clone();
+        let outcome = self.try_to_keep_mark_device(&marks).await;
         let obstacle = match &outcome {
-            Ok(()) => mark_device::obstacles(&self.marks),
+            Ok(_) => mark_device::obstacles(&marks),
             Err(error) => Some(format!("{error:#}")),
         };
-        let now = MarkDevice { present: !self.marks.is_empty(), obstacle };
-        let before = std::mem::replace(&mut *lock(&self.mark_device), now.clone());
+        if outcome.is_err()
+            && let Err(error) = self.guard.detours.close(&BTreeSet::new())
+        {
+            tracing::error!("{error:#}");
+        }
+        let now = MarkDevice { present: !marks.is_empty(), detour: outcome.as_ref().is_ok_and(|detour| *detour), obstacle };
+        let before = std::mem::replace(&mut *lock(&self.guard.device), now.clone());
+        if now.detour && !before.detour {
+            tracing::info!(
+                "new connections of services by address wait for marks, which cost them a detour; `bpfvs mark import` ends that"
+            );
+        }
         if let Some(obstacle) = now.obstacle.filter(|obstacle| before.obstacle.as_ref() != Some(obstacle)) {
             tracing::warn!("{obstacle}");
         }
         outcome.is_ok()
     }
 
-    async fn try_to_keep_mark_device(&mut self) -> anyhow::Result<()> {
-        if self.marks.is_empty() {
-            return mark_device::remove(&self.handle).await;
+    /// Says whether services by address wait for marks.
+    async fn try_to_keep_mark_device(&mut self, marks: &Marks) -> anyhow::Result<bool> {
+        if marks.is_empty() {
+            self.guard.detours.close(&BTreeSet::new())?;
+            self.guard.detours.forget_routes();
+            mark_device::remove(&self.handle).await?;
+            return Ok(false);
         }
         let ends = mark_device::keep(&self.handle, &self.links).await?;
         for end in ends.clone() {
             // Our program must wait there before the first packet comes.
             self.link_appeared(end);
         }
-        mark_device::lead(&self.handle, &ends[0], &self.marks).await
+        let [entrance, exit] = ends;
+        let is_attached = lock(&self.attachments).interfaces().iter().any(|interface| interface.index == exit.index);
+        let families = |demand: &Demand| {
+            Family::ALL
+                .into_iter()
+                .filter(|family| is_attached && demand.waits(*family) && mark_device::forwards(*family))
+                .collect()
+        };
+        let (families, detour) = {
+            let demand = lock(&self.guard.demand);
+            let families: BTreeSet<Family> = families(&demand);
+            let detour = demand.detour(&families);
+            (families, detour)
+        };
+        let Guard { detours, .. } = &mut self.guard;
+        // No packet waits before it would come back, nor any longer.
+        detours.close(&families)?;
+        detours.add(&self.handle, entrance.index, &detour).await?;
+        mark_device::lead(&self.handle, &entrance, marks, &detour.rules).await?;
+        detours.remove(&self.handle, entrance.index, &detour).await?;
+        detours.open_to(exit.index, &families)?;
+        Ok(!detour.rules.is_empty())
+    }
+
+    /// Sees whether this host forwards as it did.
+    async fn look_at_forwarding(&mut self) {
+        let obstacle = mark_device::obstacles(lock(&self.guard.demand).marks());
+        if obstacle != lock(&self.guard.device).obstacle {
+            self.keep_mark_device().await;
+        }
     }
 
     /// Asks for the way to an address, or forgets it if no server has it any more; to be taught afterwards. `false` if netlink

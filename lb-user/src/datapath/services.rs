@@ -37,7 +37,6 @@ use super::{
     filter::Filter,
     kernel_error,
     maps::Pins,
-    mark_device::Marks,
     system::for_each_entry,
     way::{address, words},
 };
@@ -146,11 +145,6 @@ impl Services {
     /// Whether packets to this address are looked at.
     pub fn filter_contains(&self, address: IpAddr) -> bool {
         self.filter.contains(address)
-    }
-
-    /// The marks that name services.
-    pub fn marks(&self) -> Marks {
-        self.wanted.services.keys().filter(|id| id.mark() != 0).map(|id| (id.family(), id.mark())).collect()
     }
 
     /// Makes a service known, or changes it.

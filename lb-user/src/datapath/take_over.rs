@@ -161,7 +161,7 @@ where
                 | set(place.persistence != 0, flags::CONTROLLED)
                 | if masqueraded { flags::MASQUERADED } else { flags::NO_OUTPUT },
             half_open: 0,
-            zero: 0,
+            prefix: 0,
         };
         if let Some(known) = found(self.connections.get(&key, 0))? {
             let is_over = known.flags & flags::LEAVING != 0

@@ -198,7 +198,7 @@ where
         let lifetime = template.timeout / config.hz.max(1);
         let idle = clock.seconds_since(choice.last_seen);
         // One whose time is over may live on for its connections; what it gets then, is told then.
-        let (Some(_), false) = (clock.left(choice, template.timeout), template.is_synced()) else { return };
+        let (Some(_), false) = (clock.left(choice, template.timeout), template.is_synced() || key.is_left_behind()) else { return };
         let sighting = Sighting { key: *key, server: choice.server, subject: Subject::Template { assured }, idle, lifetime };
         let Some((server, mark)) = servers.get(choice.server) else { return };
         if changes.takes(&sighting) {

@@ -31,6 +31,9 @@ use crate::director::model::{ConnectionView, EngineData, Family, ServiceId};
 /// its connections.
 const RESPITE: u32 = 60;
 
+/// What stands in the place of ports where a template has been left behind, as in IPVS.
+const LEFT_BEHIND: u16 = u16::MAX;
+
 /// The templates, and how they are found.
 pub struct Templates {
     ipv4: MapData,
@@ -180,9 +183,10 @@ pub fn show<K: Key>(
             client: address(key.client.words(), is_ipv6::<K::Address>()),
             client_port: 0,
             vip: address(key.vip.words(), is_ipv6::<K::Address>()),
-            vip_port: u16::from_be(key.port),
+            vip_port: if key.is_left_behind() { LEFT_BEHIND } else { u16::from_be(key.port) },
             server: server_address(&entry),
             server_port: match (key.port, entry.port) {
+                _ if key.is_left_behind() => LEFT_BEHIND,
                 (0, _) => 0,
                 (port, 0) | (_, port) => u16::from_be(port),
             },
@@ -204,7 +208,7 @@ const fn protocol_name(number: u8) -> &'static str {
     }
 }
 
-/// Whether a template is of a service.
+/// Whether a template is of a service. One that was left behind is of all services of its address: it does not know its port.
 fn belongs<A: Address>(key: &TemplateKey<A>, service: &ServiceId) -> bool {
     if (service.family() == Family::Ipv6) != is_ipv6::<A>() {
         return false;
@@ -213,7 +217,7 @@ fn belongs<A: Address>(key: &TemplateKey<A>, service: &ServiceId) -> bool {
         ServiceId::Address { protocol, address: vip, port } => {
             key.protocol == protocol.number()
                 && address(key.vip.words(), is_ipv6::<A>()) == vip
-                && u16::from_be(key.port) == if service.spans_ports() { 0 } else { port }
+                && (key.is_left_behind() || u16::from_be(key.port) == if service.spans_ports() { 0 } else { port })
         }
         ServiceId::Mark { mark, .. } => key.protocol == 0 && u32::from_be(key.vip.words()[0]) == mark,
     }

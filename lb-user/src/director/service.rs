@@ -12,7 +12,7 @@ use lb_common::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    model::{Family, ServerConfig, ServerId, ServiceConfig, ServiceId, Totals},
+    model::{Family, Persistence, ServerConfig, ServerId, ServiceConfig, ServiceId, Totals},
     servers::Servers,
     traffic::Estimator,
 };
@@ -89,9 +89,13 @@ impl Service {
     /// The service as the datapath sees it.
     pub(super) fn entry(&self) -> ServiceEntry {
         let set = |condition, flag| if condition { flag } else { 0 };
-        let (persistence, netmask) = self.config.persistence.map_or((0, 0), |persistence| {
-            let is_ipv4 = self.id.family() == Family::Ipv4;
-            (persistence.timeout, if is_ipv4 { persistence.mask.to_be() } else { persistence.mask })
+        let (persistence, netmask, prefix) = self.config.persistence.map_or((0, 0, 0), |Persistence { timeout, mask }| {
+            let prefix = match self.id.family() {
+                Family::Ipv6 => mask,
+                Family::Ipv4 if mask.leading_ones() == mask.count_ones() => mask.count_ones(),
+                Family::Ipv4 => 0,
+            };
+            (timeout, if self.id.family() == Family::Ipv4 { mask.to_be() } else { mask }, u8::try_from(prefix).unwrap_or(0))
         });
         ServiceEntry {
             id: self.index,
@@ -101,6 +105,7 @@ impl Service {
                 | set(persistence > 0 && self.id.spans_ports(), flags::ANY_PORT)
                 | set(persistence > 0 && self.id.is_ftp(), flags::FTP)
                 | set(persistence > 0 && self.config.engine.is_some(), flags::SIP),
+            prefix,
             zero: 0,
             mark: self.id.mark(),
             persistence,

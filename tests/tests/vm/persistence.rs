@@ -20,7 +20,7 @@ use bpfvs_tests::{
 };
 
 /// How many stories are played.
-const STORIES: u64 = 42;
+const STORIES: u64 = 46;
 /// Of the stories about which the directors differ, so many are shown.
 const SHOWN: usize = 3;
 
@@ -74,6 +74,8 @@ fn clients_come_back_as_with_the_kernels_ipvs() -> Result<()> {
     println!(
         "{count} stories, {packets} packets; in the end {entries} entries, {all} of them templates, {of_marks} of marks, {calls} of calls"
     );
+    let left = records.iter().flat_map(|record| &record.entries).filter(|entry| entry.contains(":65535")).count();
+    println!("{left} templates lead nowhere");
     ensure!(count < STORIES || of_marks > 0, "no story has left a template of a mark, so none was compared");
     ensure!(count < STORIES || calls > 0, "no story has left a template of a call, so none was compared");
     let differences: Vec<_> = stories
