@@ -47,12 +47,13 @@ pub(super) fn judge(names: &[&str], other: Option<&Path>) -> Result<BTreeMap<Str
         let path = root.join(name);
         machine = machine.add(&path, &path.display().to_string())?;
     }
-    let mut script = format!("export {INSIDE}=1 BPFVS_BIN=/usr/local/bin/bpfvs\n");
+    let mut other_directory = String::new();
     if let Some(other) = other {
         machine = machine.add(other, &other.display().to_string())?;
-        script.push_str(&format!("export BPFVS_GOLDEN='{}'\n", other.display()));
+        other_directory = format!("BPFVS_GOLDEN='{}'", other.display());
     }
-    script.push_str(&format!("golden {}\n", names.join(" ")));
+    let names_of_all = names.join(" ");
+    let script = format!("{INSIDE}=1 BPFVS_BIN=/usr/local/bin/bpfvs {other_directory} golden {names_of_all}");
     let outcome = machine.run(&script)?;
     // But for what it sums up: the sum is ours.
     let sums = [" failed, ", "golden: "];
