@@ -267,7 +267,10 @@ fn deliver<P: Packet, F: Family>(
         Err(Reason::NoService) if classify::may_be_reply(header.source) => Outcome::reply::<F>(),
         // It was an exception to the filter, and for nobody.
         Err(why) if plain.is_none() && leaves_unnoticed(why) && !classify::may_be_ours(header.destination) => Outcome::reply::<F>(),
-        Err(why) if answerable => Outcome::refused::<P, F>(why, forward::mtu(leg), link, header.length),
+        Err(why) if answerable => {
+            let mtu = if why == Reason::TooBig { forward::mtu(leg) } else { 0 };
+            Outcome::refused::<P, F>(why, mtu, link, header.length)
+        }
         Err(why) => Outcome::left::<P>(why),
     }
 }

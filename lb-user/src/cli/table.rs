@@ -16,7 +16,9 @@ pub(super) const fn number(title: &'static str) -> Column {
 /// Puts rows under titles. Two blanks stand between columns, none at the ends of lines.
 pub(super) fn table<const N: usize>(columns: [Column; N], rows: impl IntoIterator<Item = [String; N]>) -> String {
     let mut pages = Pages::new(columns);
-    rows.into_iter().for_each(|row| pages.push(row));
+    for row in rows {
+        pages.push(row);
+    }
     pages.page()
 }
 
@@ -41,7 +43,9 @@ impl<const N: usize> Pages<N> {
     /// Takes a row, or none at the end, and gives back what is to be printed now.
     pub(super) fn take(&mut self, row: Option<[String; N]>) -> String {
         let is_end = row.is_none();
-        row.into_iter().for_each(|row| self.push(row));
+        if let Some(row) = row {
+            self.push(row);
+        }
         if is_end || self.rows.len() == PAGE { self.page() } else { String::new() }
     }
 
