@@ -444,17 +444,17 @@ fn count(server: u32, change: u64) {
     }
 }
 
-/// The template that chose a connection's real server: the client's, if it still leads there, or else the one that was left behind
-/// last, as far as that can be told.
+/// The template that chose a connection's real server: the client's, if it still leads there, or else one that was left behind, of which
+/// it may have one of these numbers.
 #[inline(always)]
-fn of<F: Family>(key: &ConnectionKey<F::Address>, server: u32, prefix: u8) -> Option<*mut Template> {
+fn of<F: Family>(key: &ConnectionKey<F::Address>, server: u32, prefix: u8, numbers: u8) -> Option<*mut Template> {
     let mut key = SCOPES.get(server)?.at::<F::Address>(prefix).key(key);
     if let Some(known) = F::templates().get_ptr_mut(&key)
         && let Some(known) = leading_to(known, server)
     {
         return Some(known);
     }
-    for number in (1..=TemplateKey::<F::Address>::LEFT_BEHIND).rev() {
+    for number in 1..=numbers {
         key = key.left_behind(server, number);
         if let Some(known) = F::templates().get_ptr_mut(&key) {
             return Some(known);
@@ -479,10 +479,11 @@ fn leading_to(known: *mut Template, server: u32) -> Option<*mut Template> {
     (choice.server == server).then_some(known)
 }
 
-/// Notes that a connection was established, or a datagram answered.
+/// Notes that a connection was established, or a datagram answered. Of several templates that were left behind the first is taken for
+/// its own: nothing tells them apart, and the verifier would follow each look-up.
 #[inline(never)]
 pub fn assure<F: Family>(key: &ConnectionKey<F::Address>, server: u32, prefix: u32) {
-    if let Some(known) = of::<F>(key, server, prefix as u8) {
+    if let Some(known) = of::<F>(key, server, prefix as u8, 1) {
         // SAFETY: an element of the map.
         unsafe { (*known).assured = 1 };
     }
@@ -501,7 +502,7 @@ pub fn assure_call<F: Family>(key: &ConnectionKey<F::Address>, server: u32) {
 #[inline(always)]
 pub fn meet<F: Family>(key: &ConnectionKey<F::Address>, connection: &Connection) {
     if connection.flags & flags::CONTROLLED != 0
-        && let Some(known) = of::<F>(key, connection.server, connection.prefix)
+        && let Some(known) = of::<F>(key, connection.server, connection.prefix, TemplateKey::<F::Address>::LEFT_BEHIND)
     {
         // SAFETY: an element of the map.
         unsafe { (*known).met = 1 };
