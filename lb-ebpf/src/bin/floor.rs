@@ -35,7 +35,7 @@ use aya_ebpf::{
     programs::{TcContext, XdpContext},
 };
 use lb_common::{
-    checksum::{finish, gain},
+    checksum::gain,
     connection::{Connection, ConnectionKey},
     family::{Ipv4, Ipv6},
     floor::{Role, Round},
@@ -229,33 +229,44 @@ unsafe fn restore<P: Packet>(packet: &mut P, round: *mut Round) -> Option<()> {
     }
 }
 
-/// Makes a live frame the next flow's packet, and sends it by the wire. TCP over IPv4 alone: its checksums are made right, because
-/// the kernel's own stack looks at them, and does less for a segment that is broken.
+/// Makes a live frame the next flow's packet, and sends it by the wire.
 #[xdp]
 pub fn source_xdp(context: XdpContext) -> u32 {
     let (Some(round), Some(wire)) = (ROUND.get_ptr_mut(0), WIRE.get(0)) else { return xdp_action::XDP_ABORTED };
     // SAFETY: an element of the array; the context is the kernel's own; the helper asks for nothing.
     unsafe {
-        let frame = &mut XdpFrame::view(context.as_ptr());
-        if restore(frame, round).is_none() || right_checksums(frame, &(*round).headers).is_none() {
+        if fill(&mut XdpFrame::view(context.as_ptr()), round).is_none() {
             return xdp_action::XDP_ABORTED;
         }
         bpf_redirect(*wire, 0) as u32
     }
 }
 
-/// Writes the checksums of an IPv4 header without options and of the TCP segment behind it, which was right for the addresses and
-/// ports of the round's headers.
+/// Writes the headers of a TCP segment over IPv4. Its checksums are right, because the kernel's own stack looks at them, and does less
+/// for a segment that is broken.
 #[inline(always)]
-fn right_checksums<P: Packet>(packet: &mut P, headers: &[u32; 13]) -> Option<()> {
-    let words: [u32; 5] = packet.read(ethernet::HEADER)?;
-    // The third one has the checksum in its upper half, as this architecture reads it.
-    let sum = [words[0], words[1], words[2] & 0xffff, words[3], words[4]].into_iter().fold(0, |sum, word| sum + word as u64);
-    packet.write(ethernet::HEADER + Ipv4Header::CHECKSUM, finish(sum)).ok()?;
-    // Both addresses and the ports. The headers begin with the third byte of the frame.
-    let now: [u32; 3] = packet.read(26)?;
-    let difference = (0..3).fold(0, |sum, word| sum + now[word] as u64 + !headers[6 + word] as u64);
-    packet.write(50, gain(headers[12] as u16, difference)).ok()
+unsafe fn fill<P: Packet>(packet: &mut P, round: *mut Round) -> Option<()> {
+    // SAFETY: the caller's element of the array.
+    unsafe {
+        let flow = (*round).flow;
+        (*round).flow = flow + 1;
+        let (client, ports) = (*round).client(flow);
+        let mut words = (*round).headers;
+        let before = [words[6], words[7], words[8]];
+        if (*round).role == Role::Source as u16 {
+            (words[6], words[8]) = (client, ports.word());
+        } else {
+            (words[7], words[8]) = (client, ports.reversed().word());
+        }
+        let gained = [0, 1, 2].map(|word| u64::from(words[6 + word]) + u64::from(!before[word]));
+        let addresses = gained[0] + gained[1];
+        // The header's checksum is the upper half of its word, as this architecture reads it, and the segment's the lower.
+        words[5] = words[5] & 0xffff | u32::from(gain((words[5] >> 16) as u16, addresses)) << 16;
+        words[12] = words[12] & 0xffff_0000 | u32::from(gain(words[12] as u16, addresses + gained[2]));
+        packet.pointer::<[u32; 13]>(2)?.write(words);
+        packet.pointer::<u16>(0)?.write((*round).start);
+        Some(())
+    }
 }
 
 /// Counts a frame, which ends here.
