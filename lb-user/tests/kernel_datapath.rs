@@ -704,6 +704,6 @@ fn the_sweep_of_an_empty_table() {
         let reasons = datapath.reasons().expect("the reasons can be listed");
         assert_eq!(reasons.len(), lb_common::reason::Reason::ALL.len());
         // XDP's come with the first interface that wants them.
-        assert_eq!(datapath.verified_instructions().len(), 7);
+        assert_eq!(datapath.verified_instructions().len(), 11);
     });
 }

@@ -52,6 +52,7 @@ const DATAGRAM: u16 = 84;
 const PERSISTENT: u16 = 85;
 const BY_RULE: u16 = 86;
 const BY_MARK: u16 = 87;
+const UNUSED: u16 = 88;
 /// The marks of the services that are named by one.
 const RULE: u32 = 10;
 const MARK: u32 = 11;
@@ -151,8 +152,10 @@ impl Stage {
                 bench.bpfvs.ipvsadm(&format!("-A {service} {options}"))?;
                 bench.bpfvs.ipvsadm(&format!("-a {service} -r {server} -g"))?;
             }
-            let (mark, port) = (RULE.to_string(), BY_RULE.to_string());
-            bench.bpfvs.succeed(&["mark", "add", &mark, "--dst", addresses.vip, "--proto", "tcp", "--ports", &port])?;
+            // The second one has a rule that nobody asks for: else services by address would wait for the firewall.
+            for (mark, port) in [(RULE, BY_RULE), (MARK, UNUSED)].map(|(mark, port)| (mark.to_string(), port.to_string())) {
+                bench.bpfvs.succeed(&["mark", "add", &mark, "--dst", addresses.vip, "--proto", "tcp", "--ports", &port])?;
+            }
             for (port, server, method) in METHODS.map(|(port, server, method)| (port, addresses.servers[server], method)) {
                 bench.bpfvs.ipvsadm(&format!("-A -t {vip}:{port} -s rr"))?;
                 bench.bpfvs.ipvsadm(&format!("-a -t {vip}:{port} -r {}:{port} {method}", bracketed(server)))?;
