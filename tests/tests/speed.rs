@@ -29,7 +29,7 @@ const LIMITS: [(Hook, Path, f64); 9] = [
     (Hook::Tc, Path::FullNatReplied, 1.45),
 ];
 /// How often to try.
-const ATTEMPTS: usize = 10;
+const ATTEMPTS: usize = 14;
 
 #[test]
 fn an_established_connection_costs_little_more_than_the_floor() -> Result<()> {
