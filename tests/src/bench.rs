@@ -124,6 +124,15 @@ impl Bench {
         Ok(Self { bpfvs, pinned, director, director_mac })
     }
 
+    /// How many templates lead to each real server, in the order in which they are listed.
+    pub fn template_counts(&self) -> Result<Vec<u32>> {
+        let listed = self.bpfvs.ipvsadm("-Ln --persistent-conn")?;
+        // The first such line is a title.
+        let servers = listed.lines().filter(|line| line.contains("->")).skip(1);
+        let count = |line: &str| line.split_whitespace().nth(3).and_then(|count| count.parse().ok());
+        servers.map(|line| count(line).with_context(|| format!("{line} has no number of templates"))).collect()
+    }
+
     /// The index of the real server with this address, in whatever service has it first.
     pub fn server_index(&self, address: &str) -> Result<u32> {
         self.find_server(address, |_| true)

@@ -277,9 +277,8 @@ fn weight_thresholds_and_removal() -> Result<()> {
         // IPVS still lists the way that leads nowhere.
         let old: Vec<_> = templates(&bench)?.into_iter().filter(|(line, _)| line.contains(":65535 ")).collect();
         ensure!(old.len() == 1 && old[0].0.trim_end().ends_with(":65535") && (1..=300).contains(&old[0].1), "{family:?}: {old:?}");
-        let listed = bench.bpfvs.ipvsadm("-Ln --persistent-conn")?;
-        let counts: Vec<_> = listed.lines().filter(|line| line.contains("->")).skip(1).map(persistent).collect();
-        ensure!(counts.iter().flatten().filter_map(|count| count.parse::<u32>().ok()).sum::<u32>() == 6, "{family:?}: {listed}");
+        let counts = bench.template_counts()?;
+        ensure!(counts.len() == 2 && counts.iter().sum::<u32>() == 6, "{family:?}: {counts:?}");
 
         // A real server that is removed loses its clients; those that come meanwhile stay where they went.
         bench.bpfvs.ipvsadm(&format!("-e {} -g -w 1", service.server(at)))?;
@@ -311,17 +310,11 @@ fn weight_thresholds_and_removal() -> Result<()> {
         bench.bpfvs.succeed(&["persistence", "flush", &format!("tcp://{}", service.vip)])?;
         let left = bench.pinned.templates_v4()?.len() + bench.pinned.templates_v6()?.len();
         ensure!(left == 0, "{family:?}: {left} templates are left");
-        let listed = bench.bpfvs.ipvsadm("-Ln --persistent-conn")?;
-        let counts: Vec<_> = listed.lines().filter(|line| line.contains("->")).skip(1).map(persistent).collect();
-        ensure!(counts == [Some("0"); 2], "{listed}");
+        let counts = bench.template_counts()?;
+        ensure!(counts == [0; 2], "{counts:?}");
         bench.bpfvs.ipvsadm("-C")?;
     }
     Ok(())
-}
-
-/// The number of templates in a line of `-L --persistent-conn`.
-fn persistent(line: &str) -> Option<&str> {
-    line.split_whitespace().nth(3)
 }
 
 /// The lines of `-Lnc` about templates, with seconds that are left.
@@ -366,9 +359,8 @@ fn a_template_ends_after_its_time_but_not_before_its_connections() -> Result<()>
     let at = service.open(Hook::Tc, service.client(2, 1024))?;
     bench.pinned.forget_connections()?;
     wait::until("the template to end", wait::SOON, || bench.pinned.templates_v4().is_ok_and(|all| all.is_empty()))?;
-    let listed = bench.bpfvs.ipvsadm("-Ln --persistent-conn")?;
-    let counts: Vec<_> = listed.lines().filter(|line| line.contains("->")).skip(1).map(persistent).collect();
-    ensure!(counts == [Some("0"); 2], "{listed}");
+    let counts = bench.template_counts()?;
+    ensure!(counts == [0; 2], "{counts:?}");
     ensure!(service.open(Hook::Tc, service.client(2, 1025))? != at, "round robin goes on");
     Ok(())
 }
@@ -394,14 +386,14 @@ fn templates_survive_the_daemon() -> Result<()> {
         Ok(all)
     };
     let before = open_all(&bench, 1024)?;
-    let counted = |bench: &Bench| bench.bpfvs.ipvsadm("-Ln --persistent-conn");
-    let listed = counted(&bench)?;
+    let counts = bench.template_counts()?;
+    ensure!(counts.iter().sum::<u32>() == 10, "five clients of each family: {counts:?}");
     bench.bpfvs.kill9()?;
     ensure!(open_all(&bench, 1025)? == before, "without a daemon clients go elsewhere");
     bench.bpfvs.serve()?;
     ensure!(open_all(&bench, 1026)? == before, "with another daemon clients go elsewhere");
-    let only_templates = |text: &str| text.lines().map(persistent).map(|count| count.map(str::to_owned)).collect::<Vec<_>>();
-    ensure!(only_templates(&counted(&bench)?) == only_templates(&listed), "{listed}\n{}", counted(&bench)?);
+    let later = bench.template_counts()?;
+    ensure!(later == counts, "{counts:?} became {later:?}");
     let is_for = |vip: IpAddr| match vip {
         IpAddr::V4(vip) => bench.pinned.templates_v4().is_ok_and(|all| all.iter().all(|(key, _)| key.vip == ipv4(vip))),
         IpAddr::V6(vip) => bench.pinned.templates_v6().is_ok_and(|all| all.iter().all(|(key, _)| key.vip == ipv6(vip))),

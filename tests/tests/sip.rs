@@ -224,9 +224,8 @@ fn a_call_ends_after_its_time(bench: &Bench) -> Result<()> {
         send(1001, "b")?.context("somebody takes it")?;
         bench.pinned.forget_connections()?;
         wait::until("the call to end, and not to count any more", wait::SOON, || {
-            let listed = bench.bpfvs.ipvsadm("-Ln --persistent-conn").unwrap_or_default();
-            let mut counts = listed.lines().filter(|line| line.contains("->")).skip(1).map(|line| line.split_whitespace().nth(3));
-            service.calls().is_ok_and(|calls| calls.is_empty()) && counts.all(|count| count == Some("0"))
+            let counts = bench.template_counts().unwrap_or_default();
+            service.calls().is_ok_and(|calls| calls.is_empty()) && counts.len() >= 2 && counts.iter().all(|&count| count == 0)
         })?;
     }
     Ok(())
