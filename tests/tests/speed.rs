@@ -16,15 +16,14 @@ use bpfvs_tests::{
     test_run::Hook,
 };
 
-/// What the director may cost, in floors. FULLNAT has an array more to read; its best attempts are at 1.37 to 1.41, and since 21 November
-/// 2026 at 1.45 and more for requests by XDP (docs/performance.md).
+/// What the director may cost, in floors. FULLNAT has an array more to read; its best attempts are at 1.37 to 1.41.
 const LIMITS: [(Hook, Path, f64); 9] = [
     (Hook::Xdp, Path::Routed, 1.3),
     (Hook::Xdp, Path::Masqueraded, 1.4),
     (Hook::Xdp, Path::Replied, 1.4),
     (Hook::Tc, Path::Masqueraded, 1.4),
     (Hook::Tc, Path::Replied, 1.4),
-    (Hook::Xdp, Path::FullNat, 1.55),
+    (Hook::Xdp, Path::FullNat, 1.45),
     (Hook::Xdp, Path::FullNatReplied, 1.45),
     (Hook::Tc, Path::FullNat, 1.45),
     (Hook::Tc, Path::FullNatReplied, 1.45),

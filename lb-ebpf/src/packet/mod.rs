@@ -48,7 +48,7 @@ pub trait Packet: Bytes {
     /// Writes a value, or says that it would reach beyond the end.
     #[inline(always)]
     fn write<T: Plain>(&mut self, offset: usize, value: T) -> Result<(), Reason> {
-        let Some(pointer) = self.pointer::<T>(offset) else { return Err(apart(Reason::Malformed)) };
+        let pointer = self.pointer::<T>(offset).ok_or(Reason::Malformed)?;
         // SAFETY: `pointer` checked the bounds; BPF's memory accesses need no alignment on the targets that we build for.
         unsafe { pointer.write(value) };
         Ok(())
