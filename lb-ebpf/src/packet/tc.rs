@@ -29,7 +29,7 @@ use lb_common::{
     server::NextHop,
 };
 
-use super::{Checksum, Packet, Room, Span};
+use super::{Checksum, Packet, Room, Span, apart};
 
 /// A socket buffer at the tc hook.
 pub struct TcBuffer {
@@ -104,6 +104,11 @@ impl Packet for TcBuffer {
     #[inline(always)]
     fn pointer<T: Plain>(&self, offset: usize) -> Option<*mut T> {
         self.span.pointer(offset)
+    }
+
+    #[inline(always)]
+    fn beyond_the_end() -> Reason {
+        apart(Reason::Malformed)
     }
 
     #[inline(always)]

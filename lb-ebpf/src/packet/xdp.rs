@@ -90,6 +90,11 @@ impl Packet for XdpFrame {
     }
 
     #[inline(always)]
+    fn beyond_the_end() -> Reason {
+        Reason::Malformed
+    }
+
+    #[inline(always)]
     unsafe fn load(&self, offset: u32, to: *mut u8, length: u32) -> bool {
         // SAFETY: the caller's promise, and the context is the kernel's.
         unsafe { bpf_xdp_load_bytes(self.context, offset, to.cast(), length) == 0 }
