@@ -8,7 +8,7 @@
 //! | `budget` | the verifier's work: `tests/tests/verifier_budget.rs` | root |
 //! | `demo` | `cargo xtask demo --once` | root |
 //! | `netns` | tests in network namespaces: all of `tests/tests` and `lb-user/tests` that belongs to no other part | root |
-//! | `vm` | other kernels in a virtual machine: `tests/tests/vm` | root |
+//! | `vm` | other kernels in a virtual machine: `tests/tests/vm`, and `golden`, of which some cases want one | root |
 //! | `timing` | what measures, or decides by the millisecond: [`TIMING`] | root |
 //!
 //! `cargo xtask test unit netns` runs these two. `netns` mostly waits and `vm` mostly computes, so they run side by side, and what
@@ -100,7 +100,7 @@ impl Part {
     fn of_test(name: &str) -> Self {
         match name {
             BUDGET => Self::Budget,
-            "vm" => Self::Vm,
+            "golden" | "vm" => Self::Vm,
             _ if TIMING.contains(&name) => Self::Timing,
             _ => Self::Netns,
         }
@@ -363,6 +363,7 @@ mod tests {
     #[test]
     fn files_of_tests_belong_to_parts() {
         assert_eq!(Part::of_test("vm"), Part::Vm);
+        assert_eq!(Part::of_test("golden"), Part::Vm);
         assert_eq!(Part::of_test("vm_schedulers"), Part::Timing);
         assert_eq!(Part::of_test("vmware"), Part::Netns);
         assert_eq!(Part::of_test(BUDGET), Part::Budget);
