@@ -89,7 +89,7 @@ pub struct Outcome {
 
 /// Why machines cannot be started here, if they cannot.
 pub fn obstacle() -> Option<String> {
-    let tools = ["qemu-system-x86_64", "depmod", "xz", "ldd"];
+    let tools = ["qemu-system-x86_64", "depmod", "xz", "ldd", "setpriv"];
     let missing: Vec<_> = REQUIRED.into_iter().chain(tools).filter(|program| find(program).is_none()).collect();
     (!missing.is_empty())
         .then(|| format!("virtual machines need {} (Debian: qemu-system-x86 busybox-static kmod xz-utils)", missing.join(", ")))
@@ -220,7 +220,9 @@ impl Machine {
     }
 
     fn command(&self, place: &dyn Fn(&str) -> PathBuf) -> Command {
-        let mut command = Command::new("qemu-system-x86_64");
+        // A guest does not outlive whoever waits for it, however that one ends.
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "qemu-system-x86_64"]);
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-M", "pc"]);
         let mut kernel_line = "console=ttyS0 loglevel=4 panic=-1 tsc=unstable random.trust_cpu=on".to_owned();
         if self.deterministic {
