@@ -59,7 +59,7 @@ struct Options {
     #[arg(long, value_name = "NUMBER")]
     rounds: Option<usize>,
     /// How often to load the programs anew, at most, for cases that miss what they must keep to or got worse; the best counts.
-    #[arg(long, value_name = "NUMBER", default_value_t = 4)]
+    #[arg(long, value_name = "NUMBER", default_value_t = 10)]
     loads: usize,
     /// Only cases whose line begins with this, as in `xdp IPv4`; `steps`, `crowds`, `picks`, `staleness` and `weight` are more.
     #[arg(long, value_name = "TEXT", default_value = "")]
