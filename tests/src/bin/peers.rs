@@ -28,10 +28,10 @@ use serde::Serialize;
 #[derive(Debug, Parser)]
 struct Options {
     /// How long each load lasts, in seconds.
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 2)]
     seconds: u32,
     /// How often each has its turn; the best counts.
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 2)]
     rounds: usize,
     /// Connections at a time.
     #[arg(long, default_value_t = 50)]
