@@ -14,7 +14,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use crate::{bpfvs::Bpfvs, lab::Family, netns::Namespace, test_run::Pinned};
@@ -124,13 +124,18 @@ impl Bench {
         Ok(Self { bpfvs, pinned, director, director_mac })
     }
 
-    /// How many templates lead to each real server, in the order in which they are listed.
+    /// How many templates lead to each real server, in the order in which they are listed. That none is listed is an error.
     pub fn template_counts(&self) -> Result<Vec<u32>> {
         let listed = self.bpfvs.ipvsadm("-Ln --persistent-conn")?;
-        // The first such line is a title.
-        let servers = listed.lines().filter(|line| line.contains("->")).skip(1);
+        let (_, servers) = listed.split_once("-> RemoteAddress").with_context(|| format!("no title in {listed}"))?;
         let count = |line: &str| line.split_whitespace().nth(3).and_then(|count| count.parse().ok());
-        servers.map(|line| count(line).with_context(|| format!("{line} has no number of templates"))).collect()
+        let counts = servers
+            .lines()
+            .filter(|line| line.contains("->"))
+            .map(|line| count(line).with_context(|| format!("{line} has no number of templates")))
+            .collect::<Result<Vec<_>>>()?;
+        ensure!(!counts.is_empty(), "no real server is listed: {listed}");
+        Ok(counts)
     }
 
     /// The index of the real server with this address, in whatever service has it first.

@@ -26,8 +26,8 @@ pub const DIRECTORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/bench"
 const RATIO: f64 = 1.2;
 /// The same with so many flows that memory decides.
 const RATIO_COLD: f64 = 1.4;
-/// With so many flows the tables are about as large as the last cache, and what other guests leave of that decides: ratios between 0.7
-/// and 1.4 have been seen of the same programs. They are not compared.
+/// With so many flows the tables are about as large as the last cache, and what other guests leave of that decides: ratios between 0.9
+/// and 1.4 have been seen of the same machine code. They are not compared.
 const LAST_CACHE: RangeInclusive<u64> = 1 << 16..=1 << 17;
 /// So much may a count grow.
 const COUNT: f64 = 1.05;

@@ -91,8 +91,9 @@ pub struct Outcome {
 pub fn obstacle() -> Option<String> {
     let tools = ["qemu-system-x86_64", "depmod", "xz", "ldd", "setpriv"];
     let missing: Vec<_> = REQUIRED.into_iter().chain(tools).filter(|program| find(program).is_none()).collect();
-    (!missing.is_empty())
-        .then(|| format!("virtual machines need {} (Debian: qemu-system-x86 busybox-static kmod xz-utils)", missing.join(", ")))
+    (!missing.is_empty()).then(|| {
+        format!("virtual machines need {} (Debian: qemu-system-x86 busybox-static kmod xz-utils util-linux)", missing.join(", "))
+    })
 }
 
 impl Machine {
