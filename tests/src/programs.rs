@@ -353,15 +353,21 @@ pub fn iperf(client: &Namespace, address: IpAddr, seconds: u32) -> Result<Throug
 fn iperf_with(client: &Namespace, address: IpAddr, seconds: u32, options: &[&str]) -> Result<Throughput> {
     let (address, seconds) = (address.to_string(), seconds.to_string());
     let all = ["--client", &address, "--time", &seconds, "--json"].into_iter().chain(options.iter().copied());
-    let text = client.run("iperf3", all)?;
-    let report: Value = serde_json::from_str(&text).with_context(|| format!("read iperf3's report: {text}"))?;
+    // A server takes a moment to see that whoever it served last has gone.
+    let report = wait::for_some("iperf3's server to have time", wait::SOON, || {
+        let text = client.run("iperf3", all.clone());
+        let report =
+            text.and_then(|text| serde_json::from_str::<Value>(&text).with_context(|| format!("read iperf3's report: {text}")));
+        let is_busy = |report: &Value| report["error"].as_str().is_some_and(|error| error.contains("busy"));
+        (!report.as_ref().is_ok_and(is_busy)).then_some(report)
+    })??;
     let end = &report["end"];
     let bits_per_second = end["sum_received"]["bits_per_second"].as_f64();
     let retransmits = end["sum_sent"]["retransmits"].as_u64();
     bits_per_second
         .zip(retransmits)
         .map(|(bits_per_second, retransmits)| Throughput { bits_per_second, retransmits })
-        .with_context(|| format!("iperf3 reports no sums: {text}"))
+        .with_context(|| format!("iperf3 reports no sums: {report}"))
 }
 
 /// The same the other way: the server sends.
