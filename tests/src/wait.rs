@@ -10,6 +10,7 @@
 //! ```
 
 use std::{
+    sync::mpsc::{RecvTimeoutError, channel},
     thread,
     time::{Duration, Instant},
 };
@@ -38,4 +39,37 @@ pub fn for_some<T>(what: &str, deadline: Duration, mut attempt: impl FnMut() -> 
         thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_millis(100));
     }
+}
+
+/// So long may a thread that wants to run not run, or the machine counts as disturbed.
+const PAUSE: Duration = Duration::from_secs(1);
+/// So often work is begun that is disturbed each time.
+const ATTEMPTS: usize = 4;
+
+/// Does work that means something only if the machine does not stand still meanwhile: connections end by the clock. If it did, the
+/// work is done again.
+pub fn undisturbed<T>(mut work: impl FnMut() -> Result<T>) -> Result<T> {
+    for _ in 0..ATTEMPTS {
+        let (done, is_done) = channel::<()>();
+        let watcher = thread::spawn(move || {
+            let tick = PAUSE / 20;
+            let mut longest = Duration::ZERO;
+            loop {
+                let begin = Instant::now();
+                let ended = is_done.recv_timeout(tick) != Err(RecvTimeoutError::Timeout);
+                longest = longest.max(begin.elapsed().saturating_sub(tick));
+                if ended {
+                    return longest;
+                }
+            }
+        });
+        let outcome = work();
+        drop(done);
+        let longest = watcher.join().unwrap_or_default();
+        if longest < PAUSE {
+            return outcome;
+        }
+        println!("The machine stood still for {:.1} s; once more.", longest.as_secs_f32());
+    }
+    bail!("the machine stood still for more than {} s each time, in {ATTEMPTS} attempts", PAUSE.as_secs())
 }

@@ -67,7 +67,8 @@ fn every_scheduler_decides_as_the_kernels_ipvs_does() -> Result<()> {
 fn answers_of_the_kernel(first: u64, count: u64) -> Result<Vec<Record>> {
     let machine = Machine::new(Version::V6_12)?
         .modules(ipvs(Version::V6_12))
-        .add(Path::new(env!("CARGO_BIN_EXE_kernel_ipvs")), "/usr/local/bin/kernel_ipvs")?;
+        .add(Path::new(env!("CARGO_BIN_EXE_kernel_ipvs")), "/usr/local/bin/kernel_ipvs")?
+        .deterministic();
     let outcome = machine.run(&format!("kernel_ipvs {first} {count}"))?;
     ensure!(outcome.status == 0, "kernel_ipvs in the guest: status {}:\n{}", outcome.status, outcome.output);
     let read = |line| serde_json::from_str(line).with_context(|| format!("read what the guest printed: {line}"));

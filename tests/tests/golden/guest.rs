@@ -3,7 +3,7 @@
 //! The guest gets this very program with its data and its directory of cases, and runs the named ones as this machine runs the
 //! others. What it says of each case is printed here, and counts here.
 
-use std::{collections::BTreeMap, env, path::Path, process::Command, time::Duration};
+use std::{collections::BTreeMap, env, path::Path, process::Command};
 
 use anyhow::{Context, Result, ensure};
 use bpfvs_tests::{
@@ -33,8 +33,7 @@ pub(super) fn judge(names: &[&str], other: Option<&Path>) -> Result<BTreeMap<Str
     let mut machine = Machine::new(Version::V6_12)?
         .add(&env::current_exe()?, "/usr/local/bin/golden")?
         .add(&bpfvs::binary()?, "/usr/local/bin/bpfvs")?
-        .deterministic()
-        .deadline(Duration::from_secs(400));
+        .deterministic();
     for program in ["diff", "perl"] {
         let path = skip::find(program).with_context(|| format!("needs the program {program}"))?;
         machine = machine.add(&path, &format!("/usr/bin/{program}"))?;

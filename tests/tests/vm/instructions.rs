@@ -5,7 +5,7 @@
 //! what a director adds to that. `data/instructions.json` holds the committed figures. To add 5 % more than they say fails, so
 //! that nothing becomes slow unnoticed; `BPFVS_INSTRUCTIONS_UPDATE=1` writes them anew, and the table in `docs/performance.md`.
 
-use std::{collections::BTreeMap, env, fs, path::Path, time::Duration};
+use std::{collections::BTreeMap, env, fs, path::Path};
 
 use anyhow::{Context, Result, ensure};
 use bpfvs_tests::{
@@ -62,8 +62,7 @@ fn packets_cost_fewer_instructions_than_with_the_kernels_ipvs() -> Result<()> {
         .deterministic()
         .add(Path::new(env!("CARGO_BIN_EXE_chain")), "/usr/local/bin/chain")?
         .add(&bpfvs::binary()?, "/usr/local/bin/bpfvs")?
-        .file("/root/floor", fs::read(harness::object()?)?)
-        .deadline(Duration::from_secs(500));
+        .file("/root/floor", fs::read(harness::object()?)?);
     let outcome = machine
         .run("export BPFVS_BIN=/usr/local/bin/bpfvs BPFVS_FLOOR=/root/floor; chain bare && chain ipvs -g -i -m && chain xdp -g -i -m && chain steps")?;
     ensure!(outcome.status == 0, "the guest: status {}:\n{}", outcome.status, outcome.output);

@@ -17,6 +17,7 @@ use bpfvs_tests::{
     needs_bpfvs, needs_machines,
     test_run::Pinned,
     vm::{Machine, Version, machine::ipvs},
+    wait::undisturbed,
 };
 
 /// How many stories are played.
@@ -55,13 +56,16 @@ fn clients_come_back_as_with_the_kernels_ipvs() -> Result<()> {
     let kernel: Vec<Record> = output.lines().map(read).collect::<Result<_>>()?;
     ensure!(kernel.len() == stories.len(), "the guest printed {} records for {count} stories", kernel.len());
 
-    let wire = Wire::new()?;
-    let bpfvs = Bpfvs::start(&wire.director, &["--interface", "eth0", "--max-connections", "65536"])?;
-    Pinned::open(bpfvs.pins())?.lift_answer_limit()?;
-    shows_what_the_kernel_shows(&bpfvs, &wire, sysctls, &serde_json::from_str(files)?)?;
-    // In a thread of its own, which will stay on one CPU.
-    let play = || stories.iter().map(|story| story.play(&bpfvs, &wire)).collect::<Result<Vec<_>>>();
-    let records = thread::scope(|scope| scope.spawn(play).join().expect("a panic fails the test"))?;
+    let files = serde_json::from_str(files)?;
+    let records = undisturbed(|| {
+        let wire = Wire::new()?;
+        let bpfvs = Bpfvs::start(&wire.director, &["--interface", "eth0", "--max-connections", "65536"])?;
+        Pinned::open(bpfvs.pins())?.lift_answer_limit()?;
+        shows_what_the_kernel_shows(&bpfvs, &wire, sysctls, &files)?;
+        // In a thread of its own, which will stay on one CPU.
+        let play = || stories.iter().map(|story| story.play(&bpfvs, &wire)).collect::<Result<Vec<_>>>();
+        thread::scope(|scope| scope.spawn(play).join().expect("a panic fails the test"))
+    })?;
 
     let packets: usize = records.iter().map(|record| record.sights.len()).sum();
     let entries: usize = records.iter().map(|record| record.entries.len()).sum();
