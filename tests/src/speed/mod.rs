@@ -125,12 +125,14 @@ impl Path {
     /// With how many flows in the table a measurement says something new, of these.
     pub const fn depends_on(self, flows: u64) -> bool {
         match self {
+            // These do without a look-up, or are another one's with a call more.
+            Self::NotOurs | Self::RoutedElsewhere => flows == 1,
             Self::Routed => true,
-            Self::Tunnelled | Self::Masqueraded | Self::Replied => flows <= 1 << 20 && flows != 1 << 17,
-            Self::Datagram | Self::FullNat | Self::FullNatReplied => flows <= 1 << 16,
-            Self::New => matches!(flows, 1 | 0x1_0000 | 0x10_0000),
-            Self::NotOurs | Self::RoutedElsewhere | Self::Error | Self::Persistent | Self::ByRule | Self::ByMark | Self::Flood => {
-                flows == 1
+            Self::Tunnelled | Self::Datagram | Self::Masqueraded | Self::Replied | Self::FullNat | Self::FullNatReplied => {
+                !matches!(flows, 0x2_0000 | 0x40_0000)
+            }
+            Self::New | Self::Persistent | Self::ByRule | Self::ByMark | Self::Flood | Self::Error => {
+                matches!(flows, 1 | 0x1_0000 | 0x10_0000 | 0x80_0000)
             }
             Self::Full => false,
         }

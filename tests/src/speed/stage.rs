@@ -22,7 +22,7 @@ use lb_common::{
     family::{Address, Ipv4, Ipv6, ipv4, ipv6},
     floor::{Role, Round},
     hop::{Device, Hop},
-    local::Local,
+    local::{self, Local, LocalAddress},
     packet::{protocol, transport::Ports},
     reply::Reply,
     server::{Method, Server, Status},
@@ -61,11 +61,17 @@ pub(super) const INGRESS: u32 = 1;
 /// Clients of the flows that are in the table, and of those that never were.
 const KNOWN: u32 = 0x0a10_0000;
 const UNKNOWN: u32 = 0x0a20_0000;
-/// The first local address (IPv6: its last word). A known client has the local address and port that are as far from the first
-/// as its own are from those of the first client, so that replies can be made up without asking.
-const LOCAL: u32 = 0x0a30_0000;
-/// How many there are: with 2^14 ports each, enough for a million flows.
-const LOCALS: u32 = 64;
+/// The first of the local addresses that connections begin with (IPv6: its last word), and how many they are: as many as can be.
+const POOL: u32 = 0x0a30_0000;
+const POOL_SIZE: u32 = local::POOL_SIZE as u32;
+/// So many connections begin before their ports are given back to the pool: a quarter of what it has.
+const PART: u64 = 1 << 20;
+/// The first of those that they are given instead, which belong to no pool. A known client has the local address and port that are as
+/// far from the first as its own are from those of the first client, so that replies can be made up without asking.
+const LOCAL: u32 = 0x0a40_0000;
+/// Its index, and how many there are for each family: with 2^14 ports each, enough for eight million flows.
+const FIRST_LOCAL: u32 = 1 << 12;
+const LOCALS: u32 = 512;
 /// Connections that begin in one sample.
 pub const NEW: u32 = 1 << 16;
 
@@ -137,7 +143,7 @@ impl Stage {
         // The way to the IPv4 clients; those of IPv6 are of the bench's own net.
         bench.director.ip("route add 10.16.0.0/12 via 10.1.0.254")?;
         for family in Family::ALL {
-            let all = (0..LOCALS).map(|number| local_of(family, LOCAL + number).map(|address| address.to_string()));
+            let all = (0..POOL_SIZE).map(|number| local_of(family, POOL + number).map(|address| address.to_string()));
             bench.bpfvs.succeed(&["localaddr", "add", &all.collect::<Result<Vec<_>>>()?.join(",")])?;
             let addresses = Addresses::of(family);
             let vip = bracketed(addresses.vip);
@@ -174,14 +180,15 @@ impl Stage {
         });
         let (four, six) = (four?, six?);
         limit_half_open(&bench, u32::MAX)?;
+        add_locals(&bench)?;
         answer_at_once(&mut servers, &[four.index, six.index])?;
         // Replies, too, shall leave by the device that they come in by.
         let mut devices: HashMap<MapData, u32, Device> = HashMap::try_from(Map::HashMap(open(&bench, "DEVICES")?))?;
         for (ifindex, device) in devices.iter().collect::<Result<Vec<_>, _>>()? {
             devices.insert(ifindex, Device { port_ifindex: INGRESS, ..device }, 0)?;
         }
-        // The floor has requests and replies in one table; those with replies are a million at most.
-        let harness = Harness::load(max_connections + max_connections.min(1 << 20))?;
+        // The floor has requests and replies in one table.
+        let harness = Harness::load(2 * max_connections)?;
         Ok(Self { bench, harness, entries: [four, six], servers, flows: [Flows::NONE; 2] })
     }
 
@@ -208,6 +215,21 @@ pub(super) fn limit_half_open(bench: &Bench, limit: u32) -> Result<()> {
     let mut settings: Array<MapData, Config> = Array::try_from(Map::Array(open(bench, "CONFIG")?))?;
     let config = settings.get(&0, 0)?;
     settings.set(0, Config { half_open_limit: limit, midst_limit: limit, ..config }, 0).context("write the settings")
+}
+
+/// Writes the local addresses that are in no pool, as those are that were taken out of it.
+fn add_locals(bench: &Bench) -> Result<()> {
+    let mut addresses: Array<MapData, LocalAddress> = Array::try_from(Map::Array(open(bench, "LOCALS")?))?;
+    for family in Family::ALL {
+        for number in 0..LOCALS {
+            let address = match local_of(family, LOCAL + number)? {
+                IpAddr::V4(address) => ipv6(address.to_ipv6_mapped()),
+                IpAddr::V6(address) => ipv6(address),
+            };
+            addresses.set(first_local(family) + number, LocalAddress { address }, 0).context("write a local address")?;
+        }
+    }
+    Ok(())
 }
 
 /// Lets packets to every real server that is routed to directly leave by the device that they came in by, but to `others`.
@@ -287,31 +309,30 @@ impl Act<'_> {
 
     /// Makes connections until so many are in the tables, or begins anew if there are more, or others.
     fn fill(&mut self, family: Family, wanted: Flows) -> Result<()> {
-        let mut present = self.flows[family as usize];
+        let present = self.flows[family as usize];
         if present.count > wanted.count || present.path != wanted.path {
             for program in [Program::Director, Program::Floor] {
                 self.forget(family, Packets::known(present.path, ACK, present.count), program)?;
             }
-            present.count = 0;
         }
         let [syn, ack] = [SYN, ACK].map(|flags| Packets::known(wanted.path, flags, wanted.count));
-        let reply = ack.replies(wanted.path);
-        let laps = [
-            (Program::Director, syn),
-            (Program::Director, ack),
-            (Program::Director, reply),
-            (Program::Floor, ack),
-            (Program::Floor, reply),
-        ];
-        let pass = |packets: &Packets| wanted.server_port().is_some() || packets.replies.is_none();
-        for (lap, (program, packets)) in laps.into_iter().enumerate().filter(|(_, (_, packets))| pass(packets)) {
-            let (frame, round) = packets.template(family);
-            self.test(Hook::Xdp, program)?;
-            self.harness.begin(&round)?;
-            let sent = self.harness.run(Hook::Xdp, &frame, wanted.count as u32)?.return_value;
-            ensure!(sent == 3, "filling the tables ended with verdict {sent} of {program:?} instead of XDP_TX for {packets:?}");
-            if lap == 0 && wanted.path == Path::FullNat {
-                self.relocate(family, present.count, wanted.count)?;
+        let mut laps = vec![(Program::Director, syn), (Program::Director, ack), (Program::Floor, ack)];
+        if wanted.server_port().is_some() {
+            let reply = ack.replies(wanted.path);
+            laps.extend([(Program::Director, reply), (Program::Floor, reply)]);
+        }
+        // Part by part: what has only begun would be over before the last connection has.
+        for first in (0..wanted.count).step_by(PART as usize) {
+            let part = first..wanted.count.min(first + PART);
+            for (lap, (program, packets)) in laps.iter().enumerate() {
+                let (frame, round) = packets.template(family);
+                self.test(Hook::Xdp, *program)?;
+                self.harness.begin(&Round { flow: first, ..round })?;
+                let sent = self.harness.run(Hook::Xdp, &frame, (part.end - part.start) as u32)?.return_value;
+                ensure!(sent == 3, "filling the tables ended with verdict {sent} of {program:?} instead of XDP_TX for {packets:?}");
+                if lap == 0 && wanted.path == Path::FullNat {
+                    self.relocate(family, part.clone().map(|flow| round.client(flow)))?;
+                }
             }
         }
         self.flows[family as usize] = wanted;
@@ -332,10 +353,8 @@ impl Act<'_> {
         }
     }
 
-    /// Gives the FULLNAT connections of some flows the local addresses and ports that replies are made up for.
-    fn relocate(&self, family: Family, from: u64, to: u64) -> Result<()> {
-        let (_, round) = Packets::request(SYN, KNOWN, to).template(family);
-        let clients = (from..to).map(|flow| round.client(flow));
+    /// Gives the FULLNAT connections of some clients the local addresses and ports that replies are made up for.
+    fn relocate(&self, family: Family, clients: impl Iterator<Item = (u32, Ports)>) -> Result<()> {
         match family {
             Family::Ipv4 => self.relocate_of::<Ipv4>(family, clients, &Keys::of_v4(TCP)?),
             Family::Ipv6 => self.relocate_of::<Ipv6>(family, clients, &Keys::of_v6(TCP)?),
@@ -351,21 +370,21 @@ impl Act<'_> {
         let mut connections = self.table::<ConnectionKey<A>, Connection>("CONNECTIONS", family)?;
         let mut replies = self.table::<ConnectionKey<A>, Reply<A>>("REPLIES", family)?;
         // IPv4's were added first.
-        let first = if family == Family::Ipv4 { 0 } else { LOCALS };
-        let mut moved = Vec::new();
+        let first_of_pool = if family == Family::Ipv4 { 0 } else { POOL_SIZE };
         for (client, ports) in clients {
             let key = keys.request(client, ports);
             let connection = connections.get(&key, 0).context("a connection that was just made")?;
-            let old = keys.reply(LOCAL.wrapping_add(connection.local.address() - first).to_be(), FULLNAT, connection.local.port());
+            let number = u32::from_be(client).wrapping_sub(KNOWN);
+            let local = Local::new(u16::try_from(first_local(family) + number)?, ports.source());
+            if connection.local == local {
+                continue;
+            }
+            let old = POOL.wrapping_add(connection.local.address()).wrapping_sub(first_of_pool).to_be();
+            let old = keys.reply(old, FULLNAT, connection.local.port());
             let reply = replies.get(&old, 0).context("the entry for the replies of a connection that was just made")?;
             replies.remove(&old)?;
-            let address = first + u32::from_be(client).wrapping_sub(KNOWN);
-            let local = Local::new(u16::try_from(address)?, ports.source());
             connections.insert(key, Connection { local, ..connection }, 0)?;
-            moved.push((keys.reply(local_word(client), FULLNAT, ports.source()), reply));
-        }
-        for (key, reply) in moved {
-            replies.insert(key, reply, 0)?;
+            replies.insert(keys.reply(local_word(client), FULLNAT, ports.source()), reply, 0)?;
         }
         Ok(())
     }
@@ -452,6 +471,11 @@ fn client_v6(word: u32) -> Ipv6 {
 /// The local address of a known client, by their (last) words in network order.
 const fn local_word(client: u32) -> u32 {
     u32::from_be(client).wrapping_sub(KNOWN).wrapping_add(LOCAL).to_be()
+}
+
+/// The index of a family's first local address that is in no pool.
+const fn first_local(family: Family) -> u32 {
+    FIRST_LOCAL + family as u32 * LOCALS
 }
 
 /// A local address, by its (last) word in host order.

@@ -81,7 +81,7 @@ pub fn measure(act: &mut Act<'_>, flows: u64, effort: Effort) -> Result<Vec<Step
     let mut samples = vec![Vec::new(); programs.len()];
     for round in 0..=EFFORT * effort.rounds {
         for (&program, samples) in programs.iter().zip(&mut samples) {
-            let taken = turn(act, case, program).with_context(|| format!("measure {program:?} with {flows} flows"))?;
+            let taken = turn(act, case, program, round).with_context(|| format!("measure {program:?} with {flows} flows"))?;
             // The first round warms up.
             if round > 0 {
                 samples.extend(taken);
