@@ -38,24 +38,28 @@ pub fn answer<P: Packet, F: Answer>(context: *mut c_void, link: u32, length: u32
     let mut packet = unsafe { P::new(context) };
     // The parser's offset, in a form that the verifier can bound.
     let (link, length) = (link as usize & 0x1f, length as usize & 0xffff);
-    let known = match why {
+    let sent = write::<P, F>(&mut packet, link, length, why, mtu).map(|why| {
+        account::reason(why);
+        packet.bounce()
+    });
+    sent.unwrap_or_else(account::leave::<P>)
+}
+
+/// What the sender is told.
+#[inline(always)]
+const fn error(why: u32, mtu: u16) -> Result<(Error, Reason), Reason> {
+    match why {
         NO_ROUTE => Ok((Error::HostUnreachable, Reason::NoRoute)),
         NO_SERVER => Ok((Error::PortUnreachable, Reason::NoServer)),
         TOO_BIG => Ok((Error::TooBig(mtu), Reason::TooBig)),
         TTL_EXPIRED => Ok((Error::TimeExceeded, Reason::TtlExpired)),
         _ => Err(Reason::Failed),
-    };
-    let sent = known.and_then(|(error, why)| {
-        write::<P, F>(&mut packet, link, length, error)?;
-        account::reason(why);
-        Ok(packet.bounce())
-    });
-    sent.unwrap_or_else(account::leave::<P>)
+    }
 }
 
 /// Makes the packet the answer.
 #[inline(always)]
-fn write<P: Packet, F: Answer>(packet: &mut P, link: usize, length: usize, error: Error) -> Result<(), Reason> {
+fn write<P: Packet, F: Answer>(packet: &mut P, link: usize, length: usize, why: u32, mtu: u16) -> Result<Reason, Reason> {
     let headers = F::HEADER + size_of::<IcmpHeader>();
     let keep = length.min(F::ICMP_ERROR_MAX - headers);
     let ethernet: EthernetHeader = packet.read(0).ok_or(Reason::Malformed)?;
@@ -72,8 +76,12 @@ fn write<P: Packet, F: Answer>(packet: &mut P, link: usize, length: usize, error
         packet.write(16, tags[1])?;
     }
     packet.write_ethertype(link, F::ETHERTYPE)?;
+    // Whatever link it is: the verifier shall follow the rest once.
+    let link = packet.opaque(link) & 0x1f;
     let quoted = sum::<P>(packet.context(), (link + headers) as u32, (link + headers + keep) as u32);
-    F::write(packet, link, keep, quoted, error)
+    let (error, why) = error(why, mtu)?;
+    F::write(packet, link, keep, quoted, error)?;
+    Ok(why)
 }
 
 /// Counts an answer against this CPU's share of the present second.
@@ -102,7 +110,7 @@ fn within_limit() -> bool {
 fn sum<P: Packet>(context: *mut c_void, from: u32, end: u32) -> u64 {
     // SAFETY: the context is the kernel's own.
     let packet = unsafe { P::view(context) };
-    sum_range(&packet, from as usize, end as usize).unwrap_or(0)
+    sum_range(&packet, from as usize, packet.opaque(end as usize)).unwrap_or(0)
 }
 
 #[inline(always)]

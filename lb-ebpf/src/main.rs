@@ -220,7 +220,7 @@ fn any<P: Packet>(packet: &P) -> i32 {
         Ok(_) => Outcome::left::<P>(Reason::NotIp),
         Err(why) => Outcome::left::<P>(why),
     };
-    outcome.settle(packet)
+    outcome.merged(packet).settle(packet)
 }
 
 #[inline(never)]

@@ -108,6 +108,12 @@ impl Outcome {
         if F::HEADER == <V6 as Network>::HEADER { Self::IS_V6 } else { 0 }
     }
 
+    /// The same, however it came about: the verifier shall follow what is left to do once.
+    #[inline(always)]
+    pub fn merged<P: Packet>(self, packet: &P) -> Self {
+        Self(packet.opaque(self.0 as usize) as u64)
+    }
+
     /// Does what is left. The result is a verdict of the hook.
     #[inline(always)]
     pub fn settle<P: Packet>(self, packet: &P) -> i32 {
@@ -154,8 +160,7 @@ impl Outcome {
             Self::REPLY => Self::reply_of::<P, V4>(packet),
             _ => outcome,
         };
-        // However it came about: the verifier shall follow what is left to do once.
-        let outcome = Self(packet.opaque(outcome.0 as usize) as u64);
+        let outcome = outcome.merged(packet);
         if outcome.0 & Self::TRANSLATE != 0 {
             let (context, leg) = (packet.context(), outcome.leg());
             let is_v6 = outcome.0 & Self::IS_V6 != 0;
@@ -177,7 +182,7 @@ impl Outcome {
         if outcome.0 & Self::TRANSLATE != 0 {
             return cross::request::<P>(packet.context(), outcome.leg());
         }
-        let outcome = Self(packet.opaque(cross::reply::<P>(packet.context()).0 as usize) as u64);
+        let outcome = cross::reply::<P>(packet.context()).merged(packet);
         if outcome.0 & Self::ANSWER == 0 { outcome.0 as i32 } else { outcome.answer::<P, V4>(packet) }
     }
 
@@ -188,8 +193,7 @@ impl Outcome {
 
     #[inline(always)]
     fn reply_of<P: Packet, F: Family>(packet: &P) -> Self {
-        // As in `resume`.
-        let outcome = Self(packet.opaque(reply::attend::<P, F>(packet.context()).0 as usize) as u64);
+        let outcome = reply::attend::<P, F>(packet.context()).merged(packet);
         if outcome.0 & Self::ATTENDED == 0 { outcome } else { reply::deliver::<P, F>(packet.context(), outcome.0 as i32) }
     }
 
