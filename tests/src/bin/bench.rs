@@ -4,7 +4,7 @@
 
 use std::{
     fmt::Display,
-    fs,
+    fs, mem,
     path::{Path as File, PathBuf},
     process::ExitCode,
 };
@@ -55,6 +55,10 @@ struct Options {
     /// Compare with this run; without it with the last one in docs/bench.
     #[arg(long, value_name = "FILE")]
     compare: Option<PathBuf>,
+    /// Go on with the figures in this file: only cases that miss what they must keep to, or got worse, are measured again, with programs
+    /// that are loaded anew; the best counts. For machines whose other guests are noisy in turns.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["quick", "large", "only", "flows", "max_connections"])]
+    again: Option<PathBuf>,
     /// How often each program has its turn.
     #[arg(long, value_name = "NUMBER")]
     rounds: Option<usize>,
@@ -78,7 +82,7 @@ struct Options {
 impl Options {
     /// Whether something is to be measured besides the cases.
     fn wants(&self, what: &str) -> bool {
-        what.starts_with(&self.only)
+        self.again.is_none() && what.starts_with(&self.only)
     }
 
     /// The cases to measure, in an order in which tables have to be filled anew seldom.
@@ -117,34 +121,46 @@ fn main() -> Result<ExitCode> {
     let options = Options::parse();
     ensure!(skip::is_root(), "the bench makes network namespaces and loads programs, which needs root: `cargo xtask bench`");
     let rounds = options.rounds.unwrap_or(if options.quick { 3 } else { 5 }).max(1);
-    let cases = options.cases();
+    let mut cases = options.cases();
     let most = cases.iter().map(|case| case.flows).filter(|flows| *flows <= MILLION).max().unwrap_or(1) as u32;
     let max_connections = options.max_connections.unwrap_or(most + ROOM);
     let cpu = options.cpu.map_or_else(last_cpu, Ok)?;
     let before = options.compare.as_deref().map_or_else(Before::last, |file| Before::read(file).map(Some))?;
-    let mut report = Report {
-        machine: Machine::this(),
-        commit: commit(),
-        day: document::today()?,
-        max_connections,
-        rounds,
-        cpu,
-        notes: NOTES,
-        cases: Vec::new(),
-        steps: Vec::new(),
-        crowds: Vec::new(),
-        picks: Vec::new(),
-        staleness: Vec::new(),
-        programs: Vec::new(),
-        connections: Vec::new(),
-        worse: Vec::new(),
-        not_measured: Vec::new(),
+    let new = || -> Result<_> {
+        Ok(Report {
+            machine: Machine::this(),
+            commit: commit(),
+            day: document::today()?,
+            max_connections,
+            rounds,
+            cpu,
+            notes: NOTES,
+            cases: Vec::new(),
+            steps: Vec::new(),
+            crowds: Vec::new(),
+            picks: Vec::new(),
+            staleness: Vec::new(),
+            programs: Vec::new(),
+            connections: Vec::new(),
+            worse: Vec::new(),
+            not_measured: Vec::new(),
+        })
     };
+    let mut report = options.again.as_deref().map_or_else(new, Report::read)?;
+    if let Some(file) = &options.again {
+        let programs = weight::programs(Stage::new(FULL)?.bench())?;
+        ensure!(
+            programs == report.programs,
+            "{} has the figures of other programs than these; begin anew, without --again",
+            file.display()
+        );
+        cases = report.cases.iter().map(Line::case).filter(|case| case.path != Path::Full).collect();
+    }
     println!("{report}");
     if report.machine.load > 0.5 {
         println!("THIS MACHINE IS BUSY (load {}): ratios bear that to a degree, nanoseconds do not.\n", report.machine.load);
     }
-    if !options.large && options.only.is_empty() {
+    if !options.large && options.only.is_empty() && options.again.is_none() {
         report.not_measured.push("4 and 8 million flows: `--large` measures them, and takes some 8 GiB of memory".to_owned());
     }
     if options.quick {
@@ -203,12 +219,13 @@ fn main() -> Result<ExitCode> {
 
 /// Measures the cases. Those that miss what they must keep to, or got worse, get another chance with programs that are loaded anew.
 fn packets(options: &Options, report: &mut Report, cases: &[Case], effort: Effort, before: Option<&Before>) -> Result<()> {
-    let full = options.full_cases();
+    // What has a table of its own, is never missed.
+    let full = if options.again.is_none() { options.full_cases() } else { Vec::new() };
     if cases.is_empty() && full.is_empty() {
         return Ok(());
     }
     println!("{}", Line::heading());
-    let mut lines: Vec<(Case, Line)> = Vec::new();
+    let mut lines: Vec<(Case, Line)> = mem::take(&mut report.cases).into_iter().map(|line| (line.case(), line)).collect();
     for load in 1..=options.loads.max(1) {
         let is_due = |case: &&Case| match lines.iter().find(|(known, _)| known == *case) {
             None => true,

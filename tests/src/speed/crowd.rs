@@ -28,7 +28,7 @@ use nix::{
     sched::{CpuSet, sched_setaffinity},
     unistd::Pid,
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{
     harness::{Floor, Harness},
@@ -71,7 +71,7 @@ const SHAPES: [Shape; 5] = [
 ];
 
 /// What a packet takes in a crowd.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Crowd {
     /// How many services the flows are spread over.
     pub services: u32,

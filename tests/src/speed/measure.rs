@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::time::{ClockId, clock_gettime};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{
     Case, Path,
@@ -47,7 +47,7 @@ impl Effort {
 }
 
 /// Nanoseconds per packet.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
 pub struct Nanoseconds {
     /// The least of all samples.
     pub minimum: f64,
@@ -81,7 +81,7 @@ impl Nanoseconds {
 }
 
 /// What a case came to.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
 pub struct Figures {
     /// The harness alone, in nanoseconds per packet.
     pub nothing: Nanoseconds,

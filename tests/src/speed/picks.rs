@@ -22,7 +22,7 @@ use nix::{
     sched::{CpuSet, sched_setaffinity},
     unistd::Pid,
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{
     harness::{Floor, Harness},
@@ -47,7 +47,7 @@ const CONNECTIONS: u32 = 4 * NEW;
 const XDP_TX: u32 = 3;
 
 /// What a new connection takes.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct PickCost {
     /// The service's scheduler.
     pub scheduler: &'static str,

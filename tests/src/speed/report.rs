@@ -4,11 +4,13 @@ use std::{
     collections::BTreeMap,
     fmt::{self, Display, Formatter},
     fs,
+    path::Path as File,
     process::Command,
     thread,
 };
 
-use serde::Serialize;
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
 
 use super::{
     Case, Path,
@@ -24,7 +26,8 @@ use super::{
 use crate::{lab::Family, test_run::Hook};
 
 /// All that is known of a measurement.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(bound(deserialize = "'de: 'static"))]
 pub struct Report {
     /// Where it took place.
     pub machine: Machine,
@@ -39,6 +42,7 @@ pub struct Report {
     /// The CPU to which the measurement was bound.
     pub cpu: usize,
     /// How to read the figures.
+    #[serde(skip_deserializing)]
     pub notes: &'static [&'static str],
     /// The figures, in nanoseconds per packet.
     pub cases: Vec<Line>,
@@ -81,7 +85,7 @@ impl Display for Report {
 }
 
 /// A machine.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Machine {
     /// The processor's name.
     pub processor: Option<String>,
@@ -98,7 +102,7 @@ pub struct Machine {
 }
 
 /// A case and its figures.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Line {
     /// `xdp` or `tc`.
     pub hook: &'static str,
@@ -194,6 +198,13 @@ impl Line {
         Self { hook, ip, path: case.path, flows: case.flows, repeated: case.repeats(), target, standing, figures }
     }
 
+    /// What was measured.
+    pub fn case(&self) -> Case {
+        let hook = if self.hook == "xdp" { Hook::Xdp } else { Hook::Tc };
+        let family = if self.ip == 4 { Family::Ipv4 } else { Family::Ipv6 };
+        Case { hook, family, path: self.path, flows: self.flows }
+    }
+
     /// The names of the columns, over the lines.
     pub fn heading() -> String {
         format!(
@@ -234,6 +245,15 @@ fn time(time: Nanoseconds) -> String {
 }
 
 impl Report {
+    /// An earlier run, that this program wrote.
+    pub fn read(file: &File) -> Result<Self> {
+        let text = fs::read_to_string(file).with_context(|| format!("read {}", file.display()))?;
+        // For good: names in it are used like those of the program itself.
+        let report: Self = serde_json::from_str(text.leak())
+            .with_context(|| format!("{} has no figures of `cargo xtask bench`", file.display()))?;
+        Ok(Self { notes: NOTES, ..report })
+    }
+
     /// Where and when, in a sentence.
     pub fn provenance(&self) -> String {
         let Machine { processor, processors, kernel, load, .. } = &self.machine;

@@ -23,7 +23,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::{
@@ -53,7 +53,7 @@ const STOP: Duration = Duration::from_secs(2);
 const START: Duration = Duration::from_secs(4);
 
 /// How far the active connections of the director were from those of IPVS.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Staleness {
     /// The service's scheduler.
     pub scheduler: &'static str,

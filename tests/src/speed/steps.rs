@@ -6,7 +6,7 @@
 use std::fmt::{self, Display, Formatter};
 
 use anyhow::{Context, Result};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{
     Case, Path,
@@ -30,7 +30,7 @@ pub const WORDS: [&str; STEPS.len()] = [
 const EFFORT: usize = 3;
 
 /// What a step costs.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Step {
     /// What is done.
     pub step: &'static str,

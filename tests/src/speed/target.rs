@@ -5,7 +5,7 @@
 
 use std::fmt::{self, Display, Formatter};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{Case, Path, measure::Figures};
 use crate::{lab::Family, test_run::Hook};
@@ -18,7 +18,7 @@ const TC: f64 = 1.35;
 const IPV6: f64 = 15.0;
 
 /// What is wanted of a case.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
 pub struct Target {
     /// What it must keep to.
     pub must: f64,
@@ -85,7 +85,7 @@ impl Display for Target {
 }
 
 /// How a case stands to its target.
-#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Standing {
     /// It takes longer than it must.

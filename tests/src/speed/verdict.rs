@@ -63,7 +63,7 @@ struct Ratio {
 }
 
 /// Something that got worse.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Worse {
     /// What.
     pub what: String,
