@@ -41,8 +41,7 @@ fn an_established_connection_costs_little_more_than_the_floor() -> Result<()> {
         if slow.peek().is_none() {
             break;
         }
-        // Loaded anew each time: where the programs and their maps come to lie makes a difference of some per cent.
-        Stage::new(10_000)?.enter(last_cpu()?, |act| {
+        Stage::new(10_000, attempt - 1)?.enter(last_cpu()?, |act| {
             for (best, (hook, path, _)) in slow {
                 let case = Case { hook, family: Family::Ipv4, path, flows: 1 };
                 let figures = measure(act, case, Effort { rounds: 15 })?;

@@ -43,7 +43,7 @@ struct Options {
     /// Fewer rounds, no table of a million flows, no crowds: a minute instead of some.
     #[arg(long)]
     quick: bool,
-    /// Tables of 4 and 8 million flows, too; they take some 8 GiB of memory.
+    /// Tables of 4 and 8 million flows, too; they take some 6 GiB of memory.
     #[arg(long)]
     large: bool,
     /// Write all figures to this file as JSON.
@@ -55,8 +55,8 @@ struct Options {
     /// Compare with this run; without it with the last one in docs/bench.
     #[arg(long, value_name = "FILE")]
     compare: Option<PathBuf>,
-    /// Go on with the figures in this file: only cases that miss what they must keep to, or got worse, are measured again, with programs
-    /// that are loaded anew; the best counts. For machines whose other guests are noisy in turns.
+    /// Go on with the figures in this file: only the steps, and cases that miss what they must keep to or got worse, are measured again,
+    /// with programs that are loaded anew; the best counts. For machines whose other guests are noisy in turns.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["quick", "large", "only", "flows", "max_connections"])]
     again: Option<PathBuf>,
     /// How often each program has its turn.
@@ -82,7 +82,7 @@ struct Options {
 impl Options {
     /// Whether something is to be measured besides the cases.
     fn wants(&self, what: &str) -> bool {
-        self.again.is_none() && what.starts_with(&self.only)
+        what.starts_with(&self.only) && (self.again.is_none() || what == "steps")
     }
 
     /// The cases to measure, in an order in which tables have to be filled anew seldom.
@@ -148,7 +148,7 @@ fn main() -> Result<ExitCode> {
     };
     let mut report = options.again.as_deref().map_or_else(new, Report::read)?;
     if let Some(file) = &options.again {
-        let programs = weight::programs(Stage::new(FULL)?.bench())?;
+        let programs = weight::programs(Stage::new(FULL, 0)?.bench())?;
         ensure!(
             programs == report.programs,
             "{} has the figures of other programs than these; begin anew, without --again",
@@ -161,7 +161,7 @@ fn main() -> Result<ExitCode> {
         println!("THIS MACHINE IS BUSY (load {}): ratios bear that to a degree, nanoseconds do not.\n", report.machine.load);
     }
     if !options.large && options.only.is_empty() && options.again.is_none() {
-        report.not_measured.push("4 and 8 million flows: `--large` measures them, and takes some 8 GiB of memory".to_owned());
+        report.not_measured.push("4 and 8 million flows: `--large` measures them, and takes some 6 GiB of memory".to_owned());
     }
     if options.quick {
         report
@@ -176,8 +176,9 @@ fn main() -> Result<ExitCode> {
             let sizes = [1, 1 << 16].into_iter().map(|flows| steps::measure(act, flows, effort));
             Ok(sizes.collect::<Result<Vec<_>>>()?.concat())
         };
-        let loads = (0..options.loads.max(1)).map(|_| Stage::new(1 << 17)?.enter(cpu, all));
-        report.steps = steps::best(loads.collect::<Result<_>>()?);
+        let known = (!report.steps.is_empty()).then(|| Ok(mem::take(&mut report.steps)));
+        let loads = (0..options.loads.max(1)).map(|load| Stage::new(1 << 17, load)?.enter(cpu, all));
+        report.steps = steps::best(known.into_iter().chain(loads).collect::<Result<_>>()?);
         show(&report.steps);
     }
     if options.wants("crowds") {
@@ -246,7 +247,7 @@ fn packets(options: &Options, report: &mut Report, cases: &[Case], effort: Effor
         let large = large.chunk_by(|one, other| one.family == other.family && one.path.connections() == other.path.connections());
         let tables = [(due, report.max_connections)].into_iter().chain(large.map(|cases| (cases.to_vec(), for_large)));
         for (cases, max_connections) in tables.chain([(due_full, FULL)]).filter(|(cases, _)| !cases.is_empty()) {
-            Stage::new(max_connections)?.enter(report.cpu, |act| {
+            Stage::new(max_connections, load - 1)?.enter(report.cpu, |act| {
                 for case in cases {
                     let figures = measure(act, case, effort)?;
                     let known = lines.iter_mut().find(|(known, _)| *known == case);
@@ -292,7 +293,7 @@ fn show(lines: &[impl Display]) {
 
 fn weigh(report: &mut Report, cpu: usize) -> Result<()> {
     const CAPACITY: u32 = 1 << 20;
-    let mut stage = Stage::new(CAPACITY)?;
+    let mut stage = Stage::new(CAPACITY, 0)?;
     report.programs = weight::programs(stage.bench())?;
     report.connections = weight::tables(&mut stage, cpu, CAPACITY)?;
     println!("\n{}", weight::Program::heading());
