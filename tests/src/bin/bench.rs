@@ -176,9 +176,8 @@ fn main() -> Result<ExitCode> {
             let sizes = [1, 1 << 16].into_iter().map(|flows| steps::measure(act, flows, effort));
             Ok(sizes.collect::<Result<Vec<_>>>()?.concat())
         };
-        let known = (!report.steps.is_empty()).then(|| Ok(mem::take(&mut report.steps)));
         let loads = (0..options.loads.max(1)).map(|load| Stage::new(1 << 17, load)?.enter(cpu, all));
-        report.steps = steps::best(known.into_iter().chain(loads).collect::<Result<_>>()?);
+        report.steps = steps::best(loads.collect::<Result<_>>()?);
         show(&report.steps);
     }
     if options.wants("crowds") {

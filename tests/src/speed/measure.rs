@@ -26,6 +26,9 @@ const SAMPLES: u64 = 16;
 /// turn has flows of its own, which nobody has seen for a while.
 const LAP: u64 = 1 << 20;
 
+/// So much longer may nothing take in one load of the programs than in another.
+const DISTURBED: f64 = 1.03;
+
 /// How much to measure.
 #[derive(Clone, Copy, Debug)]
 pub struct Effort {
@@ -67,6 +70,12 @@ impl Nanoseconds {
         Self { minimum: self.minimum.min(other.minimum), median: self.median.min(other.median) }
     }
 
+    /// Whether a load, in which nothing took this long, was disturbed: in the other one it took less. What is subtracted there is too
+    /// much, and its figures would flatter.
+    pub(super) fn is_disturbed(self, other: Self) -> bool {
+        self.minimum > DISTURBED * other.minimum
+    }
+
     pub(super) fn less(self, other: Self) -> Self {
         Self { minimum: self.minimum - other.minimum, median: self.median - other.median }
     }
@@ -97,13 +106,19 @@ pub struct Figures {
 
 impl Figures {
     /// These and those of another load of the same programs: where they lie in memory makes up to a fifth of their time, and who
-    /// measures cannot choose. The better one of each counts.
+    /// measures cannot choose. The better one of each counts, but nothing of a load that was disturbed.
     #[must_use]
     pub fn best(self, other: Self) -> Self {
+        let samples = self.samples + other.samples;
+        match () {
+            () if self.nothing.is_disturbed(other.nothing) => return Self { samples, ..other },
+            () if other.nothing.is_disturbed(self.nothing) => return Self { samples, ..self },
+            () => {}
+        }
         let floor = self.floor.zip(other.floor).map(|(one, other)| one.best(other));
         let director = self.director.best(other.director);
         let ratio = floor.map(|floor| director.over(floor));
-        Self { nothing: self.nothing.best(other.nothing), floor, director, ratio, samples: self.samples + other.samples }
+        Self { nothing: self.nothing.best(other.nothing), floor, director, ratio, samples }
     }
 }
 
@@ -212,4 +227,22 @@ fn verdict(case: Case, program: Program) -> u32 {
 fn expect(wanted: u32, verdict: u32) -> Result<()> {
     ensure!(verdict == wanted, "the verdict is {verdict} instead of {wanted}: this is not the path to measure");
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disturbed_load_flatters_nobody() {
+        let figures = |nothing, director| {
+            let of = |minimum| Nanoseconds { minimum, median: minimum };
+            Figures { nothing: of(nothing), floor: Some(of(35.0)), director: of(director), ratio: None, samples: 1 }
+        };
+        let (quiet, disturbed) = (figures(43.0, 46.0), figures(48.0, 41.0));
+        for best in [quiet.best(disturbed), disturbed.best(quiet)] {
+            assert_eq!((best.nothing.minimum, best.director.minimum, best.samples), (43.0, 46.0, 2));
+        }
+        assert_eq!(quiet.best(figures(43.5, 44.0)).director.minimum, 44.0);
+    }
 }

@@ -36,6 +36,8 @@ pub struct Step {
     pub step: &'static str,
     /// Flows in the table.
     pub flows: u64,
+    /// The harness alone, in nanoseconds per packet.
+    pub nothing: Nanoseconds,
     /// Nanoseconds from the beginning to the end of this step, less the harness.
     pub until: Nanoseconds,
     /// The step's own.
@@ -44,8 +46,19 @@ pub struct Step {
 
 impl Display for Step {
     fn fmt(&self, formatter: &mut Formatter<'_>) -> fmt::Result {
-        let Self { step, flows, until, own } = self;
+        let Self { step, flows, until, own, .. } = self;
         write!(formatter, "{step:<56} {flows:>8} {own:>8.1} {:>8.1} ({:.1})", until.minimum, until.median)
+    }
+}
+
+impl Step {
+    /// As [`Figures::best`](super::measure::Figures::best).
+    fn best(self, other: Self) -> Self {
+        match () {
+            () if self.nothing.is_disturbed(other.nothing) => other,
+            () if other.nothing.is_disturbed(self.nothing) => self,
+            () => Self { nothing: self.nothing.best(other.nothing), until: self.until.best(other.until), ..self },
+        }
     }
 }
 
@@ -58,7 +71,7 @@ pub fn heading() -> String {
 pub fn best(loads: Vec<Vec<Step>>) -> Vec<Step> {
     let Some(mut steps) = loads.into_iter().reduce(|best, other| {
         let both = best.into_iter().zip(other);
-        both.map(|(one, other)| Step { until: one.until.best(other.until), ..one }).collect()
+        both.map(|(one, other)| one.best(other)).collect()
     }) else {
         return Vec::new();
     };
@@ -94,6 +107,6 @@ pub fn measure(act: &mut Act<'_>, flows: u64, effort: Effort) -> Result<Vec<Step
         .into_iter()
         .chain(["the director: what it keeps open besides"])
         .zip(times)
-        .map(|(step, time)| Ok(Step { step, flows, until: time?.less(nothing), own: f64::NAN }))
+        .map(|(step, time)| Ok(Step { step, flows, nothing, until: time?.less(nothing), own: f64::NAN }))
         .collect()
 }
