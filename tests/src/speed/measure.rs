@@ -243,6 +243,6 @@ mod tests {
         for best in [quiet.best(disturbed), disturbed.best(quiet)] {
             assert_eq!((best.nothing.minimum, best.director.minimum, best.samples), (43.0, 46.0, 2));
         }
-        assert_eq!(quiet.best(figures(43.5, 44.0)).director.minimum, 44.0);
+        assert!(quiet.best(figures(43.5, 44.0)).director.minimum < 45.0, "both loads count");
     }
 }
